@@ -1,0 +1,88 @@
+"""Opens the SQL database, migrated to the newest revision: SQLite in WAL mode by default, any SQLAlchemy URL otherwise."""
+
+from __future__ import annotations
+
+import fcntl
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.engine import make_url
+from sqlalchemy.orm import Session, sessionmaker
+
+__all__ = ["Database", "open_database"]
+
+_MIGRATIONS_DIR = Path(__file__).parent / "migrations"
+_BUSY_TIMEOUT_MS = 10_000
+
+
+class Database:
+    """A migrated database; hands out sessions. Safe to share between threads, not across a fork."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._readers = sessionmaker(engine, expire_on_commit=False)
+        self._writers = sessionmaker(engine.execution_options(writes=True), expire_on_commit=False)
+
+    def read(self) -> Session:
+        """A session for reading; use it in a `with` block."""
+        return self._readers()
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A session in one transaction: all of it is committed at the end of the block, or none of it."""
+        with self._writers.begin() as session:
+            yield session
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+
+
+def open_database(url: str) -> Database:
+    """Connect to `url`, creating and migrating the database where needed.
+
+    Two processes may call this at the same time: migrations run under a file lock.
+    """
+    parsed = make_url(url)
+    engine = create_engine(url)
+    if parsed.get_backend_name() != "sqlite":
+        _migrate(engine)
+        return Database(engine)
+    event.listen(engine, "connect", _set_sqlite_pragmas)
+    event.listen(engine, "begin", _begin_immediate_when_writing)
+    path = Path(parsed.database or "")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".migrate.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _migrate(engine)
+    return Database(engine)
+
+
+def _migrate(engine: Engine) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS_DIR))
+    config.attributes["engine"] = engine
+    command.upgrade(config, "head")
+
+
+def _set_sqlite_pragmas(connection: sqlite3.Connection, record: Any) -> None:
+    # sqlite3's own transaction handling starts a transaction too late for SELECT ... then UPDATE; see the begin event.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
+    cursor.close()
+
+
+def _begin_immediate_when_writing(connection: Any) -> None:
+    # A deferred transaction that reads and then writes fails at once when another writer came between; IMMEDIATE waits.
+    mode = "IMMEDIATE" if connection.get_execution_options().get("writes") else "DEFERRED"
+    connection.exec_driver_sql(f"BEGIN {mode}")

@@ -1,0 +1,153 @@
+"""Every error that a user, a file or the network can cause, in one tree.
+
+    HotswapError
+    |- InvalidInputError            what was given is wrong; the message says what was expected and where
+    |  |- InvalidNameError          an alias, version or model name that breaks the grammar
+    |  |- ConfigurationError        a setting that is unknown or out of bounds
+    |  |- DataError                 a row of training data; names file, line and field
+    |  |- PromptTooLongError        the rendered prompt leaves no room in the context
+    |  |- AdapterRejectedError      an adapter that can't be served
+    |     |- FingerprintMismatchError   made for another base model
+    |     |- RankTooHighError           does not fit the slots
+    |     |- AdapterConfigError         adapter_config.json asks for something unsupported
+    |     |- AdapterWeightsError        tensors missing, misshapen, not finite or without effect
+    |- NotFoundError                no such alias, version, experiment, response or base model
+    |- ConflictError                the request is fine, the present state forbids it
+    |- IntegrityError               a stored file is not what its manifest says
+    |- BaseModelError               the base model can't be fetched, read or supported
+    |- OverloadedError              the queue is full: try again later
+    |- EngineUnavailableError       the engine is starting, draining or has died
+    |- EngineFailureError           a step of the model failed under this request
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdapterConfigError",
+    "AdapterRejectedError",
+    "AdapterWeightsError",
+    "BaseModelError",
+    "ConfigurationError",
+    "ConflictError",
+    "DataError",
+    "EngineFailureError",
+    "EngineUnavailableError",
+    "FingerprintMismatchError",
+    "HotswapError",
+    "IntegrityError",
+    "InvalidInputError",
+    "InvalidNameError",
+    "NotFoundError",
+    "OverloadedError",
+    "PromptTooLongError",
+    "RankTooHighError",
+]
+
+
+class HotswapError(Exception):
+    """Root of the tree; `str(error)` is one sentence that may be shown to a user."""
+
+
+class InvalidInputError(HotswapError):
+    """What was given is wrong.
+
+    Args:
+        message: What was found and what was expected.
+        param: The field or option at fault, where there is one.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class InvalidNameError(InvalidInputError):
+    """An alias, version or model name that breaks the grammar."""
+
+
+class ConfigurationError(InvalidInputError):
+    """A setting that is unknown or out of bounds."""
+
+
+class DataError(InvalidInputError):
+    """One or more rows of training data are wrong.
+
+    Args:
+        problems: One sentence each, beginning with `file:line`.
+    """
+
+    def __init__(self, problems: list[str], *, num_more: int = 0) -> None:
+        shown = "\n".join(problems)
+        more = f"\n... and {num_more} more" if num_more else ""
+        super().__init__(shown + more)
+        self.problems = problems
+
+
+class PromptTooLongError(InvalidInputError):
+    """The rendered prompt leaves no room in the context."""
+
+
+class AdapterRejectedError(InvalidInputError):
+    """An adapter that can't be served on this base model by this server."""
+
+
+class FingerprintMismatchError(AdapterRejectedError):
+    """The adapter was made for another base model than the one that is loaded."""
+
+    def __init__(self, *, adapter: str, base: str) -> None:
+        super().__init__(
+            f"the adapter was made for the base model with fingerprint {adapter}, but this base model has {base}"
+        )
+
+
+class RankTooHighError(AdapterRejectedError):
+    """The adapter's rank exceeds the slots' rank."""
+
+    def __init__(self, *, rank: int, max_rank: int) -> None:
+        super().__init__(
+            f"the adapter has rank {rank}, but slots hold at most rank {max_rank}; raise serve.max_rank to serve it"
+        )
+
+
+class AdapterConfigError(AdapterRejectedError):
+    """adapter_config.json asks for something that is not supported."""
+
+
+class AdapterWeightsError(AdapterRejectedError):
+    """Tensors are missing, misshapen, not finite or without effect."""
+
+
+class NotFoundError(HotswapError):
+    """No such alias, version, experiment, response or base model."""
+
+
+class ConflictError(HotswapError):
+    """The request is well formed, but the present state forbids it."""
+
+
+class IntegrityError(HotswapError):
+    """A stored file is not what its manifest says."""
+
+
+class BaseModelError(HotswapError):
+    """The base model can't be fetched, read or supported."""
+
+
+class OverloadedError(HotswapError):
+    """The queue is full; nothing was started.
+
+    Args:
+        retry_after_s: Seconds after which a retry is sensible.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineUnavailableError(HotswapError):
+    """The engine is starting, draining or has died."""
+
+
+class EngineFailureError(HotswapError):
+    """A step of the model failed under this request; other requests are unaffected."""

@@ -1,0 +1,200 @@
+"""The nouns of Hotswap as plain immutable records, and the grammar of their names.
+
+Read this file and you know the system. It knows neither SQL nor HTTP nor tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+from adapters.errors import InvalidNameError
+
+__all__ = [
+    "BASE_MODEL_NAME",
+    "AdapterVersion",
+    "Alias",
+    "AliasChange",
+    "Arm",
+    "Binding",
+    "Experiment",
+    "Exposure",
+    "Feedback",
+    "ModelName",
+    "NumberedVersion",
+    "check_alias_name",
+    "parse_model_name",
+]
+
+BASE_MODEL_NAME = "base"
+_RESERVED_NAMES = frozenset({BASE_MODEL_NAME, "auto"})
+_ALIAS_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_NUMBER_PATTERN = re.compile(r"v([1-9][0-9]{0,8})")
+_DIGEST_PATTERN = re.compile(r"[0-9a-f]{8,64}")
+
+Route = Literal["base", "alias", "version", "experiment"]
+ChangeAction = Literal["publish", "promote", "rollback"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    """Immutable LoRA weights and their manifest, named by the SHA-256 of their content."""
+
+    digest: str
+    base_fingerprint: str
+    rank: int
+    size_bytes: int
+    source: str
+    published_at: datetime
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class NumberedVersion:
+    """One version under the name it was published for: `legal@v2`."""
+
+    alias: str
+    number: int
+    version: AdapterVersion
+
+    @property
+    def label(self) -> str:
+        """The name a client can call: `alias@vN`."""
+        return f"{self.alias}@v{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A name that a client calls, and the version that it points to."""
+
+    name: str
+    current: NumberedVersion
+    updated_at: datetime
+    num_versions: int
+    experiment_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AliasChange:
+    """One move of an alias; the list of them is its history."""
+
+    alias: str
+    action: ChangeAction
+    from_number: int | None
+    to_number: int
+    changed_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One side of an experiment: a pinned version and its share of the units, in percent."""
+
+    name: str
+    number: int
+    digest: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """A split of one alias between pinned versions. `salt` makes its assignment independent of all others."""
+
+    id: str
+    alias: str
+    salt: str
+    arms: tuple[Arm, ...]
+    state: Literal["running", "stopped"]
+    created_at: datetime
+    stopped_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """What answers one request, fixed at admission and kept to its last token. `digest` None means the base model."""
+
+    alias: str
+    route: Route
+    digest: str | None = None
+    number: int | None = None
+    experiment_id: str | None = None
+    arm: str | None = None
+
+    @property
+    def version_label(self) -> str:
+        """`alias@vN`, or `base`."""
+        return self.alias if self.number is None else f"{self.alias}@v{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Exposure:
+    """One answered (or failed) request: what served it and how it went. Written whatever happens."""
+
+    response_id: str
+    binding: Binding
+    unit: str
+    unit_source: Literal["user", "request"]
+    prompt_tokens: int
+    completion_tokens: int
+    ttft_ms: float | None
+    total_ms: float
+    finish_reason: str | None
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """An outcome that a client reports for one response."""
+
+    response_id: str
+    metric: str
+    value: float
+    comment: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelName:
+    """A parsed model name: alias alone, alias with a version number, or alias with a digest prefix."""
+
+    alias: str
+    number: int | None = None
+    digest_prefix: str | None = None
+
+
+def check_alias_name(name: str) -> str:
+    """Return `name` if it may be an alias.
+
+    Raises:
+        InvalidNameError: the name is reserved or has other characters than the grammar allows.
+    """
+    if name in _RESERVED_NAMES:
+        raise InvalidNameError(f"the name {name!r} is reserved; choose another alias", param="alias")
+    if not _ALIAS_PATTERN.fullmatch(name):
+        raise InvalidNameError(
+            f"{name[:80]!r} is not an alias: expected 1 to 63 of a-z, 0-9, '.', '_', '-', starting with a letter "
+            "or digit",
+            param="alias",
+        )
+    return name
+
+
+def parse_model_name(name: str) -> ModelName:
+    """Split `legal`, `legal@v2` or `legal@3fa2b1c9...` into its parts.
+
+    Raises:
+        InvalidNameError: the alias or what follows the @ breaks the grammar.
+    """
+    alias, at, version = name.partition("@")
+    check_alias_name(alias)
+    if not at:
+        return ModelName(alias)
+    if number := _NUMBER_PATTERN.fullmatch(version):
+        return ModelName(alias, number=int(number.group(1)))
+    if _DIGEST_PATTERN.fullmatch(version):
+        return ModelName(alias, digest_prefix=version)
+    raise InvalidNameError(
+        f"{version[:80]!r} is not a version of {alias!r}: expected v1, v2, ... or at least 8 hex digits of a digest",
+        param="model",
+    )

@@ -1,0 +1,343 @@
+"""The registry: which versions exist, which names point where, and how they came to.
+
+Versions never change; names move, one row in one transaction. The server reads it for every request, so a move needs no
+message to anybody.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from adapters.assignment import assign_arm
+from adapters.database import Database
+from adapters.errors import ConflictError, NotFoundError
+from adapters.experiments import find_running, load_arms
+from adapters.manifest import Manifest
+from adapters.records import (
+    BASE_MODEL_NAME,
+    AdapterVersion,
+    Alias,
+    AliasChange,
+    Binding,
+    ChangeAction,
+    ModelName,
+    NumberedVersion,
+    check_alias_name,
+    parse_model_name,
+)
+from adapters.store import ArtifactStore
+from adapters.tables import AliasChangeRow, AliasRow, AliasVersionRow, VersionRow, utc_now
+
+__all__ = ["Registry"]
+
+_MAX_NAMES_SHOWN = 20
+
+
+class Registry:
+    """Versions and aliases over a database and a store; safe to use from several threads and processes."""
+
+    def __init__(self, database: Database, store: ArtifactStore) -> None:
+        self.database = database
+        self.store = store
+
+    def publish(
+        self, source: Path, manifest: Manifest, *, alias: str, promote: bool = True
+    ) -> tuple[NumberedVersion, bool]:
+        """Store a checked adapter as the next version of `alias`, and move the alias to it.
+
+        The alias stays where it is when `promote` is False or an experiment is running on it; a first version is always
+        pointed to. Publishing content that the alias has already gives the same number again.
+
+        Args:
+            source: A folder in PEFT's layout.
+            manifest: What to record about it.
+            alias: The name to publish under.
+            promote: Whether to move the alias.
+
+        Returns:
+            The version, and whether the alias points to it afterwards.
+        """
+        check_alias_name(alias)
+        with self.store.held():
+            digest, size_bytes = self.store.add(source, manifest)
+            with self.database.write() as session:
+                if session.get(VersionRow, digest) is None:
+                    session.add(_version_row(digest, size_bytes, manifest))
+                number = _number_of(session, alias, digest) or _append_version(session, alias, digest)
+                row = session.get_one(AliasRow, alias)
+                if row.number is None or (promote and find_running(session, alias) is None):
+                    _move(session, row, number, "publish")
+                return _load_numbered(session, alias, number), row.number == number
+
+    def promote(self, name: str) -> Alias:
+        """Point an alias to one of its versions: `legal@v2`.
+
+        Raises:
+            NotFoundError: no such version.
+            ConflictError: an experiment is running on the alias, or the name gives no version.
+        """
+        parsed = parse_model_name(name)
+        with self.database.write() as session:
+            if parsed.number is None and parsed.digest_prefix is None:
+                raise ConflictError(f"say which version to promote, for example {parsed.alias}@v1")
+            target = _find_version(session, parsed)
+            _move(session, _movable_alias(session, parsed.alias), target.number, "promote")
+            return _load_alias(session, parsed.alias)
+
+    def rollback(self, alias: str) -> Alias:
+        """Point an alias back to where it was before its last publish or promote; repeated calls go further back.
+
+        Raises:
+            NotFoundError: no such alias.
+            ConflictError: nothing to go back to, or an experiment is running on the alias.
+        """
+        with self.database.write() as session:
+            row = _movable_alias(session, alias)
+            trail = _trail(session, alias)
+            if len(trail) < 2:
+                raise ConflictError(f"{alias!r} has no earlier version to roll back to")
+            _move(session, row, trail[-2], "rollback")
+            return _load_alias(session, alias)
+
+    def remove(self, name: str) -> list[str]:
+        """Delete one version (`legal@v1`), or an alias with all its versions (`legal`).
+
+        Returns:
+            The labels of what was removed.
+
+        Raises:
+            NotFoundError: no such alias or version.
+            ConflictError: the alias points to the version, or an experiment is running on the alias.
+        """
+        parsed = parse_model_name(name)
+        with self.database.write() as session:
+            row = _movable_alias(session, parsed.alias)
+            whole_alias = parsed.number is None and parsed.digest_prefix is None
+            if whole_alias:
+                targets = _list_versions(session, parsed.alias)
+                row.number, row.updated_at = None, utc_now()
+            else:
+                targets = [_find_version(session, parsed)]
+                if targets[0].number == row.number:
+                    raise ConflictError(f"{parsed.alias!r} points to v{row.number}; promote another version first")
+            orphans = _drop_versions(session, targets)
+        for digest in orphans:
+            self.store.remove(digest)
+        return [target.label for target in targets]
+
+    def resolve(self, model: str, *, unit: str) -> Binding:
+        """Bind a request to what will answer it, to its last token.
+
+        Args:
+            model: `base`, an alias, `alias@vN` or `alias@<digest>`.
+            unit: The key that experiments split by.
+
+        Raises:
+            InvalidNameError: the name breaks the grammar.
+            NotFoundError: no such alias or version.
+        """
+        if model == BASE_MODEL_NAME:
+            return Binding(BASE_MODEL_NAME, "base")
+        parsed = parse_model_name(model)
+        with self.database.read() as session:
+            if parsed.number is not None or parsed.digest_prefix is not None:
+                found = _find_version(session, parsed)
+                return Binding(parsed.alias, "version", found.version.digest, found.number)
+            if experiment := find_running(session, parsed.alias):
+                arm = assign_arm(load_arms(session, experiment.id), experiment.salt, unit)
+                return Binding(parsed.alias, "experiment", arm.digest, arm.number, experiment.id, arm.name)
+            current = _find_version(session, parsed)
+            return Binding(parsed.alias, "alias", current.version.digest, current.number)
+
+    def find(self, name: str) -> NumberedVersion:
+        """The version that a name stands for; an alias alone stands for the one that it points to."""
+        with self.database.read() as session:
+            return _find_version(session, parse_model_name(name))
+
+    def aliases(self) -> list[Alias]:
+        """All aliases in the order of their names."""
+        with self.database.read() as session:
+            names = _alias_names(session)
+            return [_load_alias(session, name) for name in names]
+
+    def alias(self, name: str) -> Alias:
+        """One alias.
+
+        Raises:
+            NotFoundError: no such alias.
+        """
+        with self.database.read() as session:
+            return _load_alias(session, name)
+
+    def versions(self, alias: str) -> list[NumberedVersion]:
+        """An alias's versions in the order of their numbers; empty if there is no such alias."""
+        with self.database.read() as session:
+            return _list_versions(session, alias)
+
+    def history(self, alias: str) -> list[AliasChange]:
+        """Every move of an alias, oldest first."""
+        with self.database.read() as session:
+            rows = _changes(session, alias)
+            return [AliasChange(r.alias, _action(r), r.from_number, r.to_number, r.changed_at) for r in rows]
+
+    def sweep(self) -> int:
+        """Delete files that no registered version owns: what a killed publisher left. Returns how many."""
+        return self.store.sweep(self._registered_digests)
+
+    def _registered_digests(self) -> set[str]:
+        with self.database.read() as session:
+            return set(session.scalars(select(VersionRow.digest)))
+
+
+def _append_version(session: Session, alias: str, digest: str) -> int:
+    row = session.get(AliasRow, alias)
+    if row is None:
+        row = AliasRow(name=alias, number=None, last_number=0, updated_at=utc_now())
+        session.add(row)
+    row.last_number += 1
+    session.add(AliasVersionRow(alias=alias, number=row.last_number, digest=digest))
+    session.flush()
+    return row.last_number
+
+
+def _move(session: Session, row: AliasRow, number: int, action: ChangeAction) -> None:
+    if row.number == number:
+        return
+    moved_at = utc_now()
+    session.add(
+        AliasChangeRow(alias=row.name, action=action, from_number=row.number, to_number=number, changed_at=moved_at)
+    )
+    row.number, row.updated_at = number, moved_at
+    session.flush()
+
+
+def _trail(session: Session, alias: str) -> list[int]:
+    """The numbers that the alias went through and has not rolled back from; the last is where it points."""
+    existing = {version.number for version in _list_versions(session, alias)}
+    trail: list[int] = []
+    for change in _changes(session, alias):
+        if change.action == "rollback":
+            while trail and trail[-1] != change.to_number:
+                trail.pop()
+        else:
+            trail.append(change.to_number)
+    return [number for number in trail if number in existing]
+
+
+def _drop_versions(session: Session, targets: list[NumberedVersion]) -> list[str]:
+    for target in targets:
+        session.delete(session.get_one(AliasVersionRow, (target.alias, target.number)))
+    session.flush()
+    orphans = []
+    for digest in {target.version.digest for target in targets}:
+        if session.scalar(select(func.count()).where(AliasVersionRow.digest == digest)) == 0:
+            session.delete(session.get_one(VersionRow, digest))
+            orphans.append(digest)
+    return orphans
+
+
+def _movable_alias(session: Session, alias: str) -> AliasRow:
+    row = _get_alias(session, alias)
+    if experiment := find_running(session, alias):
+        raise ConflictError(f"experiment {experiment.id} is running on {alias!r}; stop it first")
+    return row
+
+
+def _get_alias(session: Session, alias: str) -> AliasRow:
+    row = session.get(AliasRow, alias)
+    if row is None or row.number is None:
+        known = ", ".join([BASE_MODEL_NAME, *_alias_names(session)][:_MAX_NAMES_SHOWN])
+        raise NotFoundError(f"there is no adapter {alias!r}; known: {known}")
+    return row
+
+
+def _pointed_to(row: AliasRow) -> int:
+    assert row.number is not None, "_get_alias lets no removed alias through"
+    return row.number
+
+
+def _alias_names(session: Session) -> list[str]:
+    statement = select(AliasRow.name).where(AliasRow.number.is_not(None)).order_by(AliasRow.name)
+    return list(session.scalars(statement))
+
+
+def _number_of(session: Session, alias: str, digest: str) -> int | None:
+    statement = select(AliasVersionRow.number).where(AliasVersionRow.alias == alias, AliasVersionRow.digest == digest)
+    return session.scalar(statement)
+
+
+def _find_version(session: Session, name: ModelName) -> NumberedVersion:
+    row = _get_alias(session, name.alias)
+    if name.digest_prefix is None:
+        return _load_numbered(session, name.alias, name.number or _pointed_to(row))
+    versions = _list_versions(session, name.alias)
+    matches = [v for v in versions if v.version.digest.startswith(name.digest_prefix)]
+    if len(matches) != 1:
+        raise NotFoundError(f"{len(matches)} versions of {name.alias!r} have a digest that begins {name.digest_prefix}")
+    return matches[0]
+
+
+def _load_numbered(session: Session, alias: str, number: int) -> NumberedVersion:
+    row = session.get(AliasVersionRow, (alias, number))
+    if row is None:
+        known = ", ".join(f"v{v.number}" for v in _list_versions(session, alias))
+        raise NotFoundError(f"{alias!r} has no version v{number}; it has {known}")
+    return NumberedVersion(alias, number, _to_version(session.get_one(VersionRow, row.digest)))
+
+
+def _list_versions(session: Session, alias: str) -> list[NumberedVersion]:
+    statement = (
+        select(AliasVersionRow.number, VersionRow)
+        .join(VersionRow, VersionRow.digest == AliasVersionRow.digest)
+        .where(AliasVersionRow.alias == alias)
+        .order_by(AliasVersionRow.number)
+    )
+    return [NumberedVersion(alias, number, _to_version(row)) for number, row in session.execute(statement).tuples()]
+
+
+def _load_alias(session: Session, name: str) -> Alias:
+    row = _get_alias(session, name)
+    experiment = find_running(session, name)
+    return Alias(
+        name=name,
+        current=_load_numbered(session, name, _pointed_to(row)),
+        updated_at=row.updated_at,
+        num_versions=len(_list_versions(session, name)),
+        experiment_id=experiment.id if experiment else None,
+    )
+
+
+def _changes(session: Session, alias: str) -> list[AliasChangeRow]:
+    return list(session.scalars(select(AliasChangeRow).where(AliasChangeRow.alias == alias).order_by(AliasChangeRow.id)))
+
+
+def _action(row: AliasChangeRow) -> ChangeAction:
+    assert row.action in ("publish", "promote", "rollback")
+    return row.action  # type: ignore[return-value]
+
+
+def _version_row(digest: str, size_bytes: int, manifest: Manifest) -> VersionRow:
+    return VersionRow(
+        digest=digest,
+        base_fingerprint=manifest.base.fingerprint,
+        rank=manifest.rank,
+        size_bytes=size_bytes,
+        source=manifest.source,
+        published_at=utc_now(),
+        metrics=manifest.metrics,
+    )
+
+
+def _to_version(row: VersionRow) -> AdapterVersion:
+    return AdapterVersion(
+        digest=row.digest,
+        base_fingerprint=row.base_fingerprint,
+        rank=row.rank,
+        size_bytes=row.size_bytes,
+        source=row.source,
+        published_at=row.published_at,
+        metrics=row.metrics,
+    )

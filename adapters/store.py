@@ -1,0 +1,159 @@
+"""The artifact store: one folder per adapter version, named by the version's digest and never changed.
+
+Publishing writes to a temporary folder, syncs it to the disk and renames it, so that a kill at any moment leaves either
+nothing or a whole version. The store knows nothing of aliases.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from adapters.errors import IntegrityError, NotFoundError
+from adapters.manifest import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    MANIFEST_FILE,
+    FileReference,
+    Manifest,
+    hash_file,
+    read_manifest,
+)
+
+__all__ = ["ArtifactStore"]
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class ArtifactStore:
+    """Content-addressed folders below `root`; any number of processes may read and publish at the same time."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._incoming = root / ".incoming"
+        self._incoming.mkdir(parents=True, exist_ok=True)
+
+    def folder(self, digest: str) -> Path:
+        """The folder of a published version.
+
+        Raises:
+            NotFoundError: the store has no such version.
+        """
+        if not _DIGEST.fullmatch(digest) or not (self.root / digest).is_dir():
+            raise NotFoundError(f"the store has no version {digest[:64]!r}")
+        return self.root / digest
+
+    def add(self, source: Path, manifest: Manifest) -> tuple[str, int]:
+        """Copy an adapter's two files in, with its manifest, in one atomic step. Adding equal content again is harmless.
+
+        Args:
+            source: A folder in PEFT's layout; only the config and the safetensors file are taken.
+            manifest: What to record; its `files` are filled in here.
+
+        Returns:
+            The version's digest and its size in bytes.
+        """
+        with self.held():
+            temporary = self._incoming / uuid.uuid4().hex
+            temporary.mkdir()
+            files = {name: _copy(source / name, temporary) for name in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE)}
+            complete = manifest.model_copy(update={"files": files})
+            _write_synced(temporary / MANIFEST_FILE, complete.to_bytes())
+            _sync_folder(temporary)
+            self._move_into_place(temporary, complete.digest)
+        return complete.digest, sum(file.size_bytes for file in files.values())
+
+    def verify(self, digest: str) -> Manifest:
+        """Check every file of a version against the manifest, and the manifest against the digest.
+
+        Raises:
+            NotFoundError: no such version.
+            IntegrityError: a file is missing or differs; names it and both hashes.
+        """
+        folder = self.folder(digest)
+        manifest = read_manifest(folder)
+        if manifest.digest != digest:
+            raise IntegrityError(f"the manifest of version {digest} hashes to {manifest.digest}")
+        for name, expected in manifest.files.items():
+            path = folder / name
+            found = hash_file(path) if path.is_file() else "nothing: the file is missing"
+            if found != expected.sha256:
+                raise IntegrityError(f"{name} of version {digest}: expected sha256 {expected.sha256}, found {found}")
+        return manifest
+
+    def remove(self, digest: str) -> None:
+        """Delete a version's folder; readers that have opened its files keep them."""
+        with self.held():
+            trash = self._incoming / uuid.uuid4().hex
+            os.rename(self.folder(digest), trash)
+            shutil.rmtree(trash)
+
+    def digests(self) -> set[str]:
+        """All published versions."""
+        return {path.name for path in self.root.iterdir() if _DIGEST.fullmatch(path.name)}
+
+    def sweep(self, registered: Callable[[], set[str]]) -> int:
+        """Delete what killed publishers left behind; does nothing while anybody publishes.
+
+        Args:
+            registered: Asked, once nobody publishes, for the versions to keep.
+
+        Returns:
+            How many folders were deleted.
+        """
+        with (self._incoming / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return 0
+            leftovers = [path for path in self._incoming.iterdir() if path.is_dir()]
+            leftovers += [self.root / digest for digest in self.digests() - registered()]
+            for path in leftovers:
+                shutil.rmtree(path)
+            return len(leftovers)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep `sweep` away: hold this from before a version's files appear until it is registered. Re-entrant."""
+        # Publishers share the lock, the sweeper takes it alone; the kernel frees it when a process dies.
+        with (self._incoming / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            yield
+
+    def _move_into_place(self, temporary: Path, digest: str) -> None:
+        try:
+            os.rename(temporary, self.root / digest)
+        except OSError:
+            if not (self.root / digest).is_dir():
+                raise
+            shutil.rmtree(temporary)  # somebody has published the same content before
+        _sync_folder(self.root)
+
+
+def _copy(source: Path, folder: Path) -> FileReference:
+    target = folder / source.name
+    shutil.copyfile(source, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+    return FileReference(sha256=hash_file(target), size_bytes=target.stat().st_size)
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

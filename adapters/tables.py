@@ -1,0 +1,155 @@
+"""The database's tables. Only `registry` and `experiments` read or write them."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import JSON, DateTime, Dialect, Float, ForeignKey, Index, Integer, String, TypeDecorator, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+__all__ = [
+    "AliasChangeRow",
+    "AliasRow",
+    "AliasVersionRow",
+    "ArmRow",
+    "ExperimentRow",
+    "ExposureRow",
+    "FeedbackRow",
+    "Table",
+    "VersionRow",
+    "utc_now",
+]
+
+
+def utc_now() -> datetime:
+    """The present moment with its time zone."""
+    return datetime.now(UTC)
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """A moment in UTC. SQLite forgets the time zone, so it is put back on reading."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Attach UTC to what the database returned."""
+        return value if value is None or value.tzinfo else value.replace(tzinfo=UTC)
+
+
+class Table(DeclarativeBase):
+    """Base class of all rows."""
+
+
+class VersionRow(Table):
+    """An immutable adapter version; its files lie in the store under the digest."""
+
+    __tablename__ = "versions"
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    base_fingerprint: Mapped[str] = mapped_column(String(64))
+    rank: Mapped[int] = mapped_column(Integer)
+    size_bytes: Mapped[int] = mapped_column(Integer)
+    source: Mapped[str] = mapped_column(String(16))
+    published_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    metrics: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class AliasVersionRow(Table):
+    """Version N of an alias. Rows are added and removed, never changed."""
+
+    __tablename__ = "alias_versions"
+    alias: Mapped[str] = mapped_column(String(63), primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    digest: Mapped[str] = mapped_column(ForeignKey("versions.digest"), index=True)
+
+
+class AliasRow(Table):
+    """Where an alias points; promote and rollback change exactly this row.
+
+    A removed alias stays with `number` None, so that its version numbers are never given to other content.
+    """
+
+    __tablename__ = "aliases"
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    number: Mapped[int | None] = mapped_column(Integer)
+    last_number: Mapped[int] = mapped_column(Integer)
+    updated_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class AliasChangeRow(Table):
+    """One move of an alias; append-only."""
+
+    __tablename__ = "alias_changes"
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    alias: Mapped[str] = mapped_column(String(63), index=True)
+    action: Mapped[str] = mapped_column(String(16))
+    from_number: Mapped[int | None] = mapped_column(Integer)
+    to_number: Mapped[int] = mapped_column(Integer)
+    changed_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class ExperimentRow(Table):
+    """A split of one alias; the partial index allows one running experiment an alias."""
+
+    __tablename__ = "experiments"
+    __table_args__ = (
+        Index(
+            "one_running_experiment_per_alias",
+            "alias",
+            unique=True,
+            sqlite_where=text("state = 'running'"),
+            postgresql_where=text("state = 'running'"),
+        ),
+    )
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    alias: Mapped[str] = mapped_column(String(63), index=True)
+    salt: Mapped[str] = mapped_column(String(64))
+    state: Mapped[str] = mapped_column(String(16))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    stopped_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class ArmRow(Table):
+    """One arm of an experiment; `position` keeps the order in which arms were given."""
+
+    __tablename__ = "arms"
+    experiment_id: Mapped[str] = mapped_column(ForeignKey("experiments.id"), primary_key=True)
+    position: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    name: Mapped[str] = mapped_column(String(32))
+    number: Mapped[int] = mapped_column(Integer)
+    digest: Mapped[str] = mapped_column(String(64))
+    weight: Mapped[float] = mapped_column(Float)
+
+
+class ExposureRow(Table):
+    """One request that was admitted, and how it ended."""
+
+    __tablename__ = "exposures"
+    response_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    served_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    alias: Mapped[str] = mapped_column(String(63), index=True)
+    route: Mapped[str] = mapped_column(String(16))
+    number: Mapped[int | None] = mapped_column(Integer)
+    digest: Mapped[str | None] = mapped_column(String(64))
+    experiment_id: Mapped[str | None] = mapped_column(String(32), index=True)
+    arm: Mapped[str | None] = mapped_column(String(32))
+    unit: Mapped[str] = mapped_column(String(64))
+    unit_source: Mapped[str] = mapped_column(String(16))
+    prompt_tokens: Mapped[int] = mapped_column(Integer)
+    completion_tokens: Mapped[int] = mapped_column(Integer)
+    ttft_ms: Mapped[float | None] = mapped_column(Float)
+    total_ms: Mapped[float] = mapped_column(Float)
+    finish_reason: Mapped[str | None] = mapped_column(String(32))
+    error: Mapped[str | None] = mapped_column(String(500))
+
+
+class FeedbackRow(Table):
+    """An outcome for one response; the latest value for a metric replaces the one before."""
+
+    __tablename__ = "feedback"
+    response_id: Mapped[str] = mapped_column(ForeignKey("exposures.response_id"), primary_key=True)
+    metric: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[float] = mapped_column(Float)
+    comment: Mapped[str | None] = mapped_column(String(2000))
+    reported_at: Mapped[datetime] = mapped_column(UtcDateTime)

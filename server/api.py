@@ -1,0 +1,214 @@
+"""The LitServe seam: the only file that knows its loops, specs and queues.
+
+LitServe gives the processes (an API process, an engine worker, a monitor that restarts it) and the transport between
+them. The routes are ours, since its OpenAI layer reports wrong finish reasons and loses errors in streams; the loop is
+ours, since its continuous-batching loop ends for good on one exception.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue as queues
+import secrets
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import structlog
+from fastapi import APIRouter, FastAPI
+from litserve import LitAPI, LitServer
+from litserve.loops.base import LitLoop
+from litserve.specs.base import LitSpec
+from litserve.utils import LitAPIStatus, LoopResponseType, ResponseBufferItem
+
+from adapters.settings import CoreSettings
+from server.config import ServeSettings
+from server.engine.core import EngineEvent
+from server.engine.scheduler import Engine
+from server.engine_factory import build_engine
+from server.messages import ENGINE_CHANNEL, CancelCommand, EngineMessage, EngineStatus, SubmitCommand
+from server.observe import configure_logging
+
+__all__ = ["EngineAPI", "EngineLoop", "LitServeTransport", "RoutesSpec", "build_server", "wrap_lifespan"]
+
+_log = structlog.get_logger(__name__)
+
+_CONSUMER_ID = 0  # one API process; see docs/decisions/0003
+_IDLE_WAIT_S = 0.2
+_HEARTBEAT_S = 1.0
+_HIDDEN_PATHS = frozenset({"/", "/info", "/litserve-health"})
+
+
+class EngineAPI(LitAPI):
+    """What LitServe hands to the worker process: plain settings there, the engine after `setup`."""
+
+    def __init__(self, core: CoreSettings, serve: ServeSettings, spec: LitSpec) -> None:
+        super().__init__(spec=spec, loop=EngineLoop(), stream=True)
+        self.core = core
+        self.serve = serve
+        self.engine: Engine | None = None
+
+    def setup(self, device: str) -> None:
+        """Load the base model and build the engine; runs in the worker. Our own setting chooses the device."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches the whole group; the parent ends the worker
+        configure_logging(self.serve.log_level)
+        self.engine = build_engine(self.core, self.serve)
+
+
+class EngineLoop(LitLoop):  # type: ignore[misc]  # LitServe ships no types
+    """Steps the engine for ever: takes commands, computes, sends one message a step."""
+
+    def run(
+        self,
+        lit_api: EngineAPI,
+        device: str,
+        worker_id: int,
+        request_queue: Any,
+        transport: Any,
+        workers_setup_status: Any,
+        callback_runner: Any,
+    ) -> None:
+        """Called by LitServe in the worker, after `setup`."""
+        engine = lit_api.engine
+        assert engine is not None, "LitServe calls setup first"
+        epoch = secrets.token_hex(4)
+        last_sent = 0.0
+        while True:
+            events = [
+                event
+                for command in _take_commands(request_queue, wait=engine.is_idle)
+                for event in _obey(engine, command, epoch)
+            ]
+            events += engine.step()
+            if events or time.monotonic() - last_sent > _HEARTBEAT_S:
+                message = EngineMessage(_status(engine, epoch), tuple(events))
+                self.put_response(
+                    transport, _CONSUMER_ID, ENGINE_CHANNEL, message, LitAPIStatus.OK, LoopResponseType.STREAMING
+                )
+                last_sent = time.monotonic()
+            elif not engine.num_running and not engine.is_idle:
+                time.sleep(0.001)  # only a load is under way: leave the processor to the loader thread
+
+
+class RoutesSpec(LitSpec):  # type: ignore[misc]  # LitServe ships no types
+    """Tells LitServe that the routes are ours; they are included in the app by `build_server`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.api_path = "/v1/chat/completions"
+
+    @property
+    def stream(self) -> bool:
+        """Whether outputs come in several messages a request."""
+        return True
+
+    def decode_request(self, request: Any, context_kwargs: Any = None) -> Any:
+        """Unused: our loop reads the queue itself."""
+        return request
+
+    def encode_response(self, output: Any, context_kwargs: Any = None) -> Any:
+        """Unused: our loop sends messages itself."""
+        return output
+
+
+class LitServeTransport:
+    """An API process's end of the line: sends commands, receives messages. Use it from the event loop only."""
+
+    def __init__(self, spec: RoutesSpec) -> None:
+        self._queue = spec.request_queue
+        self._item = ResponseBufferItem(event=asyncio.Event(), response_queue=deque())
+        spec.response_buffer[ENGINE_CHANNEL] = self._item
+
+    async def send(self, command: SubmitCommand | CancelCommand) -> None:
+        """Put a command on the worker's queue; it lives in another process, so this leaves the event loop."""
+        await asyncio.to_thread(self._queue.put, command)
+
+    async def receive(self) -> list[EngineMessage]:
+        """Wait for messages and return all that have come."""
+        await self._item.event.wait()
+        self._item.event.clear()
+        messages = []
+        while self._item.response_queue:
+            message, _status_code = self._item.response_queue.popleft()
+            messages.append(message)
+        return messages
+
+
+def build_server(
+    core: CoreSettings,
+    serve: ServeSettings,
+    router: APIRouter,
+    configure_app: Callable[[FastAPI, RoutesSpec], None],
+) -> LitServer:
+    """Make a LitServe server with our routes and without its own.
+
+    Args:
+        core: Base model and device, for the worker.
+        serve: Limits and address.
+        router: Our routes.
+        configure_app: Adds middleware, error handlers and start-up to the app; given the spec for the transport.
+    """
+    spec = RoutesSpec()
+    # The worker picks the device itself, so that both settings and its absence mean one thing everywhere.
+    server = LitServer(
+        EngineAPI(core, serve, spec),
+        accelerator="cpu",
+        devices=1,
+        workers_per_device=1,
+        timeout=False,
+        healthcheck_path="/litserve-health",
+        restart_workers=True,
+    )
+    app: FastAPI = server.app
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in _HIDDEN_PATHS]
+    app.include_router(router)
+    configure_app(app, spec)
+    return server
+
+
+def wrap_lifespan(app: FastAPI, start: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -> None:
+    """Run `start` inside LitServe's own lifespan, which moves messages from the transport to the buffers."""
+    inner = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(started: Any) -> Any:
+        async with inner(started), start(app):
+            yield
+
+    app.router.lifespan_context = lifespan
+
+
+def _take_commands(queue: Any, *, wait: bool) -> list[SubmitCommand | CancelCommand]:
+    """All commands on the queue; waits a moment for the first if there is nothing else to do."""
+    commands: list[SubmitCommand | CancelCommand] = []
+    try:
+        while True:
+            if wait and not commands:
+                commands.append(queue.get(timeout=_IDLE_WAIT_S))
+            else:
+                commands.append(queue.get_nowait())
+    except queues.Empty:
+        return commands
+
+
+def _obey(engine: Engine, command: SubmitCommand | CancelCommand, epoch: str) -> list[EngineEvent]:
+    if isinstance(command, CancelCommand):
+        return engine.cancel(command.request_id)
+    # A request that was sent to a worker before this one has been answered with an error when that worker died.
+    return engine.submit(command.request) if command.epoch == epoch else []
+
+
+def _status(engine: Engine, epoch: str) -> EngineStatus:
+    return EngineStatus(
+        epoch=epoch,
+        pid=os.getpid(),
+        num_running=engine.num_running,
+        num_waiting=engine.num_waiting,
+        resident=tuple(engine.residency.resident),
+    )
+
+

@@ -1,0 +1,105 @@
+"""From exceptions to HTTP answers: one table, complete by test, and one envelope for every route."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from adapters import errors as core
+from server.schemas import error_body
+
+__all__ = ["ANSWERS", "Answer", "describe_error", "install_error_handlers"]
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How one kind of error looks on the wire. `is_public` False hides the message: it may name files."""
+
+    status: int
+    kind: str
+    code: str
+    is_public: bool = True
+
+
+# The most specific class of an exception's ancestry decides.
+ANSWERS: dict[type[core.HotswapError], Answer] = {
+    core.HotswapError: Answer(500, "server_error", "internal_error", is_public=False),
+    core.InvalidInputError: Answer(400, "invalid_request_error", "invalid_value"),
+    core.InvalidNameError: Answer(404, "invalid_request_error", "model_not_found"),
+    core.ConfigurationError: Answer(500, "server_error", "configuration_error", is_public=False),
+    core.DataError: Answer(400, "invalid_request_error", "invalid_data"),
+    core.PromptTooLongError: Answer(400, "invalid_request_error", "context_length_exceeded"),
+    core.AdapterRejectedError: Answer(500, "server_error", "adapter_rejected"),
+    core.FingerprintMismatchError: Answer(500, "server_error", "fingerprint_mismatch"),
+    core.RankTooHighError: Answer(500, "server_error", "rank_too_high"),
+    core.AdapterConfigError: Answer(500, "server_error", "adapter_config_unsupported"),
+    core.AdapterWeightsError: Answer(500, "server_error", "adapter_weights_invalid"),
+    core.NotFoundError: Answer(404, "invalid_request_error", "not_found"),
+    core.ConflictError: Answer(409, "invalid_request_error", "conflict"),
+    core.IntegrityError: Answer(500, "server_error", "integrity_error", is_public=False),
+    core.BaseModelError: Answer(500, "server_error", "base_model_error", is_public=False),
+    core.OverloadedError: Answer(429, "rate_limit_error", "overloaded"),
+    core.EngineUnavailableError: Answer(503, "server_error", "engine_unavailable"),
+    core.EngineFailureError: Answer(500, "server_error", "engine_failure"),
+}
+_HIDDEN_MESSAGE = "the server failed to answer; its log has the reason under this request's id"
+_RETRY_SOON_S = 2
+
+
+def describe_error(error: core.HotswapError) -> tuple[Answer, dict[str, Any]]:
+    """The answer's row in the table and the body in the envelope."""
+    answer = next(ANSWERS[kind] for kind in type(error).__mro__ if kind in ANSWERS)
+    message = str(error) if answer.is_public else _HIDDEN_MESSAGE
+    return answer, error_body(message, kind=answer.kind, param=getattr(error, "param", None), code=answer.code)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Make every error of every route leave in the envelope."""
+    app.add_exception_handler(core.HotswapError, _answer_known)
+    app.add_exception_handler(RequestValidationError, _answer_invalid_body)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(Exception, _answer_unknown)
+
+
+async def _answer_known(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, core.HotswapError)
+    answer, body = describe_error(error)
+    headers = {}
+    if isinstance(error, core.OverloadedError):
+        headers["retry-after"] = str(error.retry_after_s)
+    elif answer.status == 503:
+        headers["retry-after"] = str(_RETRY_SOON_S)
+    if answer.status >= 500:
+        _log.error("request_failed", path=request.url.path, error=str(error), kind=type(error).__name__)
+    return JSONResponse(body, status_code=answer.status, headers=headers)
+
+
+async def _answer_invalid_body(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"] if part != "body"]
+    param = ".".join(path) or None
+    if first["type"] == "extra_forbidden":
+        message, code = f"unknown or unsupported field {param!r}", "unknown_field"
+    else:
+        message, code = (f"{param}: {first['msg']}" if param else first["msg"]), "invalid_value"
+    return JSONResponse(error_body(message, kind="invalid_request_error", param=param, code=code), status_code=400)
+
+
+async def _answer_http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    body = error_body(f"{error.detail}: {request.method} {request.url.path}", kind="invalid_request_error")
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _answer_unknown(request: Request, error: Exception) -> JSONResponse:
+    _log.error("request_crashed", path=request.url.path, exc_info=error)
+    return JSONResponse(error_body(_HIDDEN_MESSAGE, kind="server_error", code="internal_error"), status_code=500)

@@ -1,0 +1,11 @@
+"""The HTTP routes, a file a topic; `router` holds all of them."""
+
+from fastapi import APIRouter
+
+from server.routes import chat, experiments, models, operations
+
+__all__ = ["router"]
+
+router = APIRouter()
+for topic in (chat, models, experiments, operations):
+    router.include_router(topic.router)

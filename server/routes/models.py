@@ -1,0 +1,47 @@
+"""GET /v1/models: the base model, every alias and every version that a client can call."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime
+from typing import Any
+
+from fastapi import APIRouter
+
+from adapters.errors import InvalidNameError
+from adapters.records import BASE_MODEL_NAME
+from adapters.registry import Registry
+from server.services import CurrentServices
+
+__all__ = ["router"]
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def list_models(services: CurrentServices) -> dict[str, Any]:
+    """Everything that `model` may name."""
+    return {"object": "list", "data": await asyncio.to_thread(_models, services.registry)}
+
+
+@router.get("/v1/models/{name}")
+async def retrieve_model(name: str, services: CurrentServices) -> dict[str, Any]:
+    """One model by its name."""
+    for model in await asyncio.to_thread(_models, services.registry):
+        if model["id"] == name:
+            return model
+    raise InvalidNameError(f"there is no model {name[:80]!r}", param="model")
+
+
+def _models(registry: Registry) -> list[dict[str, Any]]:
+    models = [_model(BASE_MODEL_NAME, None, parent=None)]
+    for alias in registry.aliases():
+        models.append(_model(alias.name, alias.updated_at, parent=alias.current.label))
+        for version in registry.versions(alias.name):
+            models.append(_model(version.label, version.version.published_at, parent=BASE_MODEL_NAME))
+    return models
+
+
+def _model(name: str, created: datetime | None, *, parent: str | None) -> dict[str, Any]:
+    seconds = int(created.timestamp()) if created else 0
+    return {"id": name, "object": "model", "created": seconds, "owned_by": "hotswap", "parent": parent}

@@ -1,0 +1,33 @@
+"""What a route may use, joined once per API process by `app`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from adapters.experiments import ExperimentService
+from adapters.registry import Registry
+from server.chat import ChatService
+from server.engine_client import EngineClient
+
+__all__ = ["CurrentServices", "Services"]
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The parts of a running API process."""
+
+    registry: Registry
+    experiments: ExperimentService
+    engine: EngineClient
+    chat: ChatService
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+CurrentServices = Annotated[Services, Depends(_services)]

@@ -1,0 +1,1 @@
+"""What tests share: tiny real models, adapters with random weights, example conversations."""
