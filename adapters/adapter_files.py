@@ -1,6 +1,6 @@
-"""Reads a LoRA adapter in PEFT's layout, strictly: a schema of our own for the config, safetensors only for the weights.
+"""Reads a LoRA adapter in PEFT's layout, strictly: a schema of our own for the config, safetensors for the weights.
 
-PEFT's own config can name modules to import and options that the engine does not compute; both are refused by name here.
+PEFT's own config can name modules to import and options that the engine does not compute; both are refused by name.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class AdapterConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class AdapterWeights:
-    """Validated tensors by module path: A `[rank, in_features]`, B `[out_features, rank]` with the scaling folded in."""
+    """Validated tensors by module path: A `[rank, in_features]`, B `[out_features, rank]` with the scaling in it."""
 
     rank: int
     modules: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -145,11 +145,12 @@ def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        tensors: dict[str, torch.Tensor] = load_file(path)
     except FileNotFoundError:
         raise AdapterWeightsError(f"{ADAPTER_WEIGHTS_FILE} is missing (other formats are not read)") from None
     except (SafetensorError, ValueError) as error:
         raise AdapterWeightsError(f"{ADAPTER_WEIGHTS_FILE} is not a safetensors file: {error}") from None
+    return tensors
 
 
 def _group_by_module(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
@@ -171,7 +172,8 @@ def _check_pair(
     a, b = pair["A"], pair["B"]
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise AdapterWeightsError(
-            f"{module}: expected lora_A [{rank}, in] and lora_B [out, {rank}], found {list(a.shape)} and {list(b.shape)}"
+            f"{module}: expected lora_A [{rank}, in] and lora_B [out, {rank}], "
+            f"found {list(a.shape)} and {list(b.shape)}"
         )
     for side, tensor in pair.items():
         if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):

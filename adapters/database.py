@@ -1,4 +1,4 @@
-"""Opens the SQL database, migrated to the newest revision: SQLite in WAL mode by default, any SQLAlchemy URL otherwise."""
+"""Opens the SQL database, migrated to the newest revision: SQLite in WAL mode by default, else any SQLAlchemy URL."""
 
 from __future__ import annotations
 

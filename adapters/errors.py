@@ -1,23 +1,23 @@
 """Every error that a user, a file or the network can cause, in one tree.
 
-    HotswapError
-    |- InvalidInputError            what was given is wrong; the message says what was expected and where
-    |  |- InvalidNameError          an alias, version or model name that breaks the grammar
-    |  |- ConfigurationError        a setting that is unknown or out of bounds
-    |  |- DataError                 a row of training data; names file, line and field
-    |  |- PromptTooLongError        the rendered prompt leaves no room in the context
-    |  |- AdapterRejectedError      an adapter that can't be served
-    |     |- FingerprintMismatchError   made for another base model
-    |     |- RankTooHighError           does not fit the slots
-    |     |- AdapterConfigError         adapter_config.json asks for something unsupported
-    |     |- AdapterWeightsError        tensors missing, misshapen, not finite or without effect
-    |- NotFoundError                no such alias, version, experiment, response or base model
-    |- ConflictError                the request is fine, the present state forbids it
-    |- IntegrityError               a stored file is not what its manifest says
-    |- BaseModelError               the base model can't be fetched, read or supported
-    |- OverloadedError              the queue is full: try again later
-    |- EngineUnavailableError       the engine is starting, draining or has died
-    |- EngineFailureError           a step of the model failed under this request
+HotswapError
+|- InvalidInputError            what was given is wrong; the message says what was expected and where
+|  |- InvalidNameError          an alias, version or model name that breaks the grammar
+|  |- ConfigurationError        a setting that is unknown or out of bounds
+|  |- DataError                 a row of training data; names file, line and field
+|  |- PromptTooLongError        the rendered prompt leaves no room in the context
+|  |- AdapterRejectedError      an adapter that can't be served
+|     |- FingerprintMismatchError   made for another base model
+|     |- RankTooHighError           does not fit the slots
+|     |- AdapterConfigError         adapter_config.json asks for something unsupported
+|     |- AdapterWeightsError        tensors missing, misshapen, not finite or without effect
+|- NotFoundError                no such alias, version, experiment, response or base model
+|- ConflictError                the request is fine, the present state forbids it
+|- IntegrityError               a stored file is not what its manifest says
+|- BaseModelError               the base model can't be fetched, read or supported
+|- OverloadedError              the queue is full: try again later
+|- EngineUnavailableError       the engine is starting, draining or has died
+|- EngineFailureError           a step of the model failed under this request
 """
 
 from __future__ import annotations

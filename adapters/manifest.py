@@ -1,4 +1,4 @@
-"""The manifest of an adapter version: what it was made from and the hash of every file. Its own hash is the version's name."""
+"""The manifest of an adapter version: what it was made from, and every file's hash. Its own hash names the version."""
 
 from __future__ import annotations
 

@@ -311,7 +311,9 @@ def _load_alias(session: Session, name: str) -> Alias:
 
 
 def _changes(session: Session, alias: str) -> list[AliasChangeRow]:
-    return list(session.scalars(select(AliasChangeRow).where(AliasChangeRow.alias == alias).order_by(AliasChangeRow.id)))
+    return list(
+        session.scalars(select(AliasChangeRow).where(AliasChangeRow.alias == alias).order_by(AliasChangeRow.id))
+    )
 
 
 def _action(row: AliasChangeRow) -> ChangeAction:

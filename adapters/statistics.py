@@ -59,9 +59,10 @@ def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> MeanE
 def difference_interval(
     treatment: Sequence[float], control: Sequence[float], *, confidence: float = 0.95
 ) -> Interval | None:
-    """Interval for mean(treatment) - mean(control), variances not assumed equal; None with fewer than two units a side or no variation.
+    """Interval for mean(treatment) - mean(control), variances not assumed equal.
 
-    Where all values are 0 or 1 it is Newcombe's hybrid of two Wilson intervals, otherwise Welch's t.
+    None with fewer than two units a side, or where nothing varies. Where all values are 0 or 1 it is Newcombe's hybrid
+    of two Wilson intervals, otherwise Welch's t.
 
     Source: Welch (1947), Biometrika 34:28; Newcombe (1998), Statistics in Medicine 17:873, method 10.
     """

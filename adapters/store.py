@@ -50,7 +50,7 @@ class ArtifactStore:
         return self.root / digest
 
     def add(self, source: Path, manifest: Manifest) -> tuple[str, int]:
-        """Copy an adapter's two files in, with its manifest, in one atomic step. Adding equal content again is harmless.
+        """Copy an adapter's two files in, with its manifest, in one atomic step. Adding equal content again is fine.
 
         Args:
             source: A folder in PEFT's layout; only the config and the safetensors file are taken.

@@ -43,7 +43,7 @@ _HEARTBEAT_S = 1.0
 _HIDDEN_PATHS = frozenset({"/", "/info", "/litserve-health"})
 
 
-class EngineAPI(LitAPI):
+class EngineAPI(LitAPI):  # type: ignore[misc]  # LitServe ships no types
     """What LitServe hands to the worker process: plain settings there, the engine after `setup`."""
 
     def __init__(self, core: CoreSettings, serve: ServeSettings, spec: LitSpec) -> None:
@@ -210,5 +210,3 @@ def _status(engine: Engine, epoch: str) -> EngineStatus:
         num_waiting=engine.num_waiting,
         resident=tuple(engine.residency.resident),
     )
-
-

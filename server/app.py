@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
+from types import FrameType
 
+import structlog
 from fastapi import FastAPI
 
 from adapters.base_files import pull_base
@@ -29,6 +33,8 @@ from server.services import Services
 
 __all__ = ["serve"]
 
+_log = structlog.get_logger(__name__)
+
 
 def serve(core: CoreSettings, settings: ServeSettings) -> None:
     """Serve until SIGTERM or Ctrl+C; running answers are finished first.
@@ -37,7 +43,7 @@ def serve(core: CoreSettings, settings: ServeSettings) -> None:
         BaseModelError: the base model can't be fetched.
     """
     configure_logging(settings.log_level)
-    pull_base(core.base, core.home)
+    settings = _fit_context(settings, pull_base(core.base, core.home))
     _open_registry(core).sweep()
 
     def configure_app(app: FastAPI, spec: RoutesSpec) -> None:
@@ -47,8 +53,7 @@ def serve(core: CoreSettings, settings: ServeSettings) -> None:
         wrap_lifespan(app, lambda started: _running_services(started, spec, core, settings))
 
     server = build_server(core, settings, router, configure_app)
-    # LitServe shuts down in good order on KeyboardInterrupt only; SIGTERM is what process managers send.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _interrupt_parent(os.getpid()))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     server.run(
         host=settings.host,
@@ -79,6 +84,30 @@ async def _running_services(
         with contextlib.suppress(asyncio.CancelledError):
             await listening
         registry.database.close()
+
+
+def _fit_context(settings: ServeSettings, base_folder: Path) -> ServeSettings:
+    """Lower the limits to the positions that the base model was trained for."""
+    positions = json.loads((base_folder / "config.json").read_bytes()).get("max_position_embeddings")
+    if positions is None or settings.max_context <= positions:
+        return settings
+    _log.warning("context_lowered", configured=settings.max_context, base_model_allows=positions)
+    limits = {"max_context": positions, "max_tokens": min(settings.max_tokens, positions // 2)}
+    return settings.model_copy(update=limits)
+
+
+def _interrupt_parent(parent: int) -> Callable[[int, FrameType | None], None]:
+    """A handler that turns SIGTERM, which process managers send, into what LitServe shuts down in good order on.
+
+    The API process is forked with it, has a handler of its own while it serves, and must not raise when uvicorn repeats
+    the signal at the end.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == parent:
+            raise KeyboardInterrupt
+
+    return handle
 
 
 def _open_registry(core: CoreSettings) -> Registry:

@@ -18,6 +18,7 @@ from adapters.errors import (
     HotswapError,
     InvalidNameError,
     NotFoundError,
+    OverloadedError,
     PromptTooLongError,
 )
 from adapters.experiments import ExperimentService
@@ -111,7 +112,8 @@ class ChatService:
                     _raise_failure(event)
                 yield event
         except HotswapError as error:
-            if call.finish_reason is None and self._was_admitted(call, error):
+            # A failure that came as an event has been recorded above; a refused request was never exposed to anything.
+            if call.finish_reason is None and not isinstance(error, OverloadedError):
                 call.error = str(error)
                 await self._record(call)
             raise
@@ -150,9 +152,6 @@ class ChatService:
         call.completion_tokens = event.completion_tokens
         call.finish_reason = event.finish_reason
         call.error = event.error
-
-    def _was_admitted(self, call: ChatCall, error: HotswapError) -> bool:
-        return type(error).__name__ != "OverloadedError"
 
     async def _record(self, call: ChatCall) -> None:
         ended = time.monotonic()

@@ -18,8 +18,9 @@ class ServeSettings(SettingsSection):
     model_config = SettingsConfigDict(env_prefix="HOTSWAP_SERVE_", extra="forbid", frozen=True)
     table: ClassVar[str | None] = "serve"
 
-    host: Literal["127.0.0.1", "0.0.0.0", "::"] = Field(
-        "127.0.0.1", description="Address to listen on. There are no API keys yet: anything but loopback is open to all."
+    host: Literal["127.0.0.1", "0.0.0.0", "::"] = Field(  # noqa: S104 - the user's choice, loopback by default
+        "127.0.0.1",
+        description="Address to listen on. There are no API keys yet: anything but loopback is open to all.",
     )
     port: int = Field(8000, ge=1024, le=65535, description="Port to listen on.")
     slots: int = Field(8, ge=1, le=256, description="Adapters on the device at once, besides the base model.")

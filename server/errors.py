@@ -77,7 +77,7 @@ async def _answer_known(request: Request, error: Exception) -> JSONResponse:
         headers["retry-after"] = str(error.retry_after_s)
     elif answer.status == 503:
         headers["retry-after"] = str(_RETRY_SOON_S)
-    if answer.status >= 500:
+    if answer.status == 500:
         _log.error("request_failed", path=request.url.path, error=str(error), kind=type(error).__name__)
     return JSONResponse(body, status_code=answer.status, headers=headers)
 

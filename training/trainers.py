@@ -44,7 +44,7 @@ def add_adapter(base: LoadedBase, settings: TrainSettings) -> PeftModel:
     set_seed(settings.seed)
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT computes with any number
+        lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
@@ -110,7 +110,7 @@ def train_sft(
 
 
 class _MaskedLossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
-    """TRL's trainer with our loss: the same value without entropy and accuracy over the whole vocabulary at each step."""
+    """TRL's trainer with our loss: the same value, without entropy and accuracy over the vocabulary at each step."""
 
     def compute_loss(
         self,
@@ -120,7 +120,7 @@ class _MaskedLossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no type
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Mean cross-entropy over the tokens of the whole optimiser step that carry loss."""
-        assert not return_outputs and num_items_in_batch is not None, "only the training step calls this"
+        assert num_items_in_batch is not None, "only the training step calls this"
         return summed_loss(model.get_base_model(), inputs) / num_items_in_batch
 
 

@@ -1,4 +1,4 @@
-"""One training run from a file to a published version. Checks everything that can be checked before it loads a model."""
+"""One training run from a file to a published version. Checks all that can be checked before it loads a model."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def _validate(
 
 
 def _describe(
-    folder: Path, base: LoadedBase, data: _RenderedData, settings: TrainSettings, metrics: dict[str, object]
+    folder: Path, base: LoadedBase, data: _RenderedData, settings: TrainSettings, metrics: dict[str, float | None]
 ) -> Manifest:
     """Check what was saved as strictly as the server will, and write down where it comes from."""
     _sort_target_modules(folder / ADAPTER_CONFIG_FILE)

@@ -80,7 +80,9 @@ def check_supported(model: PreTrainedModel) -> None:
     """
     family = model.config.model_type
     if family not in _SUPPORTED_FAMILIES:
-        raise BaseModelError(f"models of type {family!r} are not supported; {', '.join(sorted(_SUPPORTED_FAMILIES))} are")
+        raise BaseModelError(
+            f"models of type {family!r} are not supported; {', '.join(sorted(_SUPPORTED_FAMILIES))} are"
+        )
 
 
 def install_attention(model: PreTrainedModel) -> None:
@@ -148,7 +150,7 @@ def _decode(
 def _prefill(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, chunk: Chunk, scaling: float, window: int | None
 ) -> torch.Tensor:
-    """A prompt chunk against all of its row so far: `query [1, heads, count, head_dim]` -> `[count, heads, head_dim]`."""
+    """A prompt chunk against its row so far: `query [1, heads, count, head_dim]` -> `[count, heads, head_dim]`."""
     end = chunk.position + chunk.count
     mask = None
     if chunk.position > 0 or window is not None:

@@ -1,4 +1,4 @@
-"""The KV cache: one row per running request, rows kept together at the front so that a decode step needs no gathering."""
+"""The KV cache: one row per running request, rows kept together in front so that a decode step needs no gathering."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ __all__ = ["KVCache"]
 class KVCache:
     """Keys and values of all layers, `[rows, kv_heads, max_tokens, head_dim]` each. Memory is used as rows fill up."""
 
-    def __init__(self, config: Any, *, num_rows: int, max_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: Any, *, num_rows: int, max_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         num_heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
         shape = (num_rows, getattr(config, "num_key_value_heads", None) or num_heads, max_tokens, head_dim)

@@ -1,4 +1,4 @@
-"""Which adapter version is in which slot: loads off the hot path, evicts the least recently used that nobody runs on."""
+"""Which version is in which slot: loads off the hot path, evicts the least recently used that nobody runs on."""
 
 from __future__ import annotations
 

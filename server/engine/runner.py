@@ -37,9 +37,7 @@ class ModelRunner:
         dtype = model.get_input_embeddings().weight.dtype
         self._model = model
         self.device: torch.device = model.device
-        self.cache = KVCache(
-            model.config, num_rows=max_batch, max_tokens=max_context, dtype=dtype, device=self.device
-        )
+        self.cache = KVCache(model.config, num_rows=max_batch, max_tokens=max_context, dtype=dtype, device=self.device)
         self.slots = AdapterSlots(model, num_slots=num_slots, max_rank=max_rank, dtype=dtype)
         install_attention(model)
 

@@ -201,4 +201,3 @@ class Engine:
 
 def _final(sequence: Sequence, reason: FinishReason, *, text: str = "", error: str | None = None) -> EngineEvent:
     return EngineEvent(sequence.request.id, text, len(sequence.generated), reason, error)
-

@@ -37,8 +37,10 @@ def _models(registry: Registry) -> list[dict[str, Any]]:
     models = [_model(BASE_MODEL_NAME, None, parent=None)]
     for alias in registry.aliases():
         models.append(_model(alias.name, alias.updated_at, parent=alias.current.label))
-        for version in registry.versions(alias.name):
-            models.append(_model(version.label, version.version.published_at, parent=BASE_MODEL_NAME))
+        models += [
+            _model(version.label, version.version.published_at, parent=BASE_MODEL_NAME)
+            for version in registry.versions(alias.name)
+        ]
     return models
 
 

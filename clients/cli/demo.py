@@ -1,0 +1,338 @@
+"""`hotswap demo`: the whole life of adapters in a few minutes, on the example data.
+
+It does nothing that a user could not do: every step runs the command line or speaks HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clients.cli.options import BaseOption, DeviceOption, HomeOption, load_core
+from clients.cli.output import console, format_loss, make_table
+
+if TYPE_CHECKING:
+    from clients.http import ChatAnswer
+    from clients.load import LoadResult
+
+__all__ = ["demo"]
+
+_EXAMPLES_DIR = Path(__file__).resolve().parents[2] / "examples"
+_DOMAINS = ("legal", "medical", "support")
+_QUESTION = "I slipped at the gym, my knee is swollen, and now they refuse to cancel my membership. What should I do?"
+_FIRST = ("--epochs", "1", "--batch-size", "4", "--learning-rate", "1e-3")
+_SECOND = ("--epochs", "2", "--batch-size", "4", "--learning-rate", "1e-3", "--seed", "1")
+_METRIC = "ends_with_ticket"
+_TICKET_LINE = re.compile(r"\nTicket: [A-Z]+-P[123] \| Next update within \d+ \w+$")
+_SWAP_REQUESTS = 48
+_NUM_USERS = 48
+_CONCURRENCY = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    label: str
+    num_rows: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Swap:
+    versions: dict[str, int]
+    num_failed: int
+    seconds_to_first: float
+    tokens_per_second: float
+
+
+def demo(
+    fresh: Annotated[bool, typer.Option(help="Train again instead of using what is there.")] = False,
+    examples: Annotated[Path, typer.Option(help="Folder with the example data.", show_default=False)] = _EXAMPLES_DIR,
+    home: HomeOption = None,
+    base: BaseOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Train three adapters, serve them, swap one under load, run an A/B split, and show what happened."""
+    core = load_core(home, base=base, device=device)
+    environment = {"HOTSWAP_HOME": str(core.home), "HOTSWAP_BASE": core.base, "HOTSWAP_DEVICE": core.device}
+    shell = _Shell(os.environ | environment)
+    from clients.local_server import running_server
+
+    started = time.monotonic()
+    console.rule("1  The base model")
+    pulled = shell.json("base", "pull")
+    console.print(f"{pulled['name']} in {pulled['folder']}, fingerprint {pulled['fingerprint'][:12]}")
+    console.rule("2  One adapter per domain")
+    trained = [
+        _train_once(shell, domain, 1, examples, _FIRST, fingerprint=pulled["fingerprint"], fresh=fresh)
+        for domain in _DOMAINS
+    ]
+    console.rule("3  A second version of support, published but not live")
+    candidate = _train_once(shell, "support", 2, examples, _SECOND, fingerprint=pulled["fingerprint"], fresh=fresh)
+    stable = trained[-1]
+    shell.json("adapters", "promote", stable.label)
+    console.rule("4  One server for all")
+    log = core.home / "demo-server.log"
+    with contextlib.ExitStack() as stack:
+        with console.status("starting the server and loading the base model in 4 bits"):
+            url = stack.enter_context(running_server(shell.environment, log, "--log-level", "warning"))
+        console.print(f"listening on {url} (its log: {log})", soft_wrap=True)
+        answers = asyncio.run(_ask_everybody(url))
+        console.rule(f"5  Swap {stable.label} for {candidate.label} while {_SWAP_REQUESTS} requests run")
+        swap = asyncio.run(_swap_under_load(shell, url, stable.label, candidate.label))
+        console.rule(f"6  A/B test: {_NUM_USERS} users, half on {stable.label}, half on {candidate.label}")
+        report = asyncio.run(_split_traffic(shell, url, stable.label, candidate.label))
+    console.rule("Summary")
+    _print_summary([*trained, candidate], answers, swap, report)
+    console.print(f"Done in {time.monotonic() - started:.0f} s; the server is stopped. Next:")
+    for line in _next_commands(core.home):
+        console.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+class _Shell:
+    """Runs `hotswap` commands with the demo's home folder."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.environment = environment
+
+    def json(self, *arguments: str) -> Any:
+        """Run a command with --json and return its document; its progress goes to the terminal.
+
+        Raises:
+            typer.Exit: the command failed; it has said why.
+        """
+        command = [sys.executable, "-m", "clients.cli", *arguments, "--json"]
+        result = subprocess.run(command, env=self.environment, stdout=subprocess.PIPE, text=True, check=False)
+        if result.returncode != 0:
+            console.print(f"hotswap {' '.join(arguments)} failed with exit code {result.returncode}", style="red")
+            raise typer.Exit(1)
+        return json.loads(result.stdout)
+
+
+def _train_once(
+    shell: _Shell,
+    alias: str,
+    occurrence: int,
+    examples: Path,
+    options: tuple[str, ...],
+    *,
+    fingerprint: str,
+    fresh: bool,
+) -> _Trained:
+    """Train, unless the alias has a version with this very data, base model and settings."""
+    train_file, validation_file = (examples / f"{alias}.{part}.jsonl" for part in ("train", "valid"))
+    found = None if fresh else _find_trained(shell, alias, train_file, options, fingerprint)
+    if found is not None:
+        console.print(f"{found.label}: trained before on the same data, used as it is (--fresh trains again)")
+        return found
+    flags = ["--data", str(train_file), "--validation", str(validation_file), *options]
+    result = shell.json("train", alias, *flags, *([] if occurrence == 1 else ["--no-promote"]))
+    trained = _Trained(
+        label=result["published"]["label"],
+        num_rows=result["num_rows"],
+        before=result["validation_loss_before"],
+        after=result["validation_loss_after"],
+    )
+    console.print(
+        f"{trained.label}: validation loss {trained.before:.3f} -> {trained.after:.3f} "
+        f"in {result['train_seconds']:.0f} s, {result['num_steps']} steps, {result['tokens_per_second']:.0f} tokens/s"
+    )
+    return trained
+
+
+def _find_trained(
+    shell: _Shell, alias: str, train_file: Path, options: tuple[str, ...], fingerprint: str
+) -> _Trained | None:
+    import hashlib
+
+    if alias not in {entry["name"] for entry in shell.json("adapters", "list")}:
+        return None
+    wanted = {name.removeprefix("--").replace("-", "_"): float(value) for name, value in _pairs(options)}
+    data_hash = hashlib.sha256(train_file.read_bytes()).hexdigest()
+    for version in reversed(shell.json("adapters", "show", alias)["versions"]):
+        manifest = shell.json("adapters", "show", version["label"])["manifest"]
+        settings = {"seed": 0} | manifest["settings"]
+        same_settings = all(settings.get(name) == value for name, value in ({"seed": 0.0} | wanted).items())
+        same_data = (manifest["data"] or {}).get("train_sha256") == data_hash
+        if same_settings and same_data and manifest["base"]["fingerprint"] == fingerprint:
+            metrics = manifest["metrics"]
+            return _Trained(
+                version["label"],
+                manifest["data"]["num_train_rows"],
+                metrics["validation_loss_before"],
+                metrics["validation_loss_after"],
+            )
+    return None
+
+
+def _pairs(options: tuple[str, ...]) -> list[tuple[str, str]]:
+    return list(zip(options[::2], options[1::2], strict=True))
+
+
+async def _ask_everybody(url: str) -> list[tuple[str, ChatAnswer]]:
+    """The same question to the base model and to each adapter, all in one mixed batch."""
+    from clients.http import HotswapClient
+
+    console.print(f'[bold]"{_QUESTION}"[/bold]')
+    async with HotswapClient(url) as client:
+        messages = [{"role": "user", "content": _QUESTION}]
+        names = ["base", *_DOMAINS]
+        answers = await asyncio.gather(*[client.chat(name, messages, temperature=0, max_tokens=110) for name in names])
+    for answer in answers:
+        console.print(f"[bold cyan]{answer.version}[/bold cyan]: ", end="")
+        console.print(answer.text, markup=False)
+    return list(zip(names, answers, strict=True))
+
+
+async def _swap_under_load(shell: _Shell, url: str, stable: str, candidate: str) -> _Swap:
+    """Keep requests running, promote in their midst, and count what answered what."""
+    from rich.progress import Progress
+
+    from clients.http import HotswapClient
+    from clients.load import LoadRequest, run_load
+
+    options = {"temperature": 0, "max_tokens": 48}
+    requests = [LoadRequest("support", prompt, options) for prompt in _prompts(_SWAP_REQUESTS)]
+    promoted_at = 0.0
+
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("requests", total=len(requests))
+
+        async def count(_: LoadResult) -> None:
+            nonlocal promoted_at
+            progress.advance(task)
+            if not promoted_at and progress.tasks[0].completed >= len(requests) // 3:
+                promoted_at = time.monotonic()
+                await asyncio.to_thread(shell.json, "adapters", "promote", candidate)
+                promoted_at = time.monotonic()
+
+        async with HotswapClient(url) as client:
+            results = await run_load(client, requests, concurrency=_CONCURRENCY, on_result=count)
+    swap = _summarise_swap(results, candidate, promoted_at)
+    console.print(
+        f"{sum(swap.versions.values())} answers: "
+        + ", ".join(f"{number} from {version}" for version, number in sorted(swap.versions.items()))
+        + f"; {swap.num_failed} failed. The first request sent after the promotion got {candidate}; its first token "
+        f"came {swap.seconds_to_first:.2f} s after the promotion. {swap.tokens_per_second:.0f} tokens/s."
+    )
+    if swap.num_failed or set(swap.versions) != {stable, candidate}:
+        console.print("the swap did not go as it should", style="red")
+        raise typer.Exit(1)
+    return swap
+
+
+def _summarise_swap(results: list[LoadResult], candidate: str, promoted_at: float) -> _Swap:
+    good = [result for result in results if result.error is None]
+    later = [result for result in good if result.started >= promoted_at and result.first_token]
+    if any(result.answer.version != candidate for result in later):
+        console.print("a request that was sent after the promotion got the old version", style="red")
+        raise typer.Exit(1)
+    tokens = sum(result.answer.usage["completion_tokens"] for result in good)
+    seconds = max(result.ended for result in results) - min(result.started for result in results)
+    first = min((result.first_token for result in later if result.first_token), default=promoted_at)
+    return _Swap(
+        versions=dict(Counter(result.answer.version for result in good)),
+        num_failed=len(results) - len(good),
+        seconds_to_first=first - promoted_at,
+        tokens_per_second=tokens / seconds,
+    )
+
+
+async def _split_traffic(shell: _Shell, url: str, stable: str, candidate: str) -> dict[str, Any]:
+    """Simulated users talk to `support`; whether an answer keeps to the house form is reported as feedback."""
+    from rich.progress import Progress
+
+    from clients.http import HotswapClient
+    from clients.load import LoadRequest, run_load
+
+    arms = [f"A@{stable.split('@')[1]}=50", f"B@{candidate.split('@')[1]}=50"]
+    experiment = await asyncio.to_thread(
+        shell.json, "experiments", "create", "support", "--arms", *arms, "--salt", "demo"
+    )
+    prompts = _prompts(_NUM_USERS)
+    requests = [
+        LoadRequest("support", prompts[user], {"user": f"user-{user}", "temperature": 0, "max_tokens": 80})
+        for user in range(_NUM_USERS)
+    ]
+    try:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("users", total=len(requests))
+            async with HotswapClient(url) as client:
+
+                async def judge(result: LoadResult) -> None:
+                    progress.advance(task)
+                    if result.error is None:
+                        kept = bool(_TICKET_LINE.search(result.answer.text))
+                        await client.feedback(result.answer.id, _METRIC, kept)
+
+                await run_load(client, requests, concurrency=_CONCURRENCY, on_result=judge)
+    finally:
+        await asyncio.to_thread(shell.json, "experiments", "stop", experiment["id"])
+    subprocess.run(
+        [sys.executable, "-m", "clients.cli", "experiments", "show", experiment["id"]],
+        env=shell.environment,
+        check=True,
+    )
+    report: dict[str, Any] = await asyncio.to_thread(shell.json, "experiments", "show", experiment["id"])
+    return report
+
+
+def _prompts(count: int) -> list[str]:
+    lines = (_EXAMPLES_DIR / "support.valid.jsonl").read_text(encoding="utf-8").splitlines()
+    questions = [json.loads(line)["messages"][0]["content"] for line in lines]
+    return [questions[index % len(questions)] for index in range(count)]
+
+
+def _print_summary(
+    trained: list[_Trained], answers: list[tuple[str, ChatAnswer]], swap: _Swap, report: dict[str, Any]
+) -> None:
+    rows = [(t.label, t.num_rows, format_loss(t.before), format_loss(t.after)) for t in trained]
+    console.print(make_table(["trained", "rows", "loss before", "loss after"], rows))
+    short = [(name, answer.version, _shorten(answer.text)) for name, answer in answers]
+    console.print(make_table(["asked", "answered by", "began with"], short))
+    versions = ", ".join(f"{number} x {version}" for version, number in sorted(swap.versions.items()))
+    arms = ", ".join(_describe_arm(arm) for arm in report["arms"])
+    facts = [
+        ("hot swap under load", f"{versions}, {swap.num_failed} failed"),
+        ("speed, 16 at a time", f"{swap.tokens_per_second:.0f} tokens/s"),
+        ("A/B split", arms),
+        ("trained validation loss", f"median {statistics.median(t.after for t in trained):.3f} nats a token"),
+    ]
+    console.print(make_table(["what", "measured"], facts))
+
+
+def _describe_arm(arm: dict[str, Any]) -> str:
+    shares = [f"{metric['estimate']['mean']:.0%} end with a ticket" for metric in arm["metrics"]]
+    return (
+        f"{arm['arm']['name']} (v{arm['arm']['number']}): {arm['num_units']} users, {''.join(shares) or 'no outcomes'}"
+    )
+
+
+def _shorten(text: str, limit: int = 90) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else flat[: limit - 3] + "..."
+
+
+def _next_commands(home: Path) -> list[str]:
+    custom = "" if home == Path("~/.hotswap").expanduser() else f" --home {home}"
+    return [
+        f"hotswap serve{custom}",
+        'hotswap chat legal "Can my landlord raise the rent before the lease ends?"',
+        f"hotswap adapters list{custom}",
+        f"hotswap adapters rollback support{custom}",
+        f"hotswap train mydomain --data my.jsonl{custom}",
+        "(hotswap is in .venv/bin; or run: source .venv/bin/activate)",
+    ]

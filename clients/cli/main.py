@@ -1,0 +1,59 @@
+"""The entry point `hotswap`: joins the commands and turns expected errors into one line and exit code 1."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from clients.cli import adapters, base, chat, demo, doctor, experiments, serve, train
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="hotswap",
+    help="One 4-bit base model, one LoRA adapter per domain, swapped live.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"auto_envvar_prefix": "HOTSWAP", "help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.command("train")(train.train)
+app.command("serve")(serve.serve)
+app.command("chat")(chat.chat)
+app.add_typer(adapters.app, name="adapters")
+app.add_typer(experiments.app, name="experiments")
+app.add_typer(base.app, name="base")
+app.command("doctor")(doctor.doctor)
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    """One 4-bit base model, one LoRA adapter per domain, swapped live."""
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"hotswap {installed('hotswap')}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except Exception as error:
+        # The process boundary: what a user can cause is one line; anything else is a defect and keeps its traceback.
+        if not _is_expected(error):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+def _is_expected(error: Exception) -> bool:
+    from adapters.errors import HotswapError
+    from clients.http import ApiError
+
+    return isinstance(error, HotswapError | ApiError)

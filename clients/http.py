@@ -1,0 +1,160 @@
+"""A small client for Hotswap's HTTP API: chat with the headers that say what answered, and feedback.
+
+For chat alone any OpenAI client does; this one adds what that lacks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+__all__ = ["ApiError", "ChatAnswer", "HotswapClient"]
+
+_TIMEOUT = httpx.Timeout(600.0, connect=10.0)
+
+
+class ApiError(Exception):
+    """The server answered with an error, or not at all. `status` is 0 where there was no answer."""
+
+    def __init__(self, message: str, *, status: int, code: str | None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+@dataclass(slots=True)
+class ChatAnswer:
+    """An answer and what gave it. A stream fills `text` piece by piece and the rest at its end."""
+
+    id: str = ""
+    text: str = ""
+    finish_reason: str | None = None
+    version: str = ""
+    arm: str | None = None
+    route: str = ""
+    usage: dict[str, int] = field(default_factory=dict)
+
+
+class HotswapClient:
+    """Speaks to one server; use it in an `async with` block.
+
+    Args:
+        base_url: Where the server listens, without `/v1`.
+    """
+
+    def __init__(self, base_url: str) -> None:
+        limits = httpx.Limits(max_connections=None)
+        self._http = httpx.AsyncClient(base_url=base_url, timeout=_TIMEOUT, limits=limits)
+
+    async def __aenter__(self) -> Self:
+        """Return the client."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close all connections."""
+        await self._http.aclose()
+
+    async def is_ready(self) -> bool:
+        """Whether the server is up and its engine takes requests."""
+        try:
+            return (await self._http.get("/ready")).status_code == httpx.codes.OK
+        except httpx.TransportError:
+            return False
+
+    async def chat(self, model: str, messages: Sequence[dict[str, str]], **options: Any) -> ChatAnswer:
+        """Ask and wait for the whole answer; `options` are fields of the request body.
+
+        Raises:
+            ApiError: the server refused, failed or can't be reached.
+        """
+        response = await self._send("POST", "/v1/chat/completions", {"model": model, "messages": messages, **options})
+        body = response.json()
+        choice = body["choices"][0]
+        answer = _answer_from_headers(response.headers)
+        answer.id, answer.usage = body["id"], body["usage"]
+        answer.text, answer.finish_reason = choice["message"]["content"], choice["finish_reason"]
+        return answer
+
+    async def stream_chat(
+        self, model: str, messages: Sequence[dict[str, str]], answer: ChatAnswer, **options: Any
+    ) -> AsyncIterator[str]:
+        """Ask and yield the text as it comes; `answer` is filled in as far as it is known.
+
+        Raises:
+            ApiError: the server refused, failed, broke off or can't be reached.
+        """
+        body = {"model": model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
+        try:
+            async with self._http.stream("POST", "/v1/chat/completions", json=body | options) as response:
+                if response.is_error:
+                    await response.aread()
+                    raise _api_error(response)
+                given = _answer_from_headers(response.headers)
+                answer.version, answer.arm, answer.route = given.version, given.arm, given.route
+                async for line in response.aiter_lines():
+                    if line.startswith("data: ") and line != "data: [DONE]":
+                        text = _take_chunk(json.loads(line.removeprefix("data: ")), answer)
+                        if text:
+                            yield text
+        except httpx.TransportError as error:
+            raise _unreachable(error) from None
+        if answer.finish_reason is None:
+            raise ApiError("the stream ended without a finish reason", status=0, code=None)
+
+    async def feedback(self, response_id: str, metric: str, value: float | bool, *, comment: str | None = None) -> None:
+        """Report an outcome for a response.
+
+        Raises:
+            ApiError: no such response, or the server can't be reached.
+        """
+        body = {"id": response_id, "metric": metric, "value": value, "comment": comment}
+        await self._send("POST", "/v1/feedback", body)
+
+    async def _send(self, method: str, path: str, body: dict[str, Any]) -> httpx.Response:
+        try:
+            response = await self._http.request(method, path, json=body)
+        except httpx.TransportError as error:
+            raise _unreachable(error) from None
+        if response.is_error:
+            raise _api_error(response)
+        return response
+
+
+def _answer_from_headers(headers: httpx.Headers) -> ChatAnswer:
+    return ChatAnswer(
+        version=headers.get("x-hotswap-version", ""),
+        arm=headers.get("x-hotswap-arm"),
+        route=headers.get("x-hotswap-route", ""),
+    )
+
+
+def _take_chunk(chunk: dict[str, Any], answer: ChatAnswer) -> str:
+    if "error" in chunk:
+        raise ApiError(chunk["error"]["message"], status=0, code=chunk["error"].get("code"))
+    answer.id = chunk["id"]
+    answer.usage = chunk.get("usage") or answer.usage
+    text = ""
+    for choice in chunk["choices"]:
+        text += choice["delta"].get("content") or ""
+        answer.finish_reason = choice["finish_reason"] or answer.finish_reason
+    answer.text += text
+    return text
+
+
+def _api_error(response: httpx.Response) -> ApiError:
+    try:
+        error = response.json()["error"]
+        return ApiError(error["message"], status=response.status_code, code=error.get("code"))
+    except (ValueError, KeyError, TypeError):
+        return ApiError(f"HTTP {response.status_code}", status=response.status_code, code=None)
+
+
+def _unreachable(error: httpx.TransportError) -> ApiError:
+    return ApiError(f"the server can't be reached: {str(error) or type(error).__name__}", status=0, code=None)

@@ -1,0 +1,81 @@
+"""Starts `hotswap serve` as a child, waits until it is ready and stops it: for the demo, benchmarks and tests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from clients.http import HotswapClient
+
+__all__ = ["ServerDidNotStartError", "running_server"]
+
+_READY_TIMEOUT_S = 300.0
+_STOP_TIMEOUT_S = 60.0
+_LOG_TAIL_CHARS = 2000
+
+
+class ServerDidNotStartError(Exception):
+    """The server ended, or was not ready in time; the message holds the end of its log."""
+
+
+@contextlib.contextmanager
+def running_server(environment: Mapping[str, str], log: Path, *options: str) -> Iterator[str]:
+    """Serve on a free port for the length of the block.
+
+    Args:
+        environment: The child's environment; `HOTSWAP_*` variables choose home, base model and limits.
+        log: File for the server's output.
+        options: Further flags of `hotswap serve`.
+
+    Yields:
+        The server's URL.
+
+    Raises:
+        ServerDidNotStartError: it ended or took too long.
+    """
+    port = _free_port()
+    command = [sys.executable, "-m", "clients.cli", "serve", "--port", str(port), *options]
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, env=dict(environment), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        asyncio.run(_wait_until_ready(url, process, log))
+        yield url
+    finally:
+        _stop(process)
+
+
+async def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    async with HotswapClient(url) as client:
+        while not await client.is_ready():
+            if process.poll() is not None or time.monotonic() > deadline:
+                tail = log.read_text(errors="replace")[-_LOG_TAIL_CHARS:]
+                raise ServerDidNotStartError(f"the server did not start; the end of {log}:\n{tail}")
+            await asyncio.sleep(0.2)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server in good order; after a minute, end its whole process group."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,176 @@
+"""The database: migrated once, by any number of processes; transactions whole or not at all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import inspect, text
+from sqlalchemy.exc import IntegrityError
+
+import adapters
+from adapters.database import Database, open_database
+from adapters.tables import AliasRow, FeedbackRow, Table, VersionRow, utc_now
+
+REPOSITORY = Path(__file__).parents[2]
+OPEN_WHEN_TOLD = """
+import sys
+from adapters.database import open_database
+print("ready", flush=True)
+sys.stdin.readline()
+open_database(sys.argv[1]).close()
+"""
+
+
+def _head() -> str | None:
+    return ScriptDirectory(str(Path(adapters.__file__).parent / "migrations")).get_current_head()
+
+
+def test_migrations_equal_the_tables_when_compared(database: Database) -> None:
+    """A changed table without a migration shows up as a difference."""
+    with database.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Table.metadata) == []
+    assert set(Table.metadata.tables) < set(inspect(database.engine).get_table_names())
+
+
+def test_migrations_equal_the_indexes_when_they_are_partial(database: Database) -> None:
+    """The comparison above doesn't look at an index's condition, so that is read from the database."""
+    with database.read() as session:
+        sql = session.scalar(text("SELECT sql FROM sqlite_master WHERE name = 'one_running_experiment_per_alias'"))
+    assert "UNIQUE INDEX" in str(sql)
+    assert "WHERE state = 'running'" in str(sql)
+
+
+def test_sqlite_uses_wal_and_foreign_keys_when_opened(database: Database) -> None:
+    """Readers don't block the writer, and rows can't point to nothing."""
+    with database.read() as session:
+        assert session.scalar(text("PRAGMA journal_mode")) == "wal"
+        assert session.scalar(text("PRAGMA foreign_keys")) == 1
+        assert (session.scalar(text("PRAGMA busy_timeout")) or 0) > 0
+
+
+def test_foreign_keys_are_enforced_when_a_row_points_to_nothing(database: Database) -> None:
+    """Feedback for a response that isn't there can't be written, whoever writes it."""
+    with pytest.raises(IntegrityError, match="FOREIGN KEY"), database.write() as session:
+        session.add(FeedbackRow(response_id="none", metric="m", value=1.0, comment=None, reported_at=utc_now()))
+
+
+def test_open_database_keeps_the_rows_when_opened_again(tmp_path: Path) -> None:
+    """Opening migrates, and never clears."""
+    url = f"sqlite:///{tmp_path / 'new' / 'folder' / 'hotswap.db'}"
+    moment = utc_now()
+    first = open_database(url)
+    with first.write() as session:
+        session.add(AliasRow(name="legal", number=None, last_number=3, updated_at=moment))
+    first.close()
+    second = open_database(url)
+    with second.read() as session:
+        row = session.get_one(AliasRow, "legal")
+        assert (3, moment) == (row.last_number, row.updated_at)
+    second.close()
+
+
+def test_open_database_migrates_once_when_two_processes_open_it_at_once(tmp_path: Path) -> None:
+    """Both succeed, and the schema is at the newest revision."""
+    url = f"sqlite:///{tmp_path / 'hotswap.db'}"
+    command = [sys.executable, "-c", OPEN_WHEN_TOLD, url]
+    children = [
+        subprocess.Popen(
+            command, cwd=REPOSITORY, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("\n")
+        child.stdin.flush()
+    assert [child.communicate() for child in children] == [("", ""), ("", "")]
+    assert [child.returncode for child in children] == [0, 0]
+    opened = open_database(url)
+    with opened.read() as session:
+        assert [_head()] == list(session.scalars(text("SELECT version_num FROM alembic_version")))
+    opened.close()
+
+
+def test_write_leaves_nothing_when_the_block_raises(database: Database) -> None:
+    """All of a transaction is committed at the end of the block, or none of it."""
+
+    def fail_half_way() -> None:
+        with database.write() as session:
+            session.add(AliasRow(name="legal", number=None, last_number=0, updated_at=utc_now()))
+            session.flush()
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail_half_way()
+    with database.read() as session:
+        assert session.get(AliasRow, "legal") is None
+
+
+def test_write_loses_no_update_when_threads_read_and_then_write(database: Database) -> None:
+    """A writer holds the lock from its first read; otherwise two would read the same number, or one would fail."""
+    with database.write() as session:
+        session.add(AliasRow(name="legal", number=None, last_number=0, updated_at=utc_now()))
+    start = threading.Barrier(4)
+    errors: list[Exception] = []
+
+    def increment() -> None:
+        start.wait()
+        try:
+            for _ in range(10):
+                with database.write() as session:
+                    session.get_one(AliasRow, "legal").last_number += 1
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=increment) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    with database.read() as session:
+        assert session.get_one(AliasRow, "legal").last_number == 40
+
+
+def test_reader_sees_the_old_state_when_a_writer_has_not_committed(database: Database) -> None:
+    """A reader neither waits for the writer nor sees half of what it does."""
+    with database.write() as writer:
+        writer.add(AliasRow(name="legal", number=None, last_number=0, updated_at=utc_now()))
+        writer.flush()
+        with database.read() as reader:
+            assert reader.get(AliasRow, "legal") is None
+    with database.read() as reader:
+        assert reader.get(AliasRow, "legal") is not None
+
+
+def test_moments_are_in_utc_when_read_back(database: Database) -> None:
+    """SQLite forgets the time zone; a naive moment would be compared wrongly."""
+    moment = utc_now()
+    with database.write() as session:
+        session.add(
+            VersionRow(
+                digest="a" * 64,
+                base_fingerprint="f" * 64,
+                rank=4,
+                size_bytes=1,
+                source="imported",
+                published_at=moment,
+                metrics={"loss": 0.5},
+            )
+        )
+    with database.read() as session:
+        row = session.get_one(VersionRow, "a" * 64)
+        assert moment == row.published_at
+        assert row.published_at.tzinfo is not None
+        assert row.metrics == {"loss": 0.5}

@@ -1,0 +1,53 @@
+"""Fixtures that all tests share. No test reaches the network; the embedded base model is fetched once for the e2e tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports a hub client: a test that would download fails at once instead.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from adapters.base_model import LoadedBase
+from adapters.database import Database, open_database
+from adapters.manifest import BaseReference
+from adapters.registry import Registry
+from adapters.store import ArtifactStore
+from tests.support.tiny import FAMILIES, load_tiny_base, save_tiny_base
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder with a tiny random base model for each supported family."""
+    root = tmp_path_factory.mktemp("bases")
+    return {family: save_tiny_base(root / family, family) for family in FAMILIES}
+
+
+@pytest.fixture
+def tiny_base(tiny_folders: dict[str, Path]) -> LoadedBase:
+    """A tiny Llama in float32; fresh for every test, since engine and trainer change the model they are given."""
+    return load_tiny_base(tiny_folders["llama"])
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    """An empty migrated SQLite database."""
+    opened = open_database(f"sqlite:///{tmp_path / 'hotswap.db'}")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def registry(tmp_path: Path, database: Database) -> Registry:
+    """An empty registry with a store of its own."""
+    return Registry(database, ArtifactStore(tmp_path / "store"))
+
+
+@pytest.fixture
+def reference() -> BaseReference:
+    """An invented base model, for tests that load none."""
+    return BaseReference(name="tiny", fingerprint="f" * 64, quantisation="none")

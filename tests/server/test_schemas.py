@@ -1,0 +1,188 @@
+"""The wire: what bodies are taken, what is refused, and what the answers look like."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from server.schemas import (
+    ChatMessage,
+    ChatRequest,
+    FeedbackRequest,
+    chat_chunk,
+    chat_completion,
+    error_body,
+    usage_body,
+)
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+MODELS: list[type[BaseModel]] = [ChatRequest, ChatMessage, FeedbackRequest]
+
+
+def _chat(**fields: Any) -> ChatRequest:
+    return ChatRequest.model_validate({"model": "legal", "messages": MESSAGES, **fields})
+
+
+def _numeric_bounds(model: type[BaseModel]) -> dict[str, dict[str, float]]:
+    """The bounds of every field that takes a number, from the model's metadata."""
+    found: dict[str, dict[str, float]] = {}
+    for name, field in model.model_fields.items():
+        kinds = {field.annotation, *get_args(field.annotation)}
+        if not kinds & {int, float}:
+            continue
+        found[name] = {
+            bound: getattr(item, bound)
+            for item in field.metadata
+            for bound in ("ge", "gt", "le", "lt")
+            if getattr(item, bound, None) is not None
+        }
+    return found
+
+
+def test_every_numeric_field_has_both_bounds_when_it_is_in_a_chat_request() -> None:
+    """No number that a client sends is unbounded; and the walk must have found them."""
+    fields = _numeric_bounds(ChatRequest)
+    assert {"temperature", "top_p", "max_tokens", "max_completion_tokens", "seed"} == set(fields)
+    for name, bounds in fields.items():
+        assert bounds.keys() & {"ge", "gt"}, name
+        assert bounds.keys() & {"le", "lt"}, name
+
+
+@pytest.mark.parametrize("field", _numeric_bounds(ChatRequest))
+def test_number_is_refused_when_it_is_beyond_its_bounds(field: str) -> None:
+    """The bound itself is taken if it is inclusive, what lies beyond is not; nor are NaN and infinity."""
+    bounds = _numeric_bounds(ChatRequest)[field]
+    lower, upper = bounds.get("ge", bounds.get("gt")), bounds["le"]
+    assert lower is not None
+    assert upper == getattr(_chat(**{field: upper}), field)
+    for value in (lower - 1, upper + 1 if upper < 2**53 else upper * 2, math.nan, math.inf, -math.inf, "x"):
+        with pytest.raises(ValidationError) as caught:
+            _chat(**{field: value})
+        assert (field,) == caught.value.errors()[0]["loc"][:1]
+    if "ge" in bounds:
+        assert lower == getattr(_chat(**{field: lower}), field)
+    else:
+        with pytest.raises(ValidationError):
+            _chat(**{field: lower})
+
+
+@pytest.mark.parametrize("value", [0.0, -3, 2.5, 1e12, -1e12, True, False])
+def test_feedback_takes_a_value_when_it_is_a_bounded_number_or_a_boolean(value: float | bool) -> None:
+    """Booleans are outcomes too."""
+    body = FeedbackRequest.model_validate({"id": "chatcmpl-1", "metric": "thumbs_up", "value": value})
+    assert float(value) == float(body.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"value": 1.1e12},
+        {"value": -1.1e12},
+        {"value": math.nan},
+        {"value": math.inf},
+        {"value": None},
+        {"value": [1]},
+        {"metric": ""},
+        {"metric": "9lives"},
+        {"metric": "a" * 65},
+        {"metric": "a b"},
+        {"metric": "a\n"},
+        {"id": ""},
+        {"id": "a" * 65},
+        {"comment": "a" * 2001},
+        {"stars": 5},
+    ],
+)
+def test_feedback_is_refused_when_a_field_is_out_of_bounds(fields: dict[str, Any]) -> None:
+    """Each wrong field is named."""
+    with pytest.raises(ValidationError) as caught:
+        FeedbackRequest.model_validate({"id": "chatcmpl-1", "metric": "ok", "value": 1, **fields})
+    assert {next(iter(fields))} == {error["loc"][0] for error in caught.value.errors()}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": ""},
+        {"model": "a" * 201},
+        {"messages": []},
+        {"messages": MESSAGES * 1001},
+        {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "user", "content": "a" * 200_001}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
+        {"messages": [{"role": "user", "content": "x", "name": "me"}]},
+        {"messages": [{"role": "user", "content": "\ud800"}]},
+        {"n": 2},
+        {"stop": ""},
+        {"stop": "a" * 65},
+        {"stop": ["a", "b", "c", "d", "e"]},
+        {"stop": ["a", ""]},
+        {"stream": "maybe"},
+        {"stream_options": {"verbose": True}},
+        {"user": ""},
+        {"user": "u" * 513},
+        {"tools": []},
+        {"logit_bias": {}},
+    ],
+)
+def test_chat_request_is_refused_when_a_field_is_wrong(fields: dict[str, Any]) -> None:
+    """The error is at the field that is wrong, and at no other."""
+    with pytest.raises(ValidationError) as caught:
+        _chat(**fields)
+    assert {next(iter(fields))} == {error["loc"][0] for error in caught.value.errors()}
+
+
+@pytest.mark.parametrize("field", ["temperature", "top_p", "stream", "n", "stop", "seed", "user", "max_tokens"])
+def test_null_means_not_given_when_a_client_sends_it(field: str) -> None:
+    """Clients send an explicit null for what they leave open."""
+    assert _chat() == _chat(**{field: None})
+
+
+def test_zero_temperature_is_kept_when_it_is_given() -> None:
+    """Not given is None, never a falsy value."""
+    assert 0 == _chat(temperature=0).temperature
+    assert 1.0 == _chat().temperature
+
+
+def test_token_limit_is_the_newer_names_when_both_are_given() -> None:
+    """`max_completion_tokens` replaced `max_tokens`."""
+    assert None is _chat().token_limit
+    assert 5 == _chat(max_tokens=5).token_limit
+    assert 7 == _chat(max_tokens=5, max_completion_tokens=7).token_limit
+
+
+def test_stop_strings_are_a_tuple_when_they_come_in_any_form() -> None:
+    """A string alone is one stop string, not its letters."""
+    assert ((), ("END",), ("a", "b")) == tuple(_chat(stop=stop).stop_strings for stop in (None, "END", ["a", "b"]))
+
+
+def test_message_text_is_joined_when_it_comes_in_parts() -> None:
+    """The list form of content is the same as one string."""
+    parts = [{"type": "text", "text": "he"}, {"type": "text", "text": "llo"}]
+    assert "hello" == _chat(messages=[{"role": "user", "content": parts}]).messages[0].text
+
+
+def test_request_is_immutable_when_it_was_parsed() -> None:
+    """Nothing changes a body behind the route's back."""
+    with pytest.raises(ValidationError):
+        _chat().model = "other"
+
+
+def test_answers_have_openais_shape_when_they_are_made() -> None:
+    """Whole answer, chunk, usage and error, key by key."""
+    usage = usage_body(3, 4)
+    assert {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7} == usage
+    whole = chat_completion(response_id="i", created=1, model="m", text="t", finish_reason="stop", usage=usage)
+    message = {"role": "assistant", "content": "t"}
+    assert [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}] == whole["choices"]
+    assert ("i", "chat.completion", 1, "m", usage) == tuple(
+        whole[key] for key in ("id", "object", "created", "model", "usage")
+    )
+    chunk = chat_chunk(response_id="i", created=1, model="m", delta={"content": "t"})
+    assert "chat.completion.chunk" == chunk["object"]
+    assert [{"index": 0, "delta": {"content": "t"}, "logprobs": None, "finish_reason": None}] == chunk["choices"]
+    assert {"error": {"message": "no", "type": "k", "param": None, "code": None}} == error_body("no", kind="k")

@@ -1,0 +1,188 @@
+"""The training loss is transformers' own, computed on fewer positions; validation weighs every token the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, PretrainedConfig
+
+from adapters.base_model import LoadedBase
+from adapters.chat_template import RenderedRow
+from adapters.errors import BaseModelError
+from tests.support.conversations import make_dataset, make_messages
+from tests.support.tiny import FAMILIES, load_tiny_base
+from training.config import TrainSettings
+from training.losses import check_head_is_plain, mean_loss, summed_loss
+from training.rendering import IGNORED_LABEL, collate, render_dataset
+from training.trainers import add_adapter
+
+CONVERSATIONS = [
+    make_messages("Hi", "Ho."),
+    make_messages("a?", "A", "b?", "B and a good deal more than that", system="In capitals."),
+    make_messages("A long question with a short answer, which is most of this row", "No"),
+    make_messages("q", "An answer that is longer than all the others of this small file together."),
+    make_messages("x", "y"),
+]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> TrainSettings:
+    """A small adapter."""
+    return TrainSettings.load(tmp_path / "home", rank=4, alpha=8)
+
+
+def _render(tmp_path: Path, base: LoadedBase) -> list[RenderedRow]:
+    return render_dataset(base.tokenizer, make_dataset(tmp_path / "data.jsonl", CONVERSATIONS), max_length=512)
+
+
+def _batch(base: LoadedBase, rows: Sequence[RenderedRow]) -> dict[str, torch.Tensor]:
+    return collate(rows, pad_token_id=base.tokenizer.pad_token_id)
+
+
+def _count(batch: dict[str, torch.Tensor]) -> int:
+    return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+
+
+def _randomise_adapter(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    """Give lora_B, which begins as zero, an effect, so that lora_A has a gradient too."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    generator = torch.Generator().manual_seed(7)
+    for _, parameter in trained:
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return trained
+
+
+def _gradients(loss: torch.Tensor, trained: list[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.Tensor]:
+    gradients = torch.autograd.grad(loss, [parameter for _, parameter in trained])
+    return {name: gradient for (name, _), gradient in zip(trained, gradients, strict=True)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_summed_loss_equals_transformers_loss_when_an_adapter_is_trained(
+    tmp_path: Path, tiny_folders: dict[str, Path], settings: TrainSettings, family: str
+) -> None:
+    """Value and every LoRA gradient are those of the model's own loss, padding and several turns included."""
+    base = load_tiny_base(tiny_folders[family])
+    model = add_adapter(base, settings).train()
+    trained = _randomise_adapter(model)
+    batch = _batch(base, _render(tmp_path, base))
+
+    expected = model(**batch).loss * _count(batch)
+    actual = summed_loss(model.get_base_model(), batch)
+
+    torch.testing.assert_close(actual, expected)
+    gradients = _gradients(actual, trained)
+    assert len(gradients) == 2 * 2 * 7, "two layers of seven linear layers, A and B"
+    assert min(gradient.abs().max().item() for gradient in gradients.values()) > 1e-4
+    torch.testing.assert_close(gradients, _gradients(expected, trained), rtol=1e-4, atol=1e-5)
+
+
+def test_summed_loss_is_added_up_when_rows_are_split_into_batches(tmp_path: Path, tiny_base: LoadedBase) -> None:
+    """A row's loss does not depend on what it is padded or batched with."""
+    rows = _render(tmp_path, tiny_base)
+
+    together = summed_loss(tiny_base.model, _batch(tiny_base, rows))
+    apart = [summed_loss(tiny_base.model, _batch(tiny_base, [row])) for row in rows]
+
+    torch.testing.assert_close(torch.stack(apart).sum(), together)
+
+
+@pytest.mark.parametrize("quantisation", ["none", "nf4"])
+def test_summed_loss_is_float32_when_the_base_computes_in_any_precision(
+    tmp_path: Path, tiny_folders: dict[str, Path], quantisation: str
+) -> None:
+    """A sum over thousands of tokens is no bfloat16, whatever the model's own precision."""
+    base = load_tiny_base(tiny_folders["llama"], quantisation=quantisation)
+
+    assert torch.float32 == summed_loss(base.model, _batch(base, _render(tmp_path, base))).dtype
+
+
+def test_summed_loss_is_zero_when_no_token_carries_loss(tiny_base: LoadedBase) -> None:
+    """A batch without answers adds nothing, not a NaN."""
+    batch = _batch(tiny_base, [RenderedRow([1, 2, 3], [False] * 3)])
+
+    assert summed_loss(tiny_base.model, batch).item() == 0.0
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 100])
+def test_mean_loss_weighs_every_token_the_same_when_batches_differ_in_size(
+    tmp_path: Path, tiny_base: LoadedBase, batch_size: int
+) -> None:
+    """The mean over all tokens of the file is the same for every batch size: it is no mean of batches' means."""
+    rows = _render(tmp_path, tiny_base)
+    batches = [_batch(tiny_base, [row]) for row in rows]
+    counts = torch.tensor([float(_count(batch)) for batch in batches])
+    with torch.no_grad():
+        losses = torch.stack([tiny_base.model(**batch).loss for batch in batches])
+    by_token, by_row = (losses * counts).sum() / counts.sum(), losses.mean()
+
+    pad_token_id = tiny_base.tokenizer.pad_token_id
+    actual = mean_loss(tiny_base.model, rows, batch_size=batch_size, pad_token_id=pad_token_id)
+
+    assert pytest.approx(by_token.item(), rel=1e-5) == actual
+    assert pytest.approx(by_row.item(), rel=1e-2) != by_token.item(), "the rows must be ones that tell the two apart"
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_mean_loss_leaves_the_mode_as_it_was_when_it_is_done(
+    tmp_path: Path, tiny_base: LoadedBase, settings: TrainSettings, is_training: bool
+) -> None:
+    """Validation runs without dropout and gives back a model in the mode that it was in."""
+    model = add_adapter(tiny_base, settings.model_copy(update={"dropout": 0.9}))
+    _randomise_adapter(model)
+    rows = _render(tmp_path, tiny_base)
+    pad_token_id = tiny_base.tokenizer.pad_token_id
+    model.eval()
+    expected = mean_loss(tiny_base.model, rows, batch_size=2, pad_token_id=pad_token_id)
+    model.train(is_training)
+
+    actual = mean_loss(tiny_base.model, rows, batch_size=2, pad_token_id=pad_token_id)
+
+    assert expected == actual
+    assert {is_training} == {module.training for module in tiny_base.model.modules()}
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        (Gemma2Config(), "final_logit_softcapping"),
+        (GraniteConfig(logits_scaling=8.0), "logits_scaling"),
+        (CohereConfig(), "logit_scale"),
+    ],
+    ids=["gemma2", "granite", "cohere"],
+)
+def test_check_head_is_plain_names_the_setting_when_logits_are_changed(config: PretrainedConfig, key: str) -> None:
+    """A model that caps or scales its logits is refused, since its loss would be another one than ours."""
+    with pytest.raises(BaseModelError, match=rf"\b{key}\b"):
+        check_head_is_plain(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(),
+        Gemma2Config(final_logit_softcapping=None),
+        GraniteConfig(logits_scaling=1.0),
+        CohereConfig(logit_scale=1.0),
+    ],
+    ids=["llama", "gemma2-uncapped", "granite-unscaled", "cohere-unscaled"],
+)
+def test_check_head_is_plain_accepts_a_model_when_its_logits_are_the_heads(config: PretrainedConfig) -> None:
+    """The same families pass where the setting changes nothing."""
+    check_head_is_plain(config)
+
+
+def test_add_adapter_refuses_the_base_when_its_head_is_not_plain(
+    tiny_base: LoadedBase, settings: TrainSettings
+) -> None:
+    """The check stands where training begins, before anything is put on the model."""
+    tiny_base.model.config.final_logit_softcapping = 30.0
+
+    with pytest.raises(BaseModelError, match="final_logit_softcapping"):
+        add_adapter(tiny_base, settings)
+
+    assert not [name for name, _ in tiny_base.model.named_parameters() if "lora" in name]
