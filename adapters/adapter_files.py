@@ -87,7 +87,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         document = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise AdapterConfigError(f"{ADAPTER_CONFIG_FILE} is missing") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterConfigError(f"{ADAPTER_CONFIG_FILE} is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise AdapterConfigError(f"{ADAPTER_CONFIG_FILE} must hold an object, found {type(document).__name__}")
@@ -105,7 +105,7 @@ def read_adapter_weights(
         module_shapes: The base model's linear layers, path -> (in_features, out_features); None skips that check.
 
     Returns:
-        Tensors as stored, with the scaling folded into B.
+        A as stored; B in float32 with the scaling folded in.
 
     Raises:
         AdapterWeightsError: not safetensors, an unknown tensor, a missing side, a wrong shape or rank, a value that is
@@ -116,11 +116,13 @@ def read_adapter_weights(
     modules = {}
     for module, pair in sides.items():
         _check_pair(module, pair, config.r, module_shapes)
-        modules[module] = (pair["A"], pair["B"] * config.scaling)
+        modules[module] = (pair["A"], _scale(module, pair["B"], config.scaling))
     if not modules:
         raise AdapterWeightsError("the adapter holds no tensors")
-    if not any(bool(b.count_nonzero()) for _, b in modules.values()):
-        raise AdapterWeightsError("every lora_B is zero: the adapter has no effect (was it saved before training?)")
+    if not any(bool(a.count_nonzero()) and bool(b.count_nonzero()) for a, b in modules.values()):
+        raise AdapterWeightsError(
+            "every product B A is zero: the adapter has no effect (was it saved before training?)"
+        )
     return AdapterWeights(config.r, modules)
 
 
@@ -164,6 +166,13 @@ def _group_by_module(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str,
         if missing := {"A", "B"} - set(pair):
             raise AdapterWeightsError(f"{module} has no lora_{missing.pop()}")
     return sides
+
+
+def _scale(module: str, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    scaled = b.float() * scaling
+    if not bool(scaled.isfinite().all()):
+        raise AdapterWeightsError(f"{module}: lora_B overflows when it is scaled by {scaling:g}")
+    return scaled
 
 
 def _check_pair(

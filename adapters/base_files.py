@@ -23,7 +23,15 @@ from typing import Any
 from adapters.errors import BaseModelError, IntegrityError
 from adapters.manifest import hash_file
 
-__all__ = ["EMBEDDED_BASE", "EMBEDDED_BASES", "compute_fingerprint", "find_base", "list_bases", "pull_base"]
+__all__ = [
+    "EMBEDDED_BASE",
+    "EMBEDDED_BASES",
+    "compute_fingerprint",
+    "find_base",
+    "list_bases",
+    "public_name",
+    "pull_base",
+]
 
 EMBEDDED_BASE = "smollm2-135m"
 _WEIGHTS_PATTERNS = ("*.safetensors",)
@@ -105,6 +113,15 @@ def pull_base(name: str, home: Path) -> Path:
                 _fetch(name, Path(temporary), ready)
                 os.rename(ready, target)
     return target
+
+
+def public_name(name: str) -> str:
+    """What to call a base model in a manifest: its name or hub id; of a local folder the last part alone.
+
+    A path would tell about the machine, and make equal adapters of two machines different.
+    """
+    local = Path(name).expanduser()
+    return local.absolute().name if local.is_dir() else name
 
 
 def list_bases(home: Path) -> list[tuple[str, Path | None]]:
@@ -203,7 +220,10 @@ def _download_from_hub(name: str, target: Path) -> None:
 
 
 def _stable_config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+    except ValueError as error:
+        raise BaseModelError(f"{folder / 'config.json'} is not JSON: {error}") from None
     return {key: value for key, value in config.items() if key not in _VOLATILE_CONFIG_KEYS}
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from adapters.base_files import compute_fingerprint, pull_base
+from adapters.base_files import compute_fingerprint, public_name, pull_base
 from adapters.errors import BaseModelError, ConfigurationError
 from adapters.manifest import BaseReference
 from adapters.settings import CoreSettings
@@ -62,14 +63,24 @@ def load_base(settings: CoreSettings) -> LoadedBase:
     folder = pull_base(settings.base, settings.home)
     fingerprint = compute_fingerprint(folder, quantisation=settings.quantisation)
     transformers_logging.disable_progress_bar()
+    loader: Any = AutoModelForCausalLM
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, device_map={"": device}, local_files_only=True, **_weight_options(settings.quantisation)
+        model, report = loader.from_pretrained(
+            folder,
+            device_map={"": device},
+            local_files_only=True,
+            output_loading_info=True,
+            **_weight_options(settings.quantisation),
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(f"the base model in {folder} can't be loaded: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        # transformers fills them with random numbers and goes on.
+        raise BaseModelError(f"the base model in {folder} lacks {len(missing)} tensors, the first is {missing[0]}")
     model.eval()
-    reference = BaseReference(name=settings.base, fingerprint=fingerprint, quantisation=settings.quantisation)
+    reference = BaseReference(
+        name=public_name(settings.base), fingerprint=fingerprint, quantisation=settings.quantisation
+    )
     return LoadedBase(model, load_tokenizer(folder), folder, reference, device)
 
 

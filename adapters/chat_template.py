@@ -30,7 +30,7 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Token ids of a conversation up to where the assistant is to speak.
 
     Raises:
-        InvalidInputError: the model's chat template refuses the conversation; gives the template's reason.
+        InvalidInputError: the model's chat template refuses the conversation, or its text holds a control token.
     """
     return _tokenize(tokenizer, _render(tokenizer, messages, add_generation_prompt=True))
 
@@ -67,6 +67,7 @@ def hash_chat_template(tokenizer: Any) -> str:
 def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
     from jinja2.exceptions import TemplateError
 
+    _check_no_control_tokens(tokenizer, messages)
     try:
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
@@ -74,6 +75,16 @@ def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_promp
     except (TemplateError, ValueError) as error:
         raise InvalidInputError(f"the chat template refuses this conversation: {error}", param="messages") from None
     return str(text)
+
+
+def _check_no_control_tokens(tokenizer: Any, messages: Sequence[Message]) -> None:
+    """Refuse text that would become a control token: with one, a user could end their turn and speak as the system."""
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for index, message in enumerate(messages):
+        if found := next((text for text in control if text in message["content"]), None):
+            raise InvalidInputError(
+                f"messages[{index}].content holds the model's control token {found}", param="messages"
+            )
 
 
 def _tokenize(tokenizer: Any, text: str) -> list[int]:

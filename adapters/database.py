@@ -13,7 +13,10 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from sqlalchemy.orm import Session, sessionmaker
+
+from adapters.errors import ConfigurationError
 
 __all__ = ["Database", "open_database"]
 
@@ -48,15 +51,23 @@ def open_database(url: str) -> Database:
     """Connect to `url`, creating and migrating the database where needed.
 
     Two processes may call this at the same time: migrations run under a file lock.
+
+    Raises:
+        ConfigurationError: the URL can't be used.
     """
-    parsed = make_url(url)
-    engine = create_engine(url)
+    try:
+        parsed = make_url(url)
+        engine = create_engine(parsed)
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise ConfigurationError(f"setting database_url: {error}") from None
     if parsed.get_backend_name() != "sqlite":
         _migrate(engine)
         return Database(engine)
     event.listen(engine, "connect", _set_sqlite_pragmas)
     event.listen(engine, "begin", _begin_immediate_when_writing)
-    path = Path(parsed.database or "")
+    if not parsed.database or parsed.database == ":memory:":
+        raise ConfigurationError("setting database_url: SQLite needs a file, since several processes share it")
+    path = Path(parsed.database)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".migrate.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -81,7 +81,8 @@ class ExperimentService:
 
         Args:
             alias: An existing alias.
-            arms: Name, version (`v1`, or `alias@v1`) and weight in percent, at least two; weights add up to 100.
+            arms: Name, version (`v1`, or the beginning of a digest) and weight in percent, two or more; weights add up
+                to 100.
             salt: Decides the assignment; random if not given, so that experiments are independent.
 
         Raises:
@@ -240,6 +241,9 @@ def _check_arms(arms: list[tuple[str, str, float]]) -> None:
         raise InvalidInputError(f"expected two or more arms with different names, found {names}", param="arms")
     if any(len(name) > 32 or not name.isascii() or not name.isalnum() for name in names):
         raise InvalidInputError(f"arm names are 1 to 32 letters and digits, found {names}", param="arms")
+    if not all(0 < weight <= 100 for _, _, weight in arms):  # false for NaN too
+        found = [weight for *_, weight in arms]
+        raise InvalidInputError(f"weights are above 0 and at most 100, found {found}", param="arms")
     total = sum(weight for _, _, weight in arms)
     if abs(total - 100) > _WEIGHT_TOLERANCE:
         raise InvalidInputError(f"the arms' weights must add up to 100, found {total:g}", param="arms")
@@ -288,7 +292,7 @@ def _count_exposures(session: Session, experiment_id: str) -> dict[str, tuple[in
         .where(ExposureRow.experiment_id == experiment_id)
         .group_by(ExposureRow.arm)
     )
-    return {arm or "": (total, units, errors) for arm, total, units, errors in session.execute(statement).tuples()}
+    return {arm or "": (total, units, errors) for arm, total, units, errors in session.execute(statement)}
 
 
 def _unit_outcomes(session: Session, experiment_id: str) -> dict[tuple[str, str], list[tuple[float, int]]]:
@@ -301,7 +305,7 @@ def _unit_outcomes(session: Session, experiment_id: str) -> dict[tuple[str, str]
         .order_by(ExposureRow.unit)
     )
     outcomes: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
-    for arm, metric, mean, count in session.execute(statement).tuples():
+    for arm, metric, mean, count in session.execute(statement):
         outcomes[(arm or "", metric)].append((float(mean), count))
     return dict(outcomes)
 

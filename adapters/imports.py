@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from adapters.adapter_files import read_adapter_config, read_adapter_weights
-from adapters.base_files import compute_fingerprint, pull_base
+from adapters.base_files import compute_fingerprint, public_name, pull_base
 from adapters.errors import AdapterConfigError, ConflictError, FingerprintMismatchError
 from adapters.manifest import MANIFEST_FILE, BaseReference, Manifest, read_manifest
 from adapters.records import NumberedVersion, check_alias_name
@@ -48,7 +48,7 @@ def import_folder(
     else:
         manifest = Manifest(
             source="imported",
-            base=BaseReference(name=core.base, fingerprint=fingerprint, quantisation=core.quantisation),
+            base=BaseReference(name=public_name(core.base), fingerprint=fingerprint, quantisation=core.quantisation),
             rank=config.r,
             alpha=config.lora_alpha,
             target_modules=sorted({module.rsplit(".", 1)[-1] for module in weights.modules}),

@@ -6,6 +6,7 @@ message to anybody.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from sqlalchemy import func, select
@@ -113,19 +114,13 @@ class Registry:
             ConflictError: the alias points to the version, or an experiment is running on the alias.
         """
         parsed = parse_model_name(name)
-        with self.database.write() as session:
-            row = _movable_alias(session, parsed.alias)
-            whole_alias = parsed.number is None and parsed.digest_prefix is None
-            if whole_alias:
-                targets = _list_versions(session, parsed.alias)
-                row.number, row.updated_at = None, utc_now()
-            else:
-                targets = [_find_version(session, parsed)]
-                if targets[0].number == row.number:
-                    raise ConflictError(f"{parsed.alias!r} points to v{row.number}; promote another version first")
-            orphans = _drop_versions(session, targets)
-        for digest in orphans:
-            self.store.remove(digest)
+        # Alone: a publisher of equal content must not find the files between the commit and their deletion.
+        with self.store.held(alone=True):
+            with self.database.write() as session:
+                targets = _detach(session, parsed)
+                orphans = _drop_versions(session, targets)
+            for digest in orphans:
+                self.store.remove(digest)
         return [target.label for target in targets]
 
     def resolve(self, model: str, *, unit: str) -> Binding:
@@ -224,7 +219,21 @@ def _trail(session: Session, alias: str) -> list[int]:
                 trail.pop()
         else:
             trail.append(change.to_number)
-    return [number for number in trail if number in existing]
+    kept = [number for number in trail if number in existing]
+    # A removed version between two visits to another leaves the same number twice: one place to be.
+    return [number for number, _ in itertools.groupby(kept)]
+
+
+def _detach(session: Session, name: ModelName) -> list[NumberedVersion]:
+    """What `name` asks to remove, once nothing points to it any more."""
+    row = _movable_alias(session, name.alias)
+    if name.number is None and name.digest_prefix is None:
+        row.number, row.updated_at = None, utc_now()
+        return _list_versions(session, name.alias)
+    target = _find_version(session, name)
+    if target.number == row.number:
+        raise ConflictError(f"{name.alias!r} points to v{row.number}; promote another version first")
+    return [target]
 
 
 def _drop_versions(session: Session, targets: list[NumberedVersion]) -> list[str]:
@@ -295,7 +304,7 @@ def _list_versions(session: Session, alias: str) -> list[NumberedVersion]:
         .where(AliasVersionRow.alias == alias)
         .order_by(AliasVersionRow.number)
     )
-    return [NumberedVersion(alias, number, _to_version(row)) for number, row in session.execute(statement).tuples()]
+    return [NumberedVersion(alias, number, _to_version(row)) for number, row in session.execute(statement)]
 
 
 def _load_alias(session: Session, name: str) -> Alias:

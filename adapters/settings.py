@@ -18,6 +18,7 @@ from adapters.errors import ConfigurationError
 __all__ = ["CONFIG_FILE_NAME", "CoreSettings", "SettingsSection", "resolve_home"]
 
 CONFIG_FILE_NAME = "hotswap.toml"
+_TABLES = ("serve", "train")  # the sections of other packages; any other table is an unknown key
 
 
 def resolve_home(flag: Path | None = None) -> Path:
@@ -66,7 +67,7 @@ class CoreSettings(SettingsSection):
     model_config = SettingsConfigDict(env_prefix="HOTSWAP_", extra="forbid", frozen=True)
     base: str = Field("smollm2-135m", description="Embedded base model's name, a local folder, or a hub id.")
     device: str = Field(
-        "auto", pattern=r"auto|cpu|cuda(:\d+)?", description="auto (CUDA if present), cpu, cuda or cuda:N."
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto (CUDA if present), cpu, cuda or cuda:N."
     )
     quantisation: Literal["nf4", "none"] = Field(
         "nf4", description="nf4 (4 bits, double quantisation), or none: the weights as stored."
@@ -88,7 +89,7 @@ def _read_table(home: Path, table: str | None) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is not valid TOML: {error}") from None
     if table is None:
-        return {key: value for key, value in document.items() if not isinstance(value, dict)}
+        return {key: value for key, value in document.items() if key not in _TABLES}
     section = document.get(table, {})
     if not isinstance(section, dict):
         raise ConfigurationError(f"{path}: [{table}] must be a table, found {type(section).__name__}")

@@ -47,7 +47,7 @@ def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> MeanE
     Source: Wilson (1927), JASA 22:209; Student (1908), Biometrika 6:1.
     """
     mean = float(np.mean(values))
-    if all(value in (0.0, 1.0) for value in values):
+    if _all_binary(values):
         low, high = _wilson(mean, len(values), confidence)
         return MeanEstimate(len(values), mean, Interval(mean, low, high, confidence), "Wilson")
     if len(set(values)) < 2:
@@ -68,18 +68,22 @@ def difference_interval(
     """
     if len(treatment) < 2 or len(control) < 2:
         return None
+    if len(set(treatment)) == 1 and len(set(control)) == 1 and not _all_binary(treatment, control):
+        return None
     estimate = float(np.mean(treatment) - np.mean(control))
-    if all(value in (0.0, 1.0) for value in (*treatment, *control)):
+    if _all_binary(treatment, control):
         return _newcombe(treatment, control, confidence)
     variances = [float(np.var(side, ddof=1)) / len(side) for side in (treatment, control)]
     spread = sum(variances)
-    if spread == 0:
-        return None
     freedom = spread**2 / sum(
         variance**2 / (len(side) - 1) for variance, side in zip(variances, (treatment, control), strict=True)
     )
     half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(spread)
     return Interval(estimate, estimate - half, estimate + half, confidence)
+
+
+def _all_binary(*sides: Sequence[float]) -> bool:
+    return all(value in (0.0, 1.0) for side in sides for value in side)
 
 
 def _wilson(share: float, count: int, confidence: float) -> tuple[float, float]:

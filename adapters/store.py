@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from adapters.errors import IntegrityError, NotFoundError
 from adapters.manifest import (
@@ -88,11 +89,8 @@ class ArtifactStore:
         return manifest
 
     def remove(self, digest: str) -> None:
-        """Delete a version's folder; readers that have opened its files keep them."""
-        with self.held():
-            trash = self._incoming / uuid.uuid4().hex
-            os.rename(self.folder(digest), trash)
-            shutil.rmtree(trash)
+        """Delete a version's folder; readers keep files that they have open. Call it with the store held alone."""
+        self._discard(self.folder(digest))
 
     def digests(self) -> set[str]:
         """All published versions."""
@@ -107,24 +105,38 @@ class ArtifactStore:
         Returns:
             How many folders were deleted.
         """
-        with (self._incoming / ".lock").open("w") as lock:
+        with self._open_lock() as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return 0
+            orphans = self.digests() - registered()
+            for digest in orphans:
+                self._discard(self.root / digest)
             leftovers = [path for path in self._incoming.iterdir() if path.is_dir()]
-            leftovers += [self.root / digest for digest in self.digests() - registered()]
             for path in leftovers:
                 shutil.rmtree(path)
-            return len(leftovers)
+            return len(orphans) + len(leftovers)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep `sweep` away: hold this from before a version's files appear until it is registered. Re-entrant."""
-        # Publishers share the lock, the sweeper takes it alone; the kernel frees it when a process dies.
-        with (self._incoming / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH)
+    def held(self, *, alone: bool = False) -> Iterator[None]:
+        """Keep `sweep` and removals away: hold this from before a version's files appear until it is registered.
+
+        Any number of publishers hold it together and re-entrantly; `alone` waits for all of them and lets nobody in.
+        """
+        # The kernel frees the lock when a process dies.
+        with self._open_lock() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
             yield
+
+    def _open_lock(self) -> IO[str]:
+        return (self._incoming / ".lock").open("w")
+
+    def _discard(self, folder: Path) -> None:
+        # Out of sight in one step: a half-deleted folder under its digest would look like a published version.
+        trash = self._incoming / uuid.uuid4().hex
+        os.rename(folder, trash)
+        shutil.rmtree(trash)
 
     def _move_into_place(self, temporary: Path, digest: str) -> None:
         try:

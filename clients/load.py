@@ -10,7 +10,7 @@ from typing import Any
 
 from clients.http import ApiError, ChatAnswer, HotswapClient
 
-__all__ = ["LoadRequest", "LoadResult", "run_load"]
+__all__ = ["LoadRequest", "LoadResult", "run_load", "send_one"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ async def run_load(
 
     async def run(request: LoadRequest) -> LoadResult:
         async with gate:
-            result = await _send(client, request)
+            result = await send_one(client, request)
         if on_result is not None and (pending := on_result(result)) is not None:
             await pending
         return result
@@ -54,7 +54,8 @@ async def run_load(
     return list(await asyncio.gather(*[run(request) for request in requests]))
 
 
-async def _send(client: HotswapClient, request: LoadRequest) -> LoadResult:
+async def send_one(client: HotswapClient, request: LoadRequest) -> LoadResult:
+    """Send one request as a stream and read it to its end; errors are part of the result."""
     result = LoadResult(request, ChatAnswer(), started=time.monotonic())
     messages = [{"role": "user", "content": request.prompt}]
     try:

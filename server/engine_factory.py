@@ -7,7 +7,7 @@ import torch
 from adapters.adapter_files import AdapterWeights, read_adapter_config, read_adapter_weights
 from adapters.base_model import LoadedBase, load_base
 from adapters.database import open_database
-from adapters.errors import FingerprintMismatchError
+from adapters.errors import AdapterWeightsError, FingerprintMismatchError
 from adapters.registry import Registry
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
@@ -57,6 +57,9 @@ def make_weights_reader(
         weights = read_adapter_weights(folder, read_adapter_config(folder), module_shapes)
         # The cast happens here, in the loader thread, so that the engine's thread only copies.
         modules = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in weights.modules.items()}
+        for name, pair in modules.items():
+            if not all(bool(tensor.isfinite().all()) for tensor in pair):
+                raise AdapterWeightsError(f"{name}: the weights overflow in the base model's precision")
         return AdapterWeights(weights.rank, modules)
 
     return read

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from adapters import errors as core
+from server.observe import request_id_of
 from server.schemas import error_body
 
 __all__ = ["ANSWERS", "Answer", "describe_error", "install_error_handlers"]
@@ -85,13 +88,18 @@ async def _answer_known(request: Request, error: Exception) -> JSONResponse:
 async def _answer_invalid_body(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(path) or None
+    param = None if first["type"] == "json_invalid" else _field_path(first["loc"])
     if first["type"] == "extra_forbidden":
         message, code = f"unknown or unsupported field {param!r}", "unknown_field"
     else:
         message, code = (f"{param}: {first['msg']}" if param else first["msg"]), "invalid_value"
     return JSONResponse(error_body(message, kind="invalid_request_error", param=param, code=code), status_code=400)
+
+
+def _field_path(location: Sequence[int | str]) -> str | None:
+    """The field's path as a client wrote it: without "body" and without pydantic's names for the members of a union."""
+    parts = [str(part) for part in location if part != "body" and not re.search(r"[\[-]", str(part))]
+    return ".".join(part for part in parts if part not in ("str", "bool", "float")) or None
 
 
 async def _answer_http(request: Request, error: Exception) -> JSONResponse:
@@ -102,4 +110,7 @@ async def _answer_http(request: Request, error: Exception) -> JSONResponse:
 
 async def _answer_unknown(request: Request, error: Exception) -> JSONResponse:
     _log.error("request_crashed", path=request.url.path, exc_info=error)
-    return JSONResponse(error_body(_HIDDEN_MESSAGE, kind="server_error", code="internal_error"), status_code=500)
+    # This handler runs outside of all middleware, so the id is put on here.
+    headers = {"x-request-id": f"req_{request_id_of(request.scope)}"}
+    body = error_body(_HIDDEN_MESSAGE, kind="server_error", code="internal_error")
+    return JSONResponse(body, status_code=500, headers=headers)

@@ -13,6 +13,7 @@ __all__ = ["ChatMessage", "ChatRequest", "FeedbackRequest", "chat_chunk", "chat_
 
 _MAX_CONTENT_CHARS = 200_000
 _MAX_MESSAGES = 1000
+_MAX_PARTS = 100
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 
@@ -32,7 +33,10 @@ class ChatMessage(_Wire):
     """One message of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: Annotated[str, StringConstraints(max_length=_MAX_CONTENT_CHARS)] | list[TextPart]
+    content: (
+        Annotated[str, StringConstraints(max_length=_MAX_CONTENT_CHARS)]
+        | Annotated[list[TextPart], Field(min_length=1, max_length=_MAX_PARTS)]
+    )
 
     @property
     def text(self) -> str:

@@ -1,4 +1,4 @@
-"""Fixtures that all tests share. No test reaches the network; the embedded base model is fetched once for the e2e tests."""
+"""Fixtures that all tests share. Only the embedded base model is fetched, once, for the e2e tests."""
 
 from __future__ import annotations
 

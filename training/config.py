@@ -27,7 +27,7 @@ class TrainSettings(SettingsSection):
     batch_size: int = Field(8, ge=1, le=1024, description="Rows per forward pass.")
     gradient_accumulation: int = Field(1, ge=1, le=1024, description="Forward passes per optimiser step.")
     learning_rate: float = Field(5e-4, gt=0, le=1, description="Peak learning rate (cosine schedule).")
-    warmup_steps: int = Field(5, ge=0, le=1_000_000, description="Steps over which the learning rate rises.")
+    warmup_steps: int = Field(5, ge=0, le=1_000_000, description="Steps of rising learning rate, at most a quarter.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's weight decay.")
     rank: int = Field(16, ge=1, le=256, description="LoRA rank.")
     alpha: float = Field(32, gt=0, le=4096, description="LoRA alpha; the update is scaled by alpha / rank.")

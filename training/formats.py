@@ -71,6 +71,8 @@ def _parse_line(line: bytes) -> tuple[tuple[dict[str, str], ...], list[str]]:
         return (), [f"not JSON: {error.msg} (column {error.colno})"]
     except RecursionError:
         return (), ["not a chat row: nested too deeply"]
+    except ValueError as error:  # Python reads no whole number of more than 4300 digits
+        return (), [f"not JSON that can be read: {error}"]
     if not isinstance(document, dict) or not isinstance(document.get("messages"), list):
         return (), ['field messages: expected {"messages": [...]}, a list of messages']
     if not document["messages"]:
@@ -87,7 +89,7 @@ def _check_message(message: Any, index: int) -> Iterator[str]:
         yield f"{where}: expected an object with role and content, found {type(message).__name__}"
         return
     if unknown := sorted(set(message) - {"role", "content"}):
-        yield f"{where}.{unknown[0]}: not supported; expected role and content only"
+        yield f"{where}: key {unknown[0]!r:.60} is not supported; expected role and content only"
     if message.get("role") not in _ROLES:
         yield f"{where}.role: expected one of {', '.join(_ROLES)}, found {message.get('role')!r:.60}"
     content = message.get("content")
@@ -95,6 +97,16 @@ def _check_message(message: Any, index: int) -> Iterator[str]:
         yield f"{where}.content: expected text, found {type(content).__name__}"
     elif not content.strip():
         yield f"{where}.content: is empty"
+    elif not _is_unicode(content):
+        yield f"{where}.content: holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_order(roles: list[str]) -> Iterator[str]:

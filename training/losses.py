@@ -18,19 +18,24 @@ from training.rendering import IGNORED_LABEL, collate
 
 __all__ = ["check_head_is_plain", "mean_loss", "summed_loss"]
 
-# Config keys of models that change logits behind the output head (Gemma 2, Granite, Cohere).
-_LOGIT_CHANGING_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+_PROBE_TOKENS = (1, 2, 3, 4)
 
 
-def check_head_is_plain(config: Any) -> None:
+def check_head_is_plain(model: Any) -> None:
     """Refuse models whose logits are more than the output head's product, since the loss here would be another one.
 
+    Gemma 2 caps its logits, Granite and Falcon-H1 scale them: a few tokens are run both ways and compared.
+
     Raises:
-        BaseModelError: names the setting of the model.
+        BaseModelError: the logits differ.
     """
-    for key in _LOGIT_CHANGING_KEYS:
-        if getattr(config, key, None) not in (None, 1, 1.0):
-            raise BaseModelError(f"training on a base model with {key} is not supported")
+    ids = torch.tensor([_PROBE_TOKENS], device=model.device)
+    with torch.no_grad():
+        theirs = model(input_ids=ids, use_cache=False).logits
+        ours = model.get_output_embeddings()(model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3):
+        kind = model.config.model_type
+        raise BaseModelError(f"training on models of type {kind!r} is not supported: they change logits after the head")
 
 
 def summed_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -60,15 +65,16 @@ def mean_loss(model: Any, rows: Sequence[RenderedRow], *, batch_size: int, pad_t
     was_training = model.training
     model.eval()
     total = 0.0
-    for start in range(0, len(rows), batch_size):
-        batch = collate(rows[start : start + batch_size], pad_token_id=pad_token_id)
-        total += float(summed_loss(model, {name: tensor.to(model.device) for name, tensor in batch.items()}))
-    model.train(was_training)
+    try:
+        for start in range(0, len(rows), batch_size):
+            batch = collate(rows[start : start + batch_size], pad_token_id=pad_token_id)
+            total += float(summed_loss(model, {name: tensor.to(model.device) for name, tensor in batch.items()}))
+    finally:
+        model.train(was_training)
     return total / sum(sum(row.loss_mask[1:]) for row in rows)
 
 
 def _autocast(model: Any) -> Any:
-    # LoRA weights are kept in float32 for the optimiser; on a bfloat16 base their products run in bfloat16.
-    if model.get_output_embeddings().weight.dtype != torch.bfloat16:
-        return nullcontext()
-    return torch.autocast(model.device.type, torch.bfloat16)
+    # LoRA weights are kept in float32 for the optimiser; their products run in the precision of the base model.
+    dtype = model.get_output_embeddings().weight.dtype
+    return nullcontext() if dtype == torch.float32 else torch.autocast(model.device.type, dtype)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +24,15 @@ from training.config import TrainSettings
 from training.losses import check_head_is_plain, summed_loss
 from training.rendering import collate
 
-__all__ = ["StepListener", "add_adapter", "disable_packed_kernels", "train_sft"]
+__all__ = ["StepListener", "TrainedCounts", "add_adapter", "disable_packed_kernels", "train_sft"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedCounts:
+    """Optimiser steps that were taken, and tokens that went through the model, padding not counted."""
+
+    num_steps: int
+    num_tokens: int
 
 
 class StepListener(Protocol):
@@ -36,10 +46,10 @@ def add_adapter(base: LoadedBase, settings: TrainSettings) -> PeftModel:
     """Freeze the base model and put a fresh LoRA adapter on every linear layer of its decoder.
 
     Raises:
-        BaseModelError: the model's loss can't be computed here; names the setting.
+        BaseModelError: the model's loss can't be computed here.
     """
-    check_head_is_plain(base.model.config)
     disable_packed_kernels(base.model)
+    check_head_is_plain(base.model)
     base.model.requires_grad_(False)
     set_seed(settings.seed)
     config = LoraConfig(
@@ -79,8 +89,8 @@ def train_sft(
     rows: Sequence[RenderedRow],
     settings: TrainSettings,
     listener: StepListener,
-) -> int:
-    """Train the adapter on `rows` in place and return how many optimiser steps were taken."""
+) -> TrainedCounts:
+    """Train the adapter on `rows` in place."""
     dataset = Dataset.from_dict(
         {
             "input_ids": [row.input_ids for row in rows],
@@ -91,7 +101,7 @@ def train_sft(
     with tempfile.TemporaryDirectory(prefix="hotswap-train-") as scratch:
         trainer = _MaskedLossTrainer(
             model=model,
-            args=_arguments(settings, base, Path(scratch)),
+            args=_arguments(settings, base, len(rows), Path(scratch)),
             train_dataset=dataset,
             processing_class=base.tokenizer,
             data_collator=partial(_collate_rows, pad_token_id=base.tokenizer.pad_token_id),
@@ -106,11 +116,13 @@ def train_sft(
         # the small matrices instead. A step took a quarter less time so (SmolLM2-135M, 4 rows, 2 CPU cores).
         with disable_input_dtype_casting(model):
             trainer.train()
-        return int(trainer.state.global_step)
+        return TrainedCounts(int(trainer.state.global_step), trainer.num_tokens_seen)
 
 
 class _MaskedLossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
     """TRL's trainer with our loss: the same value, without entropy and accuracy over the vocabulary at each step."""
+
+    num_tokens_seen = 0
 
     def compute_loss(
         self,
@@ -121,6 +133,7 @@ class _MaskedLossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no type
     ) -> torch.Tensor:
         """Mean cross-entropy over the tokens of the whole optimiser step that carry loss."""
         assert num_items_in_batch is not None, "only the training step calls this"
+        self.num_tokens_seen += int(inputs["attention_mask"].sum())
         return summed_loss(model.get_base_model(), inputs) / num_items_in_batch
 
 
@@ -143,7 +156,9 @@ def _collate_rows(examples: list[dict[str, Any]], *, pad_token_id: int) -> dict[
     return collate(rows, pad_token_id=pad_token_id)
 
 
-def _arguments(settings: TrainSettings, base: LoadedBase, scratch: Path) -> SFTConfig:
+def _arguments(settings: TrainSettings, base: LoadedBase, num_rows: int, scratch: Path) -> SFTConfig:
+    rows_per_step = settings.batch_size * settings.gradient_accumulation
+    num_steps = settings.max_steps or math.ceil(num_rows / rows_per_step * settings.epochs)
     return SFTConfig(
         output_dir=str(scratch),
         num_train_epochs=settings.epochs,
@@ -152,7 +167,8 @@ def _arguments(settings: TrainSettings, base: LoadedBase, scratch: Path) -> SFTC
         gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup_steps,
+        # The first step of a warm-up has learning rate 0: a run of very few steps would learn nothing.
+        warmup_steps=min(settings.warmup_steps, num_steps // 4),
         weight_decay=settings.weight_decay,
         train_sampling_strategy="group_by_length",  # rows of like length together: less padding to compute
         gradient_checkpointing=settings.gradient_checkpointing,

@@ -6,6 +6,7 @@ import json
 import platform
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,6 @@ from adapters.base_files import pull_base
 from adapters.base_model import LoadedBase, linear_shapes, load_base, load_tokenizer
 from adapters.chat_template import RenderedRow, hash_chat_template
 from adapters.database import open_database
-from adapters.errors import DataError
 from adapters.manifest import ADAPTER_CONFIG_FILE, DataReference, Manifest
 from adapters.records import NumberedVersion, check_alias_name
 from adapters.registry import Registry
@@ -103,25 +103,25 @@ def run_training(
     before = _validate(base, data, settings, listener, "before")
     listener.on_stage(f"Training on {len(data.train)} rows")
     started = time.monotonic()
-    num_steps = train_sft(model, base, data.train, settings, listener)
+    counts = train_sft(model, base, data.train, settings, listener)
     train_seconds = time.monotonic() - started
     after = _validate(base, data, settings, listener, "after")
 
-    metrics = {"validation_loss_before": before, "validation_loss_after": after, "num_steps": num_steps}
+    metrics = {"validation_loss_before": before, "validation_loss_after": after, "num_steps": counts.num_steps}
     with tempfile.TemporaryDirectory(prefix="hotswap-adapter-") as folder:
         model.save_pretrained(folder, save_embedding_layers=False)
         manifest = _describe(Path(folder), base, data, settings, metrics)
         listener.on_stage("Publishing")
-        published, is_live = _open_registry(core).publish(Path(folder), manifest, alias=alias, promote=promote)
-    num_tokens = sum(len(row.input_ids) for row in data.train) / len(data.train) * num_steps
-    num_tokens *= settings.batch_size * settings.gradient_accumulation
+        with closing(open_database(core.resolved_database_url)) as database:
+            registry = Registry(database, ArtifactStore(core.home / "store"))
+            published, is_live = registry.publish(Path(folder), manifest, alias=alias, promote=promote)
     return TrainingResult(
         published=published,
         is_live=is_live,
         num_rows=len(data.train),
-        num_steps=num_steps,
+        num_steps=counts.num_steps,
         train_seconds=train_seconds,
-        tokens_per_second=num_tokens / train_seconds,
+        tokens_per_second=counts.num_tokens / train_seconds,
         validation_loss_before=before,
         validation_loss_after=after,
     )
@@ -132,8 +132,6 @@ def _render(
 ) -> _RenderedData:
     train_rows = render_dataset(tokenizer, train, max_length=settings.max_length)
     validation_rows = render_dataset(tokenizer, validation, max_length=settings.max_length) if validation else []
-    if settings.max_steps is None and settings.epochs * len(train_rows) < settings.batch_size:
-        raise DataError([f"{train.path}: {len(train_rows)} rows are less than one batch of {settings.batch_size}"])
     reference = DataReference(
         train_sha256=train.sha256,
         num_train_rows=len(train_rows),
@@ -180,7 +178,3 @@ def _sort_target_modules(config_path: Path) -> None:
     document = json.loads(config_path.read_bytes())
     document["target_modules"] = sorted(document["target_modules"])
     config_path.write_text(json.dumps(document, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def _open_registry(core: CoreSettings) -> Registry:
-    return Registry(open_database(core.resolved_database_url), ArtifactStore(core.home / "store"))

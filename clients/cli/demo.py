@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,9 +37,11 @@ _DOMAINS = ("legal", "medical", "support")
 _QUESTION = "I slipped at the gym, my knee is swollen, and now they refuse to cancel my membership. What should I do?"
 _FIRST = ("--epochs", "1", "--batch-size", "4", "--learning-rate", "1e-3")
 _SECOND = ("--epochs", "2", "--batch-size", "4", "--learning-rate", "1e-3", "--seed", "1")
+_SALT = "hotswap-demo"
 _METRIC = "ends_with_ticket"
 _TICKET_LINE = re.compile(r"\nTicket: [A-Z]+-P[123] \| Next update within \d+ \w+$")
-_SWAP_REQUESTS = 48
+_ANSWERS_BEFORE_SWAP = 8
+_ANSWERS_AFTER_SWAP = 16
 _NUM_USERS = 48
 _CONCURRENCY = 16
 
@@ -60,6 +64,7 @@ class _Swap:
 
 def demo(
     fresh: Annotated[bool, typer.Option(help="Train again instead of using what is there.")] = False,
+    steps: Annotated[int | None, typer.Option(help="Cut every training to so many steps, for a quick look.")] = None,
     examples: Annotated[Path, typer.Option(help="Folder with the example data.", show_default=False)] = _EXAMPLES_DIR,
     home: HomeOption = None,
     base: BaseOption = None,
@@ -71,18 +76,24 @@ def demo(
     shell = _Shell(os.environ | environment)
     from clients.local_server import running_server
 
+    # Ended from outside, the demo must stop its server as it does on Ctrl+C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     started = time.monotonic()
     console.rule("1  The base model")
     pulled = shell.json("base", "pull")
     console.print(f"{pulled['name']} in {pulled['folder']}, fingerprint {pulled['fingerprint'][:12]}")
     console.rule("2  One adapter per domain")
+    cut = () if steps is None else ("--max-steps", str(steps))
+    fingerprint = pulled["fingerprint"]
     trained = [
-        _train_once(shell, domain, 1, examples, _FIRST, fingerprint=pulled["fingerprint"], fresh=fresh)
+        _train_once(shell, domain, examples, (*_FIRST, *cut), fingerprint=fingerprint, promote=True, fresh=fresh)
         for domain in _DOMAINS
     ]
     console.rule("3  A second version of support, published but not live")
-    candidate = _train_once(shell, "support", 2, examples, _SECOND, fingerprint=pulled["fingerprint"], fresh=fresh)
+    second = (*_SECOND, *cut)
+    candidate = _train_once(shell, "support", examples, second, fingerprint=fingerprint, promote=False, fresh=fresh)
     stable = trained[-1]
+    _stop_leftover_experiment(shell)
     shell.json("adapters", "promote", stable.label)
     console.rule("4  One server for all")
     log = core.home / "demo-server.log"
@@ -91,7 +102,7 @@ def demo(
             url = stack.enter_context(running_server(shell.environment, log, "--log-level", "warning"))
         console.print(f"listening on {url} (its log: {log})", soft_wrap=True)
         answers = asyncio.run(_ask_everybody(url))
-        console.rule(f"5  Swap {stable.label} for {candidate.label} while {_SWAP_REQUESTS} requests run")
+        console.rule(f"5  Swap {stable.label} for {candidate.label} while {_CONCURRENCY} clients keep asking")
         swap = asyncio.run(_swap_under_load(shell, url, stable.label, candidate.label))
         console.rule(f"6  A/B test: {_NUM_USERS} users, half on {stable.label}, half on {candidate.label}")
         report = asyncio.run(_split_traffic(shell, url, stable.label, candidate.label))
@@ -125,11 +136,11 @@ class _Shell:
 def _train_once(
     shell: _Shell,
     alias: str,
-    occurrence: int,
     examples: Path,
     options: tuple[str, ...],
     *,
     fingerprint: str,
+    promote: bool,
     fresh: bool,
 ) -> _Trained:
     """Train, unless the alias has a version with this very data, base model and settings."""
@@ -139,7 +150,7 @@ def _train_once(
         console.print(f"{found.label}: trained before on the same data, used as it is (--fresh trains again)")
         return found
     flags = ["--data", str(train_file), "--validation", str(validation_file), *options]
-    result = shell.json("train", alias, *flags, *([] if occurrence == 1 else ["--no-promote"]))
+    result = shell.json("train", alias, *flags, *([] if promote else ["--no-promote"]))
     trained = _Trained(
         label=result["published"]["label"],
         num_rows=result["num_rows"],
@@ -160,12 +171,12 @@ def _find_trained(
 
     if alias not in {entry["name"] for entry in shell.json("adapters", "list")}:
         return None
-    wanted = {name.removeprefix("--").replace("-", "_"): float(value) for name, value in _pairs(options)}
+    given = {name.removeprefix("--").replace("-", "_"): float(value) for name, value in _pairs(options)}
+    wanted = {"seed": 0, "max_steps": None, **given}
     data_hash = hashlib.sha256(train_file.read_bytes()).hexdigest()
     for version in reversed(shell.json("adapters", "show", alias)["versions"]):
         manifest = shell.json("adapters", "show", version["label"])["manifest"]
-        settings = {"seed": 0} | manifest["settings"]
-        same_settings = all(settings.get(name) == value for name, value in ({"seed": 0.0} | wanted).items())
+        same_settings = all(manifest["settings"].get(name) == value for name, value in wanted.items())
         same_data = (manifest["data"] or {}).get("train_sha256") == data_hash
         if same_settings and same_data and manifest["base"]["fingerprint"] == fingerprint:
             metrics = manifest["metrics"]
@@ -198,35 +209,38 @@ async def _ask_everybody(url: str) -> list[tuple[str, ChatAnswer]]:
 
 
 async def _swap_under_load(shell: _Shell, url: str, stable: str, candidate: str) -> _Swap:
-    """Keep requests running, promote in their midst, and count what answered what."""
-    from rich.progress import Progress
-
+    """Keep clients asking, promote in their midst, and count what answered what."""
     from clients.http import HotswapClient
-    from clients.load import LoadRequest, run_load
+    from clients.load import LoadRequest, send_one
 
-    options = {"temperature": 0, "max_tokens": 48}
-    requests = [LoadRequest("support", prompt, options) for prompt in _prompts(_SWAP_REQUESTS)]
-    promoted_at = 0.0
+    prompts = itertools.cycle(_prompts())
+    results: list[LoadResult] = []
+    promoted_at: float | None = None
 
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("requests", total=len(requests))
+    def count(version: str) -> int:
+        return sum(result.answer.version == version for result in results)
 
-        async def count(_: LoadResult) -> None:
-            nonlocal promoted_at
-            progress.advance(task)
-            if not promoted_at and progress.tasks[0].completed >= len(requests) // 3:
-                promoted_at = time.monotonic()
-                await asyncio.to_thread(shell.json, "adapters", "promote", candidate)
-                promoted_at = time.monotonic()
+    async def ask_until_swapped(client: HotswapClient) -> None:
+        while promoted_at is None or count(candidate) < _ANSWERS_AFTER_SWAP:
+            request = LoadRequest("support", next(prompts), {"temperature": 0, "max_tokens": 48})
+            results.append(await send_one(client, request))
+            if results[-1].error is not None:
+                return
 
-        async with HotswapClient(url) as client:
-            results = await run_load(client, requests, concurrency=_CONCURRENCY, on_result=count)
+    async with HotswapClient(url) as client:
+        asking = [asyncio.create_task(ask_until_swapped(client)) for _ in range(_CONCURRENCY)]
+        with console.status("16 clients are asking; the promotion happens in their midst"):
+            while len(results) < _ANSWERS_BEFORE_SWAP:
+                await asyncio.sleep(0.05)
+            await asyncio.to_thread(shell.json, "adapters", "promote", candidate)
+            promoted_at = time.monotonic()
+            await asyncio.gather(*asking)
     swap = _summarise_swap(results, candidate, promoted_at)
     console.print(
-        f"{sum(swap.versions.values())} answers: "
+        f"{len(results)} answers: "
         + ", ".join(f"{number} from {version}" for version, number in sorted(swap.versions.items()))
-        + f"; {swap.num_failed} failed. The first request sent after the promotion got {candidate}; its first token "
-        f"came {swap.seconds_to_first:.2f} s after the promotion. {swap.tokens_per_second:.0f} tokens/s."
+        + f"; {swap.num_failed} failed. Every request sent after the promotion got {candidate}, the first token "
+        f"{swap.seconds_to_first:.2f} s after it. {swap.tokens_per_second:.0f} tokens/s."
     )
     if swap.num_failed or set(swap.versions) != {stable, candidate}:
         console.print("the swap did not go as it should", style="red")
@@ -236,17 +250,17 @@ async def _swap_under_load(shell: _Shell, url: str, stable: str, candidate: str)
 
 def _summarise_swap(results: list[LoadResult], candidate: str, promoted_at: float) -> _Swap:
     good = [result for result in results if result.error is None]
-    later = [result for result in good if result.started >= promoted_at and result.first_token]
+    later = [result for result in good if result.started >= promoted_at]
     if any(result.answer.version != candidate for result in later):
         console.print("a request that was sent after the promotion got the old version", style="red")
         raise typer.Exit(1)
     tokens = sum(result.answer.usage["completion_tokens"] for result in good)
     seconds = max(result.ended for result in results) - min(result.started for result in results)
-    first = min((result.first_token for result in later if result.first_token), default=promoted_at)
+    first_tokens = [result.first_token for result in later if result.first_token is not None]
     return _Swap(
         versions=dict(Counter(result.answer.version for result in good)),
         num_failed=len(results) - len(good),
-        seconds_to_first=first - promoted_at,
+        seconds_to_first=min(first_tokens, default=promoted_at) - promoted_at,
         tokens_per_second=tokens / seconds,
     )
 
@@ -260,12 +274,11 @@ async def _split_traffic(shell: _Shell, url: str, stable: str, candidate: str) -
 
     arms = [f"A@{stable.split('@')[1]}=50", f"B@{candidate.split('@')[1]}=50"]
     experiment = await asyncio.to_thread(
-        shell.json, "experiments", "create", "support", "--arms", *arms, "--salt", "demo"
+        shell.json, "experiments", "create", "support", "--arms", *arms, "--salt", _SALT
     )
-    prompts = _prompts(_NUM_USERS)
     requests = [
-        LoadRequest("support", prompts[user], {"user": f"user-{user}", "temperature": 0, "max_tokens": 80})
-        for user in range(_NUM_USERS)
+        LoadRequest("support", prompt, {"user": f"user-{user}", "temperature": 0, "max_tokens": 80})
+        for user, prompt in enumerate(itertools.islice(itertools.cycle(_prompts()), _NUM_USERS))
     ]
     try:
         with Progress(console=console, transient=True) as progress:
@@ -290,10 +303,18 @@ async def _split_traffic(shell: _Shell, url: str, stable: str, candidate: str) -
     return report
 
 
-def _prompts(count: int) -> list[str]:
+def _stop_leftover_experiment(shell: _Shell) -> None:
+    """End the experiment that a demo left running when it was interrupted; anybody else's is left alone."""
+    for alias in shell.json("adapters", "list"):
+        if alias["name"] == "support" and alias["experiment_id"]:
+            report = shell.json("experiments", "show", alias["experiment_id"])
+            if report["experiment"]["salt"] == _SALT:
+                shell.json("experiments", "stop", alias["experiment_id"])
+
+
+def _prompts() -> list[str]:
     lines = (_EXAMPLES_DIR / "support.valid.jsonl").read_text(encoding="utf-8").splitlines()
-    questions = [json.loads(line)["messages"][0]["content"] for line in lines]
-    return [questions[index % len(questions)] for index in range(count)]
+    return [json.loads(line)["messages"][0]["content"] for line in lines]
 
 
 def _print_summary(
@@ -307,7 +328,7 @@ def _print_summary(
     arms = ", ".join(_describe_arm(arm) for arm in report["arms"])
     facts = [
         ("hot swap under load", f"{versions}, {swap.num_failed} failed"),
-        ("speed, 16 at a time", f"{swap.tokens_per_second:.0f} tokens/s"),
+        (f"speed, {_CONCURRENCY} at a time", f"{swap.tokens_per_second:.0f} tokens/s"),
         ("A/B split", arms),
         ("trained validation loss", f"median {statistics.median(t.after for t in trained):.3f} nats a token"),
     ]

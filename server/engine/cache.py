@@ -24,6 +24,12 @@ class KVCache:
         self.num_rows = num_rows
         self.max_tokens = max_tokens
 
+    def clear_row(self, row: int) -> None:
+        """Zero the row of a failed request: a NaN left behind would reach the next request through a zero weight."""
+        for tensors in (self.keys, self.values):
+            for tensor in tensors:
+                tensor[row].zero_()
+
     def move_row(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the first `num_tokens` of one row over another, to close the gap that a finished request leaves."""
         for tensors in (self.keys, self.values):

@@ -123,8 +123,9 @@ class AdapterSlots:
             raise RankTooHighError(rank=rank, max_rank=self.max_rank)
         shapes = self.module_shapes
         for name, (a, b) in modules.items():
-            if shapes.get(name) != (a.shape[1], b.shape[0]):
-                raise AdapterWeightsError(f"{name}: the base model has {shapes.get(name)}, not {tuple(a.shape)}")
+            if shapes.get(name) != (a.shape[1], b.shape[0]) or not rank == a.shape[0] == b.shape[1]:
+                found = f"lora_A {list(a.shape)} and lora_B {list(b.shape)}"
+                raise AdapterWeightsError(f"{name}: the base model has {shapes.get(name)}, rank {rank}; found {found}")
 
 
 def _wrap_linears(

@@ -10,12 +10,15 @@ from enum import Enum, auto
 import structlog
 
 from adapters.adapter_files import AdapterWeights
-from adapters.errors import HotswapError
+from adapters.errors import AdapterRejectedError
 from server.engine.lora import AdapterSlots
 
 __all__ = ["Residency", "Wait"]
 
 _log = structlog.get_logger(__name__)
+
+# What clients are told of any other error, whose message may name files.
+_UNREADABLE = "its stored files are missing or damaged; the server's log has the reason"
 
 # Reads and validates a version's weights; called in a loader thread, so it must not touch the model.
 WeightsReader = Callable[[str], AdapterWeights]
@@ -77,9 +80,14 @@ class Residency:
                 self._slots.load(future.result(), slot=slot)
             except Exception as error:
                 # A loading boundary: whatever is wrong with one version must not reach the others.
-                _log.warning("adapter_load_failed", digest=digest, exc_info=not isinstance(error, HotswapError))
+                _log.warning(
+                    "adapter_load_failed",
+                    digest=digest,
+                    reason=str(error),
+                    exc_info=not isinstance(error, AdapterRejectedError),
+                )
                 self._free.append(slot)
-                failures[digest] = str(error) if isinstance(error, HotswapError) else "the version could not be read"
+                failures[digest] = str(error) if isinstance(error, AdapterRejectedError) else _UNREADABLE
                 continue
             self._clock += 1
             self._resident[digest] = _Resident(slot, users=0, last_used=self._clock)

@@ -8,6 +8,8 @@ from server.engine.core import SamplingParams, Sequence
 
 __all__ = ["make_generator", "sample"]
 
+_GREEDY_BELOW = 1e-4  # logits divided by less would overflow, and the likeliest token wins long before
+
 
 def make_generator(params: SamplingParams, device: torch.device) -> torch.Generator:
     """A random generator for one request: reproducible if it gives a seed."""
@@ -25,7 +27,7 @@ def sample(logits: torch.Tensor, likeliest: int, sequence: Sequence) -> int:
     Source of top-p: Holtzman et al., arXiv 1904.09751, section 3.1.
     """
     params = sequence.request.sampling
-    return likeliest if params.temperature == 0 else _draw(logits, params, sequence.generator)
+    return likeliest if params.temperature < _GREEDY_BELOW else _draw(logits, params, sequence.generator)
 
 
 def _draw(logits: torch.Tensor, params: SamplingParams, generator: torch.Generator) -> int:

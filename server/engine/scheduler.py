@@ -169,7 +169,8 @@ class Engine:
         if sequence.stream.is_stopped:
             return self._end(sequence, text, "stop")
         if len(sequence.generated) >= sequence.request.sampling.max_tokens:
-            return self._end(sequence, text + sequence.stream.finish(), "length")
+            text += sequence.stream.finish()
+            return self._end(sequence, text, "stop" if sequence.stream.is_stopped else "length")
         return EngineEvent(sequence.request.id, text, len(sequence.generated))
 
     def _end(self, sequence: Sequence, text: str, reason: FinishReason) -> EngineEvent:
@@ -177,6 +178,7 @@ class Engine:
         return _final(sequence, reason, text=text)
 
     def _fail(self, sequence: Sequence) -> EngineEvent:
+        self._runner.cache.clear_row(self._running.index(sequence))
         self._remove(sequence)
         return _final(sequence, "engine_failed", error="the model failed while it computed this answer")
 

@@ -32,7 +32,9 @@ class TextStream:
             return ""
         text = self._held + self._decode_new(complete=True)
         self._held = ""
-        return text
+        found = [index for stop in self._stop if (index := text.find(stop)) >= 0]
+        self.is_stopped = bool(found)
+        return text[: min(found, default=len(text))]
 
     def _decode_new(self, *, complete: bool = False) -> str:
         before = self._decode(self._ids[self._context_start : self._read_end])

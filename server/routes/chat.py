@@ -105,7 +105,7 @@ async def _stream(
 
 
 def _event(body: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n".encode()
+    return f"data: {json.dumps(body)}\n\n".encode()
 
 
 def _usage(call: ChatCall) -> dict[str, int]:

@@ -209,7 +209,7 @@ BAD_TENSORS: dict[str, tuple[Callable[[Tensors], object], str]] = {
         "lora_magnitude_vector' is not a LoRA weight",
     ),
     "path in a name": (lambda t: t.update({"../../etc/passwd": torch.ones(1)}), "'../../etc/passwd' is not a LoRA"),
-    "no effect": (_zero_b, "every lora_B is zero: the adapter has no effect"),
+    "no effect": (_zero_b, "every product B A is zero: the adapter has no effect"),
     "no tensors": (lambda t: t.clear(), "the adapter holds no tensors"),
 }
 

@@ -27,7 +27,7 @@ def test_load_base_keeps_the_weights_when_not_quantised(tiny_base: LoadedBase, t
     assert not tiny_base.model.training
     assert torch.device("cpu") == tiny_base.device == tiny_base.model.device
     assert tiny_folders["llama"] == tiny_base.folder
-    assert (str(tiny_base.folder), "none") == (tiny_base.reference.name, tiny_base.reference.quantisation)
+    assert ("llama", "none") == (tiny_base.reference.name, tiny_base.reference.quantisation)
     assert tiny_base.tokenizer.eos_token_id is not None
 
 

@@ -41,7 +41,7 @@ def _learned(row: RenderedRow) -> list[str]:
         if carries_loss:
             stretches[-1].append(token)
         previous = carries_loss
-    return [TOKENIZER.decode(stretch) for stretch in stretches]
+    return [str(TOKENIZER.decode(stretch)) for stretch in stretches]
 
 
 def _merging_tokenizer() -> Any:
@@ -73,7 +73,7 @@ def test_training_row_carries_loss_on_every_answer_when_there_are_several_turns(
     row = render_training_row(TOKENIZER, messages)
     assert _learned(row) == ["1<|im_end|>", "2\n2<|im_end|>", "3<|im_end|>"]
     whole = TOKENIZER.apply_chat_template(messages, tokenize=False)
-    assert whole == TOKENIZER.decode(row.input_ids) + "\n"
+    assert whole == f"{TOKENIZER.decode(row.input_ids)}\n"
 
 
 @settings(max_examples=60, deadline=None)

@@ -51,7 +51,7 @@ def test_mean_interval_equals_scipys_t_when_values_are_continuous(confidence: fl
     expected = stats.ttest_1samp(values, 0).confidence_interval(confidence)
     found = mean_interval(values, confidence=confidence)
     assert found.interval is not None
-    assert (5, "Student's t") == (found.num_units, found.method)
+    assert (found.num_units, found.method) == (5, "Student's t")
     assert found.mean == pytest.approx(0.6)
     assert (expected.low, expected.high) == pytest.approx((found.interval.low, found.interval.high))
 

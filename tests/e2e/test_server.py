@@ -17,6 +17,7 @@ from clients.load import LoadRequest, LoadResult, run_load
 from clients.local_server import running_server
 from tests.e2e.conftest import Home, make_home
 
+_MESSAGE = {"role": "user", "content": "x"}
 _GREEDY = {"temperature": 0, "max_tokens": 40}
 
 
@@ -175,7 +176,7 @@ def test_more_adapters_than_slots_are_all_served_when_called_in_turn(
 def test_killed_engine_ends_requests_and_comes_back_when_restarted(
     tmp_path: Path, tiny_folders: dict[str, Path]
 ) -> None:
-    """kill -9 of the worker: a running stream ends in an error, not silently; later requests succeed."""
+    """SIGKILL of the worker: a running stream ends in an error, not silently; later requests succeed."""
     home = make_home(tmp_path / "home", tiny_folders["llama"], HOTSWAP_QUANTISATION="none")
     home.import_random("legal", tmp_path / "legal", seed=1)
     with running_server(home.environment, home.path / "server.log") as url:

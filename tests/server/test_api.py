@@ -54,7 +54,8 @@ class Worker:
         if not self.messages:
             raise queue.Empty  # the first sign of life tells the epoch, which commands have to name
         command = self._script.popleft()
-        return command(self.messages[-1]) if callable(command) else command
+        obeyed: SubmitCommand | CancelCommand = command(self.messages[-1]) if callable(command) else command
+        return obeyed
 
     def get_nowait(self) -> SubmitCommand | CancelCommand:
         """The queue's end that doesn't wait."""
@@ -63,7 +64,7 @@ class Worker:
     def send(self, item: tuple[str, Any], consumer_id: int) -> None:
         """The transport's end."""
         channel, (message, *_) = item
-        assert (ENGINE_CHANNEL, 0) == (channel, consumer_id)
+        assert (channel, consumer_id) == (ENGINE_CHANNEL, 0)
         # A process border lies here in production.
         self.messages.append(pickle.loads(pickle.dumps(message)))
 
@@ -79,7 +80,7 @@ def test_loop_answers_a_request_when_it_names_this_worker(bench: Bench) -> None:
     assert run_to_end(engine, request)["r"] == answer
     engine.close()
     assert {os.getpid()} == {message.status.pid for message in worker.messages}
-    assert 1 == len({message.status.epoch for message in worker.messages})
+    assert len({message.status.epoch for message in worker.messages}) == 1
     assert {0, 1} == {message.status.num_running for message in worker.messages}
 
 
@@ -106,7 +107,7 @@ def test_epochs_differ_when_workers_do(bench: Bench) -> None:
     for worker in workers:
         worker.run(CancelCommand("r"))
     engine.close()
-    assert 2 == len({worker.messages[0].status.epoch for worker in workers})
+    assert len({worker.messages[0].status.epoch for worker in workers}) == 2
 
 
 def test_transport_carries_commands_and_messages_when_litserve_connects_it() -> None:
@@ -126,7 +127,7 @@ def test_transport_carries_commands_and_messages_when_litserve_connects_it() -> 
         item.event.set()
         return [first, await transport.receive()]
 
-    assert [["one", "two"], ["three"]] == asyncio.run(scenario())
+    assert asyncio.run(scenario()) == [["one", "two"], ["three"]]
     assert CancelCommand("r") == spec.request_queue.get_nowait()
 
 
@@ -192,4 +193,4 @@ def test_lifespan_starts_ours_inside_litserves_when_the_app_starts() -> None:
             steps.append("serving")
 
     asyncio.run(run())
-    assert ["litserve starts", "we start", "serving", "we end", "litserve ends"] == steps
+    assert steps == ["litserve starts", "we start", "serving", "we end", "litserve ends"]

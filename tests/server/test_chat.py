@@ -29,15 +29,15 @@ def test_call_is_bound_to_the_version_when_the_alias_moves_afterwards(site: Site
     call = _accept(site, model="legal")
     site.publish("legal", SECOND)
     assert one.version.digest == call.generation.digest
-    assert "legal@v1" == call.binding.version_label
-    assert "legal@v2" == _accept(site, model="legal").binding.version_label
+    assert call.binding.version_label == "legal@v1"
+    assert _accept(site, model="legal").binding.version_label == "legal@v2"
 
 
 def test_call_has_the_rendered_prompt_when_messages_are_given(site: Site) -> None:
     """The tokens are the chat template's, up to where the assistant is to speak."""
     call = _accept(site)
     assert site.prompt("hi") == call.generation.prompt
-    assert "chatcmpl-id1" == call.response_id
+    assert call.response_id == "chatcmpl-id1"
 
 
 @pytest.mark.parametrize("model", ["nobody", "auto", "base@v1", "No Such", "../etc", "legal@v9", "legal@deadbeef"])
@@ -53,7 +53,7 @@ def test_call_is_refused_when_the_prompt_fills_the_context(site: Site) -> None:
     overhead = len(site.prompt(""))
     room = site.settings.max_context - overhead
     last = _accept(site, messages=[{"role": "user", "content": "a" * (room - 1)}])
-    assert 1 == last.generation.sampling.max_tokens
+    assert last.generation.sampling.max_tokens == 1
     with pytest.raises(PromptTooLongError, match=f"takes {site.settings.max_context} tokens"):
         _accept(site, messages=[{"role": "user", "content": "a" * room}])
 
@@ -61,7 +61,7 @@ def test_call_is_refused_when_the_prompt_fills_the_context(site: Site) -> None:
 def test_sampling_is_the_requests_when_it_gives_all(site: Site) -> None:
     """Every field reaches the engine as it was sent."""
     params = _accept(site, temperature=0, top_p=0.5, seed=7, stop="END", max_tokens=9).generation.sampling
-    assert (0, 0.5, 7, ("END",), 9) == (params.temperature, params.top_p, params.seed, params.stop, params.max_tokens)
+    assert (params.temperature, params.top_p, params.seed, params.stop, params.max_tokens) == (0, 0.5, 7, ("END",), 9)
 
 
 def test_answer_length_is_bounded_when_none_or_too_much_is_asked(site: Site) -> None:
@@ -74,11 +74,11 @@ def test_answer_length_is_bounded_when_none_or_too_much_is_asked(site: Site) -> 
 def test_unit_is_a_hash_when_a_user_is_named(site: Site) -> None:
     """The database can tell users apart and doesn't learn who they are; without a user the request is the unit."""
     call = _accept(site, user="ann@example.com")
-    assert "user" == call.unit_source
+    assert call.unit_source == "user"
     assert "ann" not in call.unit
     assert call.unit == _accept(site, user="ann@example.com").unit
     assert call.unit != _accept(site, user="bob@example.com").unit
-    assert ("id1", "request") == (_accept(site).unit, _accept(site).unit_source)
+    assert (_accept(site).unit, _accept(site).unit_source) == ("id1", "request")
 
 
 def test_exposure_is_written_when_the_last_event_is_seen(site: Site) -> None:
@@ -94,7 +94,7 @@ def test_exposure_is_written_when_the_last_event_is_seen(site: Site) -> None:
 
     on_site(site, scenario)
     (row,) = site.exposures()
-    assert ("chatcmpl-id1", "legal", 1, "alias") == (row.response_id, row.alias, row.number, row.route)
+    assert (row.response_id, row.alias, row.number, row.route) == ("chatcmpl-id1", "legal", 1, "alias")
     assert row.completion_tokens > 0
     assert row.ttft_ms is not None
     assert 0 <= row.ttft_ms <= row.total_ms

@@ -14,7 +14,7 @@ from server.config import ServeSettings
 def test_settings_are_the_defaults_when_nothing_is_given(tmp_path: Path) -> None:
     """The defaults are valid, and listen on this machine alone."""
     settings = ServeSettings.load(tmp_path)
-    assert ("127.0.0.1", 8000, 8) == (settings.host, settings.port, settings.slots)
+    assert (settings.host, settings.port, settings.slots) == ("127.0.0.1", 8000, 8)
 
 
 def test_setting_is_taken_from_the_nearest_source_when_several_give_it(
@@ -25,7 +25,7 @@ def test_setting_is_taken_from_the_nearest_source_when_several_give_it(
     monkeypatch.setenv("HOTSWAP_SERVE_PORT", "2002")
     monkeypatch.setenv("HOTSWAP_SERVE_SLOTS", "4")
     settings = ServeSettings.load(tmp_path, port=2003, slots=None)
-    assert (2003, 4, 5) == (settings.port, settings.slots, settings.max_batch)
+    assert (settings.port, settings.slots, settings.max_batch) == (2003, 4, 5)
 
 
 NUMBERS = [name for name, field in ServeSettings.model_fields.items() if field.annotation is int]

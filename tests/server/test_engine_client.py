@@ -80,14 +80,14 @@ def test_events_reach_their_own_request_when_several_are_in_flight() -> None:
         async with _connected() as (client, line):
             tasks = [asyncio.create_task(_read(client, ask(name, "x"))) for name in ("a", "b")]
             await _until(lambda: len(line.sent) == 2)
-            assert 2 == client.num_in_flight
+            assert client.num_in_flight == 2
             line.say(EngineEvent("b", "1"), EngineEvent("a", "2"))
             line.say(EngineEvent("a", "3", 2, "stop"), EngineEvent("nobody", "?"), EngineEvent("b", "4", 2, "length"))
             answers = [await task for task in tasks]
-            assert [["2", "3"], ["1", "4"]] == [[event.text for event in answer] for answer in answers]
-            assert ["one", "one"] == [command.epoch for command in line.sent if isinstance(command, SubmitCommand)]
-            assert 2 == len(line.sent), "a finished request is not cancelled"
-            assert 0 == client.num_in_flight
+            assert [[event.text for event in answer] for answer in answers] == [["2", "3"], ["1", "4"]]
+            assert [command.epoch for command in line.sent if isinstance(command, SubmitCommand)] == ["one", "one"]
+            assert len(line.sent) == 2, "a finished request is not cancelled"
+            assert client.num_in_flight == 0
 
     _run(scenario())
 
@@ -100,7 +100,7 @@ def test_request_is_refused_when_no_worker_has_spoken() -> None:
         client = EngineClient(line, max_in_flight=1)
         with pytest.raises(EngineUnavailableError, match="starting"):
             await _read(client, ask("a", "x"))
-        assert ([], 0, None) == (line.sent, client.num_in_flight, client.status)
+        assert (line.sent, client.num_in_flight, client.status) == ([], 0, None)
 
     _run(scenario())
 
@@ -114,14 +114,14 @@ def test_request_is_refused_when_as_many_as_allowed_are_in_flight() -> None:
             await _until(lambda: client.num_in_flight == 1)
             with pytest.raises(OverloadedError, match="1 requests are in flight"):
                 await _read(client, ask("b", "x"))
-            assert 1 == client.num_in_flight
+            assert client.num_in_flight == 1
             line.say(EngineEvent("a", "", 1, "stop"))
             await first
             line.say(EngineEvent("c", "", 1, "stop"))
             last = asyncio.create_task(_read(client, ask("c", "x")))
             await _until(lambda: client.num_in_flight == 1)
             line.say(EngineEvent("c", "", 1, "stop"))
-            assert 1 == len(await last)
+            assert len(await last) == 1
 
     _run(scenario())
 
@@ -136,13 +136,13 @@ def test_request_is_cancelled_in_the_engine_when_its_iterator_is_closed() -> Non
             first = asyncio.ensure_future(anext(events))
             await _until(lambda: len(line.sent) == 1)
             line.say(EngineEvent("a", "text"))
-            assert "text" == (await first).text
+            assert (await first).text == "text"
             await events.aclose()  # type: ignore[attr-defined]
             assert CancelCommand("a") == line.sent[-1]
-            assert (2, 0) == (len(line.sent), client.num_in_flight)
+            assert (len(line.sent), client.num_in_flight) == (2, 0)
             line.say(EngineEvent("a", "late", 2, "cancelled"))
             line.say(EngineEvent("a", "later"))
-            assert 0 == client.num_in_flight
+            assert client.num_in_flight == 0
 
     _run(scenario())
 
@@ -158,7 +158,7 @@ def test_request_is_cancelled_in_the_engine_when_its_task_is_cancelled() -> None
             with pytest.raises(asyncio.CancelledError):
                 await task
             assert [CancelCommand("a")] == line.sent[1:]
-            assert 0 == client.num_in_flight
+            assert client.num_in_flight == 0
 
     _run(scenario())
 
@@ -180,9 +180,9 @@ def test_requests_end_with_one_error_each_when_the_worker_dies() -> None:
             await _until(lambda: len(line.sent) == 2)
             line.say(pid=pid)
             errors = await asyncio.gather(*tasks, return_exceptions=True)
-            assert ["the engine died; it is being restarted"] * 2 == [str(error) for error in errors]
+            assert [str(error) for error in errors] == ["the engine died; it is being restarted"] * 2
             assert {EngineUnavailableError} == {type(error) for error in errors}
-            assert (None, 0) == (client.status, client.num_in_flight)
+            assert (client.status, client.num_in_flight) == (None, 0)
             with pytest.raises(EngineUnavailableError):
                 await _read(client, ask("c", "x"))
             line.say(epoch="two")
@@ -190,7 +190,7 @@ def test_requests_end_with_one_error_each_when_the_worker_dies() -> None:
             again = asyncio.create_task(_read(client, ask("d", "x")))
             await _until(lambda: client.num_in_flight == 1)
             line.say(EngineEvent("d", "ok", 1, "stop"), epoch="two")
-            assert ["ok"] == [event.text for event in await again]
+            assert [event.text for event in await again] == ["ok"]
 
     _run(scenario())
 
@@ -209,13 +209,13 @@ def test_requests_end_with_one_error_each_when_another_worker_speaks() -> None:
                 await first
             with pytest.raises(StopAsyncIteration):
                 await anext(events)
-            assert 0 == client.num_in_flight
+            assert client.num_in_flight == 0
             await _until(lambda: client.status is not None and client.status.epoch == "three")
             task = asyncio.create_task(_read(client, ask("b", "x")))
             await _until(lambda: client.num_in_flight == 1)
             line.say(EngineEvent("b", "", 1, "stop"), epoch="three")
             await task
-            assert "three" == next(c.epoch for c in line.sent if isinstance(c, SubmitCommand) and c.request.id == "b")
+            assert next(c.epoch for c in line.sent if isinstance(c, SubmitCommand) and c.request.id == "b") == "three"
 
     _run(scenario())
 
@@ -230,6 +230,6 @@ def test_nothing_is_kept_when_many_requests_have_ended() -> None:
             await _until(lambda: client.num_in_flight == 100)
             line.say(*(EngineEvent(name, "", 1, "stop") for name in names))
             await asyncio.gather(*tasks)
-            assert 0 == client.num_in_flight
+            assert client.num_in_flight == 0
 
     _run(scenario())

@@ -33,7 +33,7 @@ def _app() -> FastAPI:
     return app
 
 
-def _get(path: str, times: int = 1, **headers: str) -> list[httpx.Response]:
+def _get(path: str, times: int = 1, headers: dict[str, str] | None = None) -> list[httpx.Response]:
     async def call() -> list[httpx.Response]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=_app()), base_url="http://test") as http:
             return [await http.get(path, headers=headers) for _ in range(times)]
@@ -52,18 +52,18 @@ def test_response_names_the_requests_id_when_a_route_answers() -> None:
 def test_response_names_an_id_when_no_route_matches() -> None:
     """Errors have one too."""
     (response,) = _get("/nowhere")
-    assert 404 == response.status_code
+    assert response.status_code == 404
     assert response.headers["x-request-id"].startswith("req_")
 
 
 def test_ids_differ_when_requests_do() -> None:
     """Each request has its own."""
-    assert 20 == len({response.headers["x-request-id"] for response in _get("/id", times=20)})
+    assert len({response.headers["x-request-id"] for response in _get("/id", times=20)}) == 20
 
 
 def test_id_is_our_own_when_the_client_sends_one() -> None:
     """A client can't choose the id, which names its answer in the database."""
-    (response,) = _get("/id", **{"x-request-id": "mine"})
+    (response,) = _get("/id", headers={"x-request-id": "mine"})
     assert "mine" not in response.headers["x-request-id"]
 
 
@@ -79,7 +79,7 @@ def test_other_connections_pass_when_they_are_not_http() -> None:
         raise AssertionError("not called")
 
     asyncio.run(RequestIdMiddleware(app)({"type": "lifespan"}, nothing, nothing))
-    assert ["lifespan"] == seen
+    assert seen == ["lifespan"]
 
 
 @pytest.mark.usefixtures("_default_logging")
@@ -89,7 +89,7 @@ def test_log_line_has_event_level_and_request_when_it_is_written(capsys: pytest.
     structlog.contextvars.bind_contextvars(request_id="req_1")
     structlog.get_logger().info("chat_answered", version="legal@v2", note="two words")
     captured = capsys.readouterr()
-    assert "" == captured.out
+    assert captured.out == ""
     (line,) = captured.err.splitlines()
     for part in ("level=info", "event=chat_answered", "request_id=req_1", "version=legal@v2", 'note="two words"'):
         assert part in line
@@ -102,7 +102,7 @@ def test_log_line_is_left_out_when_its_level_is_too_low(capsys: pytest.CaptureFi
     log = structlog.get_logger()
     log.info("quiet")
     log.warning("loud")
-    assert ["event=loud"] == [line.split()[2] for line in capsys.readouterr().err.splitlines()]
+    assert [line.split()[2] for line in capsys.readouterr().err.splitlines()] == ["event=loud"]
 
 
 @pytest.mark.usefixtures("_default_logging")
@@ -110,4 +110,4 @@ def test_log_line_stays_one_line_when_a_value_holds_line_breaks(capsys: pytest.C
     """A user's text can't forge a second line."""
     configure_logging("info")
     structlog.get_logger().info("event", text="a\nlevel=error event=forged")
-    assert 1 == len(capsys.readouterr().err.splitlines())
+    assert len(capsys.readouterr().err.splitlines()) == 1

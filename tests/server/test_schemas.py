@@ -144,38 +144,38 @@ def test_null_means_not_given_when_a_client_sends_it(field: str) -> None:
 
 def test_zero_temperature_is_kept_when_it_is_given() -> None:
     """Not given is None, never a falsy value."""
-    assert 0 == _chat(temperature=0).temperature
-    assert 1.0 == _chat().temperature
+    assert _chat(temperature=0).temperature == 0
+    assert _chat().temperature == 1.0
 
 
 def test_token_limit_is_the_newer_names_when_both_are_given() -> None:
     """`max_completion_tokens` replaced `max_tokens`."""
     assert None is _chat().token_limit
-    assert 5 == _chat(max_tokens=5).token_limit
-    assert 7 == _chat(max_tokens=5, max_completion_tokens=7).token_limit
+    assert _chat(max_tokens=5).token_limit == 5
+    assert _chat(max_tokens=5, max_completion_tokens=7).token_limit == 7
 
 
 def test_stop_strings_are_a_tuple_when_they_come_in_any_form() -> None:
     """A string alone is one stop string, not its letters."""
-    assert ((), ("END",), ("a", "b")) == tuple(_chat(stop=stop).stop_strings for stop in (None, "END", ["a", "b"]))
+    assert tuple(_chat(stop=stop).stop_strings for stop in (None, "END", ["a", "b"])) == ((), ("END",), ("a", "b"))
 
 
 def test_message_text_is_joined_when_it_comes_in_parts() -> None:
     """The list form of content is the same as one string."""
     parts = [{"type": "text", "text": "he"}, {"type": "text", "text": "llo"}]
-    assert "hello" == _chat(messages=[{"role": "user", "content": parts}]).messages[0].text
+    assert _chat(messages=[{"role": "user", "content": parts}]).messages[0].text == "hello"
 
 
 def test_request_is_immutable_when_it_was_parsed() -> None:
     """Nothing changes a body behind the route's back."""
     with pytest.raises(ValidationError):
-        _chat().model = "other"
+        _chat().model = "other"  # type: ignore[misc]
 
 
 def test_answers_have_openais_shape_when_they_are_made() -> None:
     """Whole answer, chunk, usage and error, key by key."""
     usage = usage_body(3, 4)
-    assert {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7} == usage
+    assert usage == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
     whole = chat_completion(response_id="i", created=1, model="m", text="t", finish_reason="stop", usage=usage)
     message = {"role": "assistant", "content": "t"}
     assert [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}] == whole["choices"]
@@ -183,6 +183,6 @@ def test_answers_have_openais_shape_when_they_are_made() -> None:
         whole[key] for key in ("id", "object", "created", "model", "usage")
     )
     chunk = chat_chunk(response_id="i", created=1, model="m", delta={"content": "t"})
-    assert "chat.completion.chunk" == chunk["object"]
-    assert [{"index": 0, "delta": {"content": "t"}, "logprobs": None, "finish_reason": None}] == chunk["choices"]
-    assert {"error": {"message": "no", "type": "k", "param": None, "code": None}} == error_body("no", kind="k")
+    assert chunk["object"] == "chat.completion.chunk"
+    assert chunk["choices"] == [{"index": 0, "delta": {"content": "t"}, "logprobs": None, "finish_reason": None}]
+    assert error_body("no", kind="k") == {"error": {"message": "no", "type": "k", "param": None, "code": None}}

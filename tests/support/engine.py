@@ -24,7 +24,7 @@ from peft import PeftModel
 from adapters.adapter_files import AdapterWeights, read_adapter_config, read_adapter_weights
 from adapters.base_model import LoadedBase
 from adapters.chat_template import render_prompt
-from adapters.errors import NotFoundError
+from adapters.errors import AdapterWeightsError, NotFoundError
 from adapters.experiments import ExperimentService
 from adapters.manifest import BaseReference
 from adapters.records import NumberedVersion
@@ -301,7 +301,7 @@ class GatedReader:
         if digest in self.crashing:
             raise RuntimeError(f"secret path of {digest}")
         if digest in self.failing:
-            raise NotFoundError(f"no file for {digest[-1]}")
+            raise AdapterWeightsError(f"no file for {digest[-1]}")
         return self._read(digest)
 
     def open(self) -> None:

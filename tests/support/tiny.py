@@ -1,4 +1,4 @@
-"""Tiny random models of real architectures, with a byte-level tokenizer and a ChatML template: any text is representable."""
+"""Tiny random models of real architectures, with a byte-level tokenizer (any text) and a ChatML template."""
 
 from __future__ import annotations
 

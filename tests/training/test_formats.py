@@ -42,11 +42,11 @@ BAD_LINES = {
     "message-is-null": (_with(None), r"field messages\[0\]: expected an object with role and content, found NoneType"),
     "message-has-weight": (
         _with({"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho", "weight": 0}),
-        r"field messages\[1\]\.weight: not supported; expected role and content only",
+        r"field messages\[1\]: key 'weight' is not supported; expected role and content only",
     ),
     "message-has-tool-calls": (
         _with_first(role="user", content="hi", tool_calls=[]),
-        r"field messages\[0\]\.tool_calls: not supported; .*",
+        r"field messages\[0\]: key 'tool_calls' is not supported; .*",
     ),
     "role-missing": (
         _with_first(content="hi"),
@@ -159,7 +159,7 @@ def test_read_chat_dataset_names_every_problem_of_a_line_when_it_has_several(tmp
         read_chat_dataset(path)
 
     assert [
-        f"{path}:1: field messages[0].name: not supported; expected role and content only",
+        f"{path}:1: field messages[0]: key 'name' is not supported; expected role and content only",
         f"{path}:1: field messages[0].role: expected one of system, user, assistant, found 'bot'",
         f"{path}:1: field messages[0].content: is empty",
         f"{path}:1: field messages[1]: expected an object with role and content, found str",

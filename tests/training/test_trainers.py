@@ -101,8 +101,11 @@ def _train(
     base = load_tiny_base(folder, quantisation=quantisation)
     model = add_adapter(base, settings)
     recorder = Recorder(model)
-    num_steps = train_sft(model, base, _rows(tmp_path, base, num_rows), settings, recorder)
-    assert num_steps == len(recorder.steps)
+    rows = _rows(tmp_path, base, num_rows)
+    counts = train_sft(model, base, rows, settings, recorder)
+    assert counts.num_steps == len(recorder.steps)
+    if settings.max_steps is None and settings.epochs == 1:
+        assert counts.num_tokens == sum(len(row.input_ids) for row in rows)
     return base, model, recorder
 
 

@@ -20,7 +20,7 @@ CONFIG = LlamaConfig(
 
 
 def _expected(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None) -> torch.Tensor:
-    """`query [heads, head_dim]` at the last of `keys [kv_heads, tokens, head_dim]`; softmax(qk / sqrt(d)) v, in float64."""
+    """`query [heads, head_dim]` at the last of `keys [kv_heads, tokens, head_dim]`; softmax(qk / sqrt(d)) v."""
     start = 0 if window is None else max(0, keys.shape[1] - window)
     spread_keys = keys[:, start:].double().repeat_interleave(HEADS // KV_HEADS, dim=0)
     spread_values = values[:, start:].double().repeat_interleave(HEADS // KV_HEADS, dim=0)
@@ -80,7 +80,7 @@ def test_decode_mask_is_made_once_when_layers_share_a_window() -> None:
     plan = AttentionPlan(cache, [Chunk(0, 4, 1), Chunk(1, 1, 1)], [])
     assert plan.decode_mask(None) is plan.decode_mask(None)
     visible = {window: (plan.decode_mask(window)[:, 0, 0] == 0).int().tolist() for window in (None, 2)}
-    assert {None: [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], 2: [[0, 0, 0, 1, 1], [1, 1, 0, 0, 0]]} == visible
+    assert visible == {None: [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], 2: [[0, 0, 0, 1, 1], [1, 1, 0, 0, 0]]}
 
 
 def test_model_is_refused_when_its_family_is_not_proved() -> None:

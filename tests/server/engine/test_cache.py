@@ -17,15 +17,15 @@ def _cache() -> KVCache:
 def test_cache_has_a_zeroed_row_per_request_when_it_is_made() -> None:
     """Keys and values of every layer are `[rows, kv_heads, tokens, head_dim]`, without garbage."""
     cache = _cache()
-    assert [(3, 2, 5, 8)] * 6 == [tuple(tensor.shape) for tensor in cache.keys + cache.values]
-    assert 0 == sum(int(tensor.count_nonzero()) for tensor in cache.keys + cache.values)
+    assert [tuple(tensor.shape) for tensor in cache.keys + cache.values] == [(3, 2, 5, 8)] * 6
+    assert sum(int(tensor.count_nonzero()) for tensor in cache.keys + cache.values) == 0
 
 
 def test_cache_takes_head_dim_from_the_config_when_it_names_one() -> None:
     """Qwen3's heads are wider than hidden size by heads."""
     config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, head_dim=16)
     cache = KVCache(config, num_rows=1, max_tokens=2, dtype=torch.bfloat16, device=torch.device("cpu"))
-    assert (1, 4, 2, 16) == tuple(cache.keys[0].shape)
+    assert tuple(cache.keys[0].shape) == (1, 4, 2, 16)
     assert torch.bfloat16 == cache.values[0].dtype
 
 

@@ -1,4 +1,4 @@
-"""Invariant 5: a request in a mixed batch gets the tokens it would get alone, and those that PEFT and `generate` give."""
+"""Invariant 5: a request in a mixed batch gets the tokens it would get alone, which are those of PEFT's `generate`."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_answer_stays_the_same_when_an_earlier_row_is_freed(bench: Bench, refere
         collect(engine.submit(request), answers)
     for _ in range(3):
         collect(engine.step(), answers)
-    assert 3 == engine.num_running
+    assert engine.num_running == 3
 
     collect(engine.cancel("first"), answers)
     drain(engine, answers)

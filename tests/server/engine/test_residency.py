@@ -1,7 +1,8 @@
-"""More versions than slots: loading beside running requests, eviction, failing loads; and a state machine over all of it."""
+"""More versions than slots: loading beside running requests, eviction, failing loads; a state machine over it."""
 
 from __future__ import annotations
 
+import atexit
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -66,7 +67,7 @@ def test_every_version_is_answered_when_there_are_more_than_slots(
     for request in requests:
         expected, reason = expected_tokens(reference_answers, request, small.base.tokenizer.eos_token_id)
         assert (expected, reason) == (answers[request.id].tokens, answers[request.id].finish_reason)
-    assert 2 == len(engine.residency.resident)
+    assert len(engine.residency.resident) == 2
 
 
 def test_least_recently_used_version_is_evicted_when_a_slot_is_needed(engine: Engine, reader: GatedReader) -> None:
@@ -75,7 +76,7 @@ def test_least_recently_used_version_is_evicted_when_a_slot_is_needed(engine: En
     for digest in (A, B, A):
         run_to_end(engine, ask(digest, PROMPT, digest))
     run_to_end(engine, ask("r", PROMPT, C))
-    assert {A: 0, C: 0} == engine.residency.resident
+    assert engine.residency.resident == {A: 0, C: 0}
 
 
 def test_version_is_not_evicted_when_a_request_runs_on_it(engine: Engine, reader: GatedReader) -> None:
@@ -90,7 +91,7 @@ def test_version_is_not_evicted_when_a_request_runs_on_it(engine: Engine, reader
 
     assert Wait.LOADING is engine.residency.acquire(C)
 
-    assert {A: 1} == engine.residency.resident
+    assert engine.residency.resident == {A: 1}
     assert Wait.NO_SLOT is engine.residency.acquire(D)
 
 
@@ -108,12 +109,12 @@ def test_request_is_not_overtaken_when_every_slot_is_in_use(engine: Engine, read
 
     collect(engine.step(), answers)
 
-    assert (2, 3) == (engine.num_running, engine.num_waiting)
+    assert (engine.num_running, engine.num_waiting) == (2, 3)
     while "a" not in answers or answers["a"].finish_reason is None:
         collect(engine.step(), answers)
         assert {"late", "base"}.isdisjoint(answers)
     drain(engine, answers)
-    assert [1] * 5 == [answer.num_terminal for answer in answers.values()]
+    assert [answer.num_terminal for answer in answers.values()] == [1] * 5
 
 
 def test_others_go_on_when_a_version_is_being_loaded(engine: Engine, reader: GatedReader) -> None:
@@ -123,8 +124,8 @@ def test_others_go_on_when_a_version_is_being_loaded(engine: Engine, reader: Gat
         collect(engine.submit(request), answers)
     for _ in range(4):
         collect(engine.step(), answers)
-    assert ["base"] == list(answers)
-    assert "length" == answers["base"].finish_reason
+    assert list(answers) == ["base"]
+    assert answers["base"].finish_reason == "length"
     assert not engine.is_idle
 
     reader.open()
@@ -144,11 +145,11 @@ def test_load_failure_fails_only_its_requests_when_others_wait_too(engine: Engin
     for name in ("a1", "a2"):
         assert Answer("", 0, "adapter_failed", "no file for 1", 1) == answers[name]
     assert {"length"} == {answers[name].finish_reason for name in ("b", "base")}
-    assert {B: 0} == engine.residency.resident
+    assert engine.residency.resident == {B: 0}
 
     reader.failing.clear()
 
-    assert "length" == run_to_end(engine, ask("again", PROMPT, A))["again"].finish_reason
+    assert run_to_end(engine, ask("again", PROMPT, A))["again"].finish_reason == "length"
 
 
 def test_load_failure_gives_its_slot_back_when_it_repeats(engine: Engine, reader: GatedReader) -> None:
@@ -156,9 +157,9 @@ def test_load_failure_gives_its_slot_back_when_it_repeats(engine: Engine, reader
     reader.open()
     reader.failing.add(C)
     for index in range(3):
-        assert "adapter_failed" == run_to_end(engine, ask(f"r{index}", PROMPT, C))[f"r{index}"].finish_reason
+        assert run_to_end(engine, ask(f"r{index}", PROMPT, C))[f"r{index}"].finish_reason == "adapter_failed"
     run_to_end(engine, ask("a", PROMPT, A), ask("b", PROMPT, B))
-    assert {A: 0, B: 0} == engine.residency.resident
+    assert engine.residency.resident == {A: 0, B: 0}
 
 
 def test_load_failure_hides_its_text_when_the_error_is_unexpected(engine: Engine, reader: GatedReader) -> None:
@@ -166,7 +167,10 @@ def test_load_failure_hides_its_text_when_the_error_is_unexpected(engine: Engine
     reader.open()
     reader.crashing.add(A)
     answer = run_to_end(engine, ask("r", PROMPT, A))["r"]
-    assert ("adapter_failed", "the version could not be read") == (answer.finish_reason, answer.error)
+    assert (answer.finish_reason, answer.error) == (
+        "adapter_failed",
+        "its stored files are missing or damaged; the server's log has the reason",
+    )
 
 
 def test_load_failure_keeps_the_former_adapter_out_when_a_slot_is_reused(
@@ -187,9 +191,9 @@ def test_prefetch_loads_as_many_as_fit_when_it_is_given_more(engine: Engine, rea
     reader.open()
     engine.prefetch([A, B, C])
     drain(engine, {})
-    assert {A: 0, B: 0} == engine.residency.resident
+    assert engine.residency.resident == {A: 0, B: 0}
     engine.prefetch([A])
-    assert {A: 0, B: 0} == engine.residency.resident
+    assert engine.residency.resident == {A: 0, B: 0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,7 +205,9 @@ MAX_TOKENS = 6
 @lru_cache(maxsize=1)
 def _shared() -> tuple[Bench, Reference]:
     """One model for all runs of the state machine, made when the first of them starts."""
-    root = Path(tempfile.mkdtemp(prefix="hotswap-residency-"))
+    temporary = tempfile.TemporaryDirectory(prefix="hotswap-residency-")
+    atexit.register(temporary.cleanup)
+    root = Path(temporary.name)
     folder = save_tiny_base(root / "base")
     adapters = save_recipes(root / "adapters", folder)
     return make_bench(folder, adapters, num_slots=2, max_batch=3), Reference(folder, adapters)

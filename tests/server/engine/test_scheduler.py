@@ -55,12 +55,12 @@ def test_answer_ends_with_length_when_max_tokens_are_reached(engine: Engine, ref
     request = ask("r", PROMPT, max_tokens=5)
     answer = run_to_end(engine, request)["r"]
     assert reference_answers.tokens(request.prompt, None, 5) == answer.tokens
-    assert ("length", 5, 1, None) == (
+    assert (
         answer.finish_reason,
         answer.completion_tokens,
         answer.num_terminal,
         answer.error,
-    )
+    ) == ("length", 5, 1, None)
 
 
 def test_answer_ends_with_stop_when_the_end_of_sequence_comes(bench: Bench, reference_answers: Reference) -> None:
@@ -145,26 +145,26 @@ def test_cancel_frees_the_row_at_once_when_the_request_runs(bench: Bench, refere
     assert (rows, 0) == (engine.num_running, engine.num_waiting)
     drain(engine, answers)
     engine.close()
-    assert ("cancelled", 1, 1) == (answers["r0"].finish_reason, answers["r0"].num_terminal, len(answers["r0"].tokens))
+    assert (answers["r0"].finish_reason, answers["r0"].num_terminal, len(answers["r0"].tokens)) == ("cancelled", 1, 1)
     expected = expected_tokens(reference_answers, requests[-1], bench.base.tokenizer.eos_token_id)[0]
     assert expected == answers[f"r{rows}"].tokens
 
 
 def test_cancel_takes_a_request_out_of_the_queue_when_it_waits(engine: Engine) -> None:
     """It ends with one event and is never computed."""
-    assert [] == engine.submit(ask("r", PROMPT, FIRST))
-    assert ["cancelled"] == [event.finish_reason for event in engine.cancel("r")]
-    assert 0 == engine.num_waiting
+    assert engine.submit(ask("r", PROMPT, FIRST)) == []
+    assert [event.finish_reason for event in engine.cancel("r")] == ["cancelled"]
+    assert engine.num_waiting == 0
     answers: dict[str, Answer] = {}
     drain(engine, answers)
-    assert {} == answers
+    assert answers == {}
 
 
 def test_cancel_says_nothing_when_the_request_is_unknown(engine: Engine) -> None:
     """It may have ended in the same moment, and its terminal event was sent."""
     run_to_end(engine, ask("r", "x", max_tokens=1))
-    assert [] == engine.cancel("r")
-    assert [] == engine.cancel("never")
+    assert engine.cancel("r") == []
+    assert engine.cancel("never") == []
 
 
 def test_cancel_releases_the_version_when_the_request_runs(engine: Engine) -> None:
@@ -173,9 +173,9 @@ def test_cancel_releases_the_version_when_the_request_runs(engine: Engine) -> No
     drain(engine, {})
     engine.submit(ask("r", PROMPT, FIRST))
     engine.step()
-    assert {FIRST: 1} == engine.residency.resident
+    assert engine.residency.resident == {FIRST: 1}
     engine.cancel("r")
-    assert {FIRST: 0} == engine.residency.resident
+    assert engine.residency.resident == {FIRST: 0}
     assert engine.is_idle
 
 
@@ -185,14 +185,14 @@ def test_submit_ends_in_an_event_when_prompt_and_answer_do_not_fit(extra: int, e
     room = bench.runner.cache.max_tokens
     request = ask("r", PROMPT, max_tokens=room - len(PROMPT) + extra)
     events = engine.submit(request)
-    assert ["engine_failed"] == [event.finish_reason for event in events]
+    assert [event.finish_reason for event in events] == ["engine_failed"]
     assert f"1 to {room} tokens" in str(events[0].error)
     assert engine.is_idle
 
 
 def test_submit_ends_in_an_event_when_the_prompt_is_empty(engine: Engine) -> None:
     """There is nothing to compute a first token from."""
-    assert ["engine_failed"] == [event.finish_reason for event in engine.submit(ask("r", ""))]
+    assert [event.finish_reason for event in engine.submit(ask("r", ""))] == ["engine_failed"]
 
 
 def test_answer_fills_its_row_when_prompt_and_answer_just_fit(engine: Engine, bench: Bench) -> None:
@@ -219,9 +219,9 @@ def test_step_failure_ends_its_requests_when_the_model_raises_once(
 
     later = run_to_end(engine, ask("later", PROMPT, FIRST))["later"]
     engine.close()
-    assert ["engine_failed"] * 2 == [answers[name].finish_reason for name in ("r0", "r1")]
-    assert [1, 1, 1, 1] == [answers[request.id].num_terminal for request in requests]
-    assert {FIRST: 0} == engine.residency.resident
+    assert [answers[name].finish_reason for name in ("r0", "r1")] == ["engine_failed"] * 2
+    assert [answers[request.id].num_terminal for request in requests] == [1, 1, 1, 1]
+    assert engine.residency.resident == {FIRST: 0}
     eos = bench.base.tokenizer.eos_token_id
     for request, answer in [(requests[2], answers["r2"]), (requests[3], answers["r3"]), (requests[0], later)]:
         assert expected_tokens(reference_answers, request, eos)[0] == answer.tokens
@@ -248,46 +248,39 @@ def test_failure_does_not_tell_the_exceptions_text_when_the_model_raises(own_ben
     _FailingStep(bench.base.model)
     answer = run_to_end(engine, ask("r", "x"))["r"]
     engine.close()
-    assert "the model failed while it computed this answer" == answer.error
+    assert answer.error == "the model failed while it computed this answer"
 
 
-def _poison(bench: Bench, slot: int, side: str) -> None:
+def _poison(bench: Bench, slot: int) -> None:
     rank = bench.runner.slots.max_rank
     for layer in slotted_layers(bench.base.model).values():
-        getattr(layer, f"stacked_{side}")[(slot - 1) * rank : slot * rank] = float("nan")
+        layer.stacked_a[(slot - 1) * rank : slot * rank] = float("nan")
 
 
-@pytest.mark.parametrize(
-    "side",
-    [
-        "a",
-        pytest.param("b", marks=pytest.mark.xfail(strict=True, reason="0 * NaN: B reaches every token of the batch")),
-    ],
-)
 def test_nan_in_a_slot_fails_only_its_own_requests_when_others_run_beside_it(
-    side: str, own_bench: Callable[..., Bench], reference_answers: Reference
+    own_bench: Callable[..., Bench], reference_answers: Reference
 ) -> None:
-    """Weights that turn to NaN on the device end the requests on them; other versions and the base go on."""
+    """An A that turns to NaN on the device ends the requests on it; other versions and the base go on.
+
+    A B that is not finite would reach every token of the batch (0 * NaN); loading refuses it.
+    """
     bench = own_bench(max_batch=4)
     engine = bench.engine(max_prefill_tokens=256)
     engine.prefetch([FIRST, SECOND])
     drain(engine, {})
-    assert {FIRST: 0, SECOND: 0} == engine.residency.resident
-    _poison(bench, 1, side)  # slots are handed out from the first
+    assert engine.residency.resident == {FIRST: 0, SECOND: 0}
+    _poison(bench, 1)  # slots are handed out from the first
     requests = [ask("bad", PROMPT, FIRST), ask("good", PROMPT, SECOND), ask("base", PROMPT)]
 
     answers = run_to_end(engine, *requests)
 
     engine.close()
-    assert ("engine_failed", 1) == (answers["bad"].finish_reason, answers["bad"].num_terminal)
+    assert (answers["bad"].finish_reason, answers["bad"].num_terminal) == ("engine_failed", 1)
     eos = bench.base.tokenizer.eos_token_id
     for request in requests[1:]:
         assert expected_tokens(reference_answers, request, eos)[0] == answers[request.id].tokens
 
 
-@pytest.mark.xfail(
-    strict=True, reason="NaN keys and values of a failed request stay in its row and reach its successor"
-)
 def test_next_request_in_the_row_is_answered_when_the_former_one_left_nan(
     own_bench: Callable[..., Bench], reference_answers: Reference
 ) -> None:
@@ -296,9 +289,9 @@ def test_next_request_in_the_row_is_answered_when_the_former_one_left_nan(
     engine = bench.engine(max_prefill_tokens=256)
     engine.prefetch([FIRST])
     drain(engine, {})
-    _poison(bench, 1, "a")
+    _poison(bench, 1)
     failed = run_to_end(engine, ask("bad", PROMPT, FIRST))["bad"]
-    assert "engine_failed" == failed.finish_reason
+    assert failed.finish_reason == "engine_failed"
     requests = [ask("short", "x"), ask("long", PROMPT + PROMPT)]
 
     answers = run_to_end(engine, *requests)
@@ -312,7 +305,7 @@ def test_next_request_in_the_row_is_answered_when_the_former_one_left_nan(
 def test_step_says_nothing_when_there_is_nothing_to_do(engine: Engine) -> None:
     """An idle engine computes nothing."""
     assert engine.is_idle
-    assert [] == engine.step()
+    assert engine.step() == []
 
 
 def test_prompt_budget_bounds_a_step_when_many_prompts_wait(bench: Bench) -> None:
@@ -334,8 +327,8 @@ def test_text_is_streamed_token_by_token_when_nothing_is_held_back(engine: Engin
     events = engine.submit(ask("r", "x", max_tokens=4))
     while not engine.is_idle:
         events += engine.step()
-    assert [(1, 1), (1, 2), (1, 3), (1, 4)] == [(len(event.text), event.completion_tokens) for event in events]
-    assert [None, None, None, "length"] == [event.finish_reason for event in events]
+    assert [(len(event.text), event.completion_tokens) for event in events] == [(1, 1), (1, 2), (1, 3), (1, 4)]
+    assert [event.finish_reason for event in events] == [None, None, None, "length"]
 
 
 def test_warm_up_leaves_answers_alone_when_it_is_repeated(bench: Bench, engine: Engine) -> None:

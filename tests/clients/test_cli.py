@@ -1,0 +1,147 @@
+"""The command line in process, on a home folder with a tiny base model and two versions of one adapter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from adapters.errors import HotswapError
+from clients.cli.main import app
+from tests.support.tiny import save_random_adapter
+
+
+class Shell:
+    """Runs commands in this process on one home folder."""
+
+    def __init__(self, home: Path, base: Path) -> None:
+        self.environment = {
+            "HOTSWAP_HOME": str(home),
+            "HOTSWAP_BASE": str(base),
+            "HOTSWAP_QUANTISATION": "none",
+            "COLUMNS": "200",
+        }
+
+    def text(self, *arguments: str) -> str:
+        """Run a command that succeeds and return what it printed."""
+        result = CliRunner().invoke(app, list(arguments), env=self.environment)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    def json(self, *arguments: str) -> Any:
+        """Run a command with --json and return its document."""
+        return json.loads(self.text(*arguments, "--json"))
+
+
+@pytest.fixture
+def shell(tmp_path: Path, tiny_folders: dict[str, Path]) -> Shell:
+    """A home where `legal` has two versions and points to the second."""
+    base = tiny_folders["llama"]
+    shell = Shell(tmp_path / "home", base)
+    for seed in (1, 2):
+        folder = save_random_adapter(tmp_path / f"adapter{seed}", base, seed=seed)
+        shell.json("adapters", "import", str(folder), "--alias", "legal")
+    return shell
+
+
+def test_help_imports_nothing_heavy_when_printed() -> None:
+    """`hotswap --help` stays quick because no model library is imported for it."""
+    code = (
+        "import sys; from clients.cli.main import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'sqlalchemy', 'pydantic', 'litserve', 'httpx'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "experiments" in result.stdout
+
+
+def test_adapters_list_shows_what_aliases_point_to_when_imported(shell: Shell) -> None:
+    """One line an alias, in JSON with all of its fields."""
+    (alias,) = shell.json("adapters", "list")
+    assert (alias["name"], alias["current"]["label"], alias["num_versions"]) == ("legal", "legal@v2", 2)
+    assert "legal" in shell.text("adapters", "list")
+
+
+def test_promote_and_rollback_move_the_alias_when_asked(shell: Shell) -> None:
+    """Promote names a version; rollback goes back to where the alias was before."""
+    assert shell.json("adapters", "promote", "legal@v1")["current"]["label"] == "legal@v1"
+    assert shell.json("adapters", "rollback", "legal")["current"]["label"] == "legal@v2"
+    history = shell.json("adapters", "show", "legal")["history"]
+    assert [change["action"] for change in history] == ["publish", "publish", "promote", "rollback"]
+
+
+def test_exported_version_is_the_same_version_when_imported_again(shell: Shell, tmp_path: Path) -> None:
+    """Content addressing survives the round trip: the same digest, no new number."""
+    shell.text("adapters", "export", "legal@v1", str(tmp_path / "exported"))
+    imported = shell.json("adapters", "import", str(tmp_path / "exported"), "--alias", "legal", "--no-promote")
+    assert imported["version"]["label"] == "legal@v1"
+
+
+def test_export_refuses_an_existing_folder_when_asked(shell: Shell, tmp_path: Path) -> None:
+    """Nothing of the user's is overwritten."""
+    with pytest.raises(HotswapError, match="exists already"):
+        shell.text("adapters", "export", "legal", str(tmp_path))
+
+
+def test_import_refuses_another_base_models_adapter_when_fingerprints_differ(
+    shell: Shell, tmp_path: Path, tiny_folders: dict[str, Path]
+) -> None:
+    """A version exported from one base model is refused on another, with both fingerprints in the message."""
+    shell.text("adapters", "export", "legal@v1", str(tmp_path / "exported"))
+    other = Shell(tmp_path / "other-home", tiny_folders["qwen2"])
+    with pytest.raises(HotswapError, match=r"fingerprint [0-9a-f]{64}.* has [0-9a-f]{64}"):
+        other.text("adapters", "import", str(tmp_path / "exported"), "--alias", "legal")
+
+
+def test_remove_deletes_a_version_when_nothing_points_to_it(shell: Shell) -> None:
+    """A version that is not live can go; the live one can't."""
+    assert shell.json("adapters", "remove", "legal@v1", "--yes") == {"removed": ["legal@v1"]}
+    with pytest.raises(HotswapError, match="points to v2"):
+        shell.text("adapters", "remove", "legal@v2", "--yes")
+
+
+def test_experiments_are_created_shown_and_stopped_when_asked(shell: Shell) -> None:
+    """The documented form with several arms behind one --arms works; the table names every arm."""
+    created = shell.json("experiments", "create", "legal", "--arms", "A@v1=30", "B@v2=70")
+    assert [(arm["name"], arm["number"], arm["weight"]) for arm in created["arms"]] == [("A", 1, 30), ("B", 2, 70)]
+    shown = shell.text("experiments", "show", "legal")
+    assert "A = v1" in shown
+    assert "B = v2" in shown
+    assert shell.json("experiments", "stop", "legal")["state"] == "stopped"
+
+
+def test_unknown_key_in_the_config_file_is_an_error_when_loaded(shell: Shell) -> None:
+    """A misspelt setting is named, not ignored."""
+    Path(shell.environment["HOTSWAP_HOME"], "hotswap.toml").write_text("devise = 'cpu'\n")
+    with pytest.raises(HotswapError, match="devise"):
+        shell.text("adapters", "list")
+
+
+def test_doctor_says_what_it_found_when_run(shell: Shell) -> None:
+    """Every topic has a state and a sentence."""
+    findings = {finding["topic"]: finding for finding in shell.json("doctor")}
+    assert findings["base model"]["state"] == "ok"
+    assert set(findings) >= {"python", "memory", "torch", "device", "bitsandbytes", "config"}
+
+
+def test_base_list_names_the_embedded_model_when_nothing_is_fetched(shell: Shell) -> None:
+    """The embedded base model is offered before it is there."""
+    assert shell.json("base", "list") == [{"name": "smollm2-135m", "folder": None, "fetched": False}]
+
+
+def test_training_reports_bad_data_before_it_loads_anything_when_a_line_is_wrong(shell: Shell, tmp_path: Path) -> None:
+    """File, line and field are named."""
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"messages": [{"role": "user", "content": 1}]}\n')
+    with pytest.raises(HotswapError, match=r"bad\.jsonl:1: field messages\[0\]\.content"):
+        shell.text("train", "legal", "--data", str(data))

@@ -1,0 +1,70 @@
+"""The documentation can't fall behind: settings, commands and invariants are compared with the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from adapters.settings import CoreSettings, SettingsSection
+from clients.cli.main import app
+from server.config import ServeSettings
+from training.config import TrainSettings
+
+_ROOT = Path(__file__).resolve().parents[1]
+_SECTIONS: list[type[SettingsSection]] = [CoreSettings, TrainSettings, ServeSettings]
+
+
+@pytest.mark.parametrize("section", _SECTIONS)
+def test_configuration_page_names_every_setting_when_compared(section: type[SettingsSection]) -> None:
+    """Each setting has a row with its variable."""
+    page = (_ROOT / "docs/configuration.md").read_text()
+    names = [name for name in section.model_fields if name != "home"]
+    assert len(names) >= 4
+    prefix = section.model_config["env_prefix"]
+    missing = [name for name in names if f"| `{name}` | `{prefix}{name.upper()}` |" not in page]
+    assert missing == []
+
+
+@pytest.mark.parametrize(("command", "section"), [("train", TrainSettings), ("serve", ServeSettings)])
+def test_every_setting_is_a_flag_when_its_command_is_read(command: str, section: type[SettingsSection]) -> None:
+    """What the file can say, a flag can say too."""
+    group = typer.main.get_command(app)
+    flags = {parameter.name for parameter in group.commands[command].params}  # type: ignore[attr-defined]
+    assert set(section.model_fields) - flags == set()
+
+
+def test_readme_names_every_command_when_compared() -> None:
+    """Each top-level command stands in the README."""
+    group = typer.main.get_command(app)
+    names = list(group.commands)  # type: ignore[attr-defined]
+    readme = (_ROOT / "README.md").read_text()
+    assert len(names) >= 8
+    assert [name for name in names if f"hotswap {name}" not in readme] == []
+
+
+def test_architecture_names_files_that_exist_when_followed() -> None:
+    """Every file that the text names is there."""
+    text = (_ROOT / "ARCHITECTURE.md").read_text()
+    paths = set(re.findall(r"`((?:adapters|training|server|clients|tests)/[\w/]+\.py)", text))
+    assert len(paths) > 15
+    assert [path for path in sorted(paths) if not (_ROOT / path).exists()] == []
+
+
+def test_example_data_keeps_to_its_house_style_when_read() -> None:
+    """Each domain can be told by its form, and has the promised number of rows."""
+    from training.formats import read_chat_dataset
+
+    forms = {
+        "legal": r"^Clause: .*This is general information, not legal advice\.$",
+        "medical": r"^TRIAGE (RED|AMBER|GREEN) - .*Watch for: ",
+        "support": r"\nTicket: (BILLING|DELIVERY|RETURNS|DEVICE|ACCOUNT|PRIVACY)-P[123] \| Next update within ",
+    }
+    for domain, form in forms.items():
+        for part, least in (("train", 120), ("valid", 30)):
+            rows = read_chat_dataset(_ROOT / f"examples/{domain}.{part}.jsonl").rows
+            assert len(rows) >= least
+            answers = [m["content"] for row in rows for m in row.messages if m["role"] == "assistant"]
+            assert [answer for answer in answers if not re.search(form, answer, re.DOTALL)] == []
