@@ -82,7 +82,7 @@ def find_base(name: str, home: Path) -> Path:
         BaseModelError: not there; says how to get it.
     """
     local = Path(name).expanduser()
-    if local.is_dir():
+    if name not in EMBEDDED_BASES and local.is_dir():
         return local.absolute()
     cached = _cache_folder(name, home)
     if cached.is_dir():
@@ -121,7 +121,7 @@ def public_name(name: str) -> str:
     A path would tell about the machine, and make equal adapters of two machines different.
     """
     local = Path(name).expanduser()
-    return local.absolute().name if local.is_dir() else name
+    return local.absolute().name if name not in EMBEDDED_BASES and local.is_dir() else name
 
 
 def list_bases(home: Path) -> list[tuple[str, Path | None]]:

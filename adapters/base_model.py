@@ -99,6 +99,8 @@ def load_tokenizer(folder: Path) -> Any:
         raise BaseModelError(f"{folder} holds no tokenizer that can be loaded: {error}") from error
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
         raise BaseModelError(f"the tokenizer in {folder} has no chat template or no end-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, so that any token will do
     return tokenizer
 
 

@@ -50,7 +50,7 @@ class Database:
 def open_database(url: str) -> Database:
     """Connect to `url`, creating and migrating the database where needed.
 
-    Two processes may call this at the same time: migrations run under a file lock.
+    Two processes may call this at the same time: with SQLite, migrations run under a file lock.
 
     Raises:
         ConfigurationError: the URL can't be used.
@@ -58,7 +58,7 @@ def open_database(url: str) -> Database:
     try:
         parsed = make_url(url)
         engine = create_engine(parsed)
-    except (ArgumentError, NoSuchModuleError) as error:
+    except (ArgumentError, NoSuchModuleError, ImportError) as error:
         raise ConfigurationError(f"setting database_url: {error}") from None
     if parsed.get_backend_name() != "sqlite":
         _migrate(engine)

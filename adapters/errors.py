@@ -105,7 +105,8 @@ class RankTooHighError(AdapterRejectedError):
 
     def __init__(self, *, rank: int, max_rank: int) -> None:
         super().__init__(
-            f"the adapter has rank {rank}, but slots hold at most rank {max_rank}; raise serve.max_rank to serve it"
+            f"the adapter has rank {rank}, but slots hold at most rank {max_rank}; "
+            "raise max_rank (HOTSWAP_MAX_RANK) to serve it"
         )
 
 

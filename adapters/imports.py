@@ -7,8 +7,16 @@ from pathlib import Path
 
 from adapters.adapter_files import read_adapter_config, read_adapter_weights
 from adapters.base_files import compute_fingerprint, public_name, pull_base
-from adapters.errors import AdapterConfigError, ConflictError, FingerprintMismatchError
-from adapters.manifest import MANIFEST_FILE, BaseReference, Manifest, read_manifest
+from adapters.errors import AdapterConfigError, ConflictError, FingerprintMismatchError, RankTooHighError
+from adapters.manifest import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    MANIFEST_FILE,
+    BaseReference,
+    Manifest,
+    hash_file,
+    read_manifest,
+)
 from adapters.records import NumberedVersion, check_alias_name
 from adapters.registry import Registry
 from adapters.settings import CoreSettings
@@ -40,11 +48,14 @@ def import_folder(
     base_folder = pull_base(core.base, core.home)
     fingerprint = compute_fingerprint(base_folder, quantisation=core.quantisation)
     config = read_adapter_config(folder)
+    if config.r > core.max_rank:
+        raise RankTooHighError(rank=config.r, max_rank=core.max_rank)
     weights = read_adapter_weights(folder, config, read_module_shapes(base_folder))
     if (folder / MANIFEST_FILE).exists():
         manifest = read_manifest(folder)
         if manifest.base.fingerprint != fingerprint:
             raise FingerprintMismatchError(adapter=manifest.base.fingerprint, base=fingerprint)
+        _check_files(folder, manifest)
     else:
         manifest = Manifest(
             source="imported",
@@ -54,6 +65,16 @@ def import_folder(
             target_modules=sorted({module.rsplit(".", 1)[-1] for module in weights.modules}),
         )
     return registry.publish(folder, manifest, alias=alias, promote=promote)
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    for name in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE):
+        expected = manifest.files[name].sha256 if name in manifest.files else "no such file"
+        if (found := hash_file(folder / name)) != expected:
+            raise AdapterConfigError(
+                f"{folder / name} is not the file of its manifest (expected sha256 {expected}, found {found}); "
+                f"to import it as a new adapter, delete {MANIFEST_FILE} first"
+            )
 
 
 def export_version(registry: Registry, version: NumberedVersion, target: Path) -> None:

@@ -170,7 +170,7 @@ def check_alias_name(name: str) -> str:
         InvalidNameError: the name is reserved or has other characters than the grammar allows.
     """
     if name in _RESERVED_NAMES:
-        raise InvalidNameError(f"the name {name!r} is reserved; choose another alias", param="alias")
+        raise InvalidNameError(f"the name {name!r} is reserved", param="alias")
     if not _ALIAS_PATTERN.fullmatch(name):
         raise InvalidNameError(
             f"{name[:80]!r} is not an alias: expected 1 to 63 of a-z, 0-9, '.', '_', '-', starting with a letter "

@@ -178,14 +178,6 @@ class Registry:
             rows = _changes(session, alias)
             return [AliasChange(r.alias, _action(r), r.from_number, r.to_number, r.changed_at) for r in rows]
 
-    def sweep(self) -> int:
-        """Delete files that no registered version owns: what a killed publisher left. Returns how many."""
-        return self.store.sweep(self._registered_digests)
-
-    def _registered_digests(self) -> set[str]:
-        with self.database.read() as session:
-            return set(session.scalars(select(VersionRow.digest)))
-
 
 def _append_version(session: Session, alias: str, digest: str) -> int:
     row = session.get(AliasRow, alias)

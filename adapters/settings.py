@@ -72,6 +72,7 @@ class CoreSettings(SettingsSection):
     quantisation: Literal["nf4", "none"] = Field(
         "nf4", description="nf4 (4 bits, double quantisation), or none: the weights as stored."
     )
+    max_rank: int = Field(16, ge=1, le=256, description="Highest LoRA rank that is published, and that a slot holds.")
     database_url: str | None = Field(None, description="SQLAlchemy URL; default is SQLite in the home folder.")
 
     @property

@@ -75,6 +75,8 @@ def difference_interval(
         return _newcombe(treatment, control, confidence)
     variances = [float(np.var(side, ddof=1)) / len(side) for side in (treatment, control)]
     spread = sum(variances)
+    if spread**2 == 0:  # values so small that their variance can't be represented
+        return None
     freedom = spread**2 / sum(
         variance**2 / (len(side) - 1) for variance, side in zip(variances, (treatment, control), strict=True)
     )

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -79,8 +79,9 @@ class ArtifactStore:
         """
         folder = self.folder(digest)
         manifest = read_manifest(folder)
-        if manifest.digest != digest:
-            raise IntegrityError(f"the manifest of version {digest} hashes to {manifest.digest}")
+        # The stored bytes, not the parsed manifest: a later field with a default must not change old versions' names.
+        if (found := hash_file(folder / MANIFEST_FILE)) != digest:
+            raise IntegrityError(f"the manifest of version {digest} hashes to {found}")
         for name, expected in manifest.files.items():
             path = folder / name
             found = hash_file(path) if path.is_file() else "nothing: the file is missing"
@@ -96,11 +97,11 @@ class ArtifactStore:
         """All published versions."""
         return {path.name for path in self.root.iterdir() if _DIGEST.fullmatch(path.name)}
 
-    def sweep(self, registered: Callable[[], set[str]]) -> int:
-        """Delete what killed publishers left behind; does nothing while anybody publishes.
+    def sweep(self) -> int:
+        """Delete what killed publishers and removals left unfinished; does nothing while anybody publishes.
 
-        Args:
-            registered: Asked, once nobody publishes, for the versions to keep.
+        Whole versions are kept, whether a database lists them or not: the same content published again finds them, and
+        a database that was replaced must not cost anybody their adapters.
 
         Returns:
             How many folders were deleted.
@@ -110,13 +111,10 @@ class ArtifactStore:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return 0
-            orphans = self.digests() - registered()
-            for digest in orphans:
-                self._discard(self.root / digest)
             leftovers = [path for path in self._incoming.iterdir() if path.is_dir()]
             for path in leftovers:
                 shutil.rmtree(path)
-            return len(orphans) + len(leftovers)
+            return len(leftovers)
 
     @contextmanager
     def held(self, *, alone: bool = False) -> Iterator[None]:
@@ -144,8 +142,17 @@ class ArtifactStore:
         except OSError:
             if not (self.root / digest).is_dir():
                 raise
-            shutil.rmtree(temporary)  # somebody has published the same content before
+            self._keep_or_replace(digest, temporary)
         _sync_folder(self.root)
+
+    def _keep_or_replace(self, digest: str, temporary: Path) -> None:
+        """The same content was published before: keep it, unless its files were damaged since."""
+        try:
+            self.verify(digest)
+            shutil.rmtree(temporary)
+        except IntegrityError:
+            self._discard(self.root / digest)
+            os.rename(temporary, self.root / digest)
 
 
 def _copy(source: Path, folder: Path) -> FileReference:

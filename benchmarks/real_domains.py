@@ -1,6 +1,6 @@
 """Trains, serves and scores three domains on data of your own, everything after the training over HTTP.
 
-    python -m benchmarks.real_domains --data DIR [--home HOME] [--rows 120]
+    python -m benchmarks.real_domains --data DIR [--home HOME] [--rows 120] [--domains legal support]
 
 DIR holds {legal,medical,support}.{train,valid}.jsonl, chat rows. Legal and support answers are short labels, scored by
 exact match; medical answers are prose, scored by the training's validation loss and by the overlap of words (F1).
@@ -78,15 +78,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--home", type=Path, default=Path.home() / ".hotswap-benchmark")
     parser.add_argument("--rows", type=int, default=120, help="first validation rows to score (default 120)")
+    parser.add_argument("--domains", nargs="+", default=[domain.name for domain in DOMAINS])
     parser.add_argument("--concurrency", type=int, default=16)
     options = parser.parse_args()
     options.home.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"HOTSWAP_HOME": str(options.home)}
-    trainings = {domain.name: _train(domain, options.data, environment) for domain in DOMAINS}
+    domains = [domain for domain in DOMAINS if domain.name in options.domains]
+    trainings = {domain.name: _train(domain, options.data, environment) for domain in domains}
     with running_server(environment, options.home / "benchmark-server.log", "--log-level", "warning") as url:
         rows = [
             asyncio.run(_score(url, domain, trainings[domain.name], options.data, options.rows, options.concurrency))
-            for domain in DOMAINS
+            for domain in domains
         ]
     _print_table(rows, options.rows)
 

@@ -15,6 +15,7 @@ import httpx
 
 __all__ = ["ApiError", "ChatAnswer", "HotswapClient"]
 
+_LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
 
@@ -49,7 +50,9 @@ class HotswapClient:
 
     def __init__(self, base_url: str) -> None:
         limits = httpx.Limits(max_connections=None)
-        self._http = httpx.AsyncClient(base_url=base_url, timeout=_TIMEOUT, limits=limits)
+        # A proxy of the environment can't reach this machine's own addresses.
+        is_local = httpx.URL(base_url).host in _LOCAL_HOSTS
+        self._http = httpx.AsyncClient(base_url=base_url, timeout=_TIMEOUT, limits=limits, trust_env=not is_local)
 
     async def __aenter__(self) -> Self:
         """Return the client."""

@@ -8,13 +8,18 @@ ours, since its continuous-batching loop ends for good on one exception.
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import multiprocessing as mp
 import os
 import queue as queues
 import secrets
 import signal
+import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
@@ -33,12 +38,22 @@ from server.engine_factory import build_engine
 from server.messages import ENGINE_CHANNEL, CancelCommand, EngineMessage, EngineStatus, SubmitCommand
 from server.observe import configure_logging
 
-__all__ = ["EngineAPI", "EngineLoop", "LitServeTransport", "RoutesSpec", "build_server", "wrap_lifespan"]
+__all__ = [
+    "EngineAPI",
+    "EngineLoop",
+    "LitServeTransport",
+    "RoutesSpec",
+    "build_server",
+    "guard_processes",
+    "wrap_lifespan",
+]
 
 _log = structlog.get_logger(__name__)
 
-_CONSUMER_ID = 0  # one API process; see docs/decisions/0003
+_CONSUMER_ID = 0  # one API process; see docs/decisions/0002
 _IDLE_WAIT_S = 0.2
+_GUARD_INTERVAL_S = 0.5
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _HEARTBEAT_S = 1.0
 _HIDDEN_PATHS = frozenset({"/", "/info", "/litserve-health"})
 
@@ -76,8 +91,9 @@ class EngineLoop(LitLoop):  # type: ignore[misc]  # LitServe ships no types
         engine = lit_api.engine
         assert engine is not None, "LitServe calls setup first"
         epoch = secrets.token_hex(4)
+        parent = os.getppid()
         last_sent = 0.0
-        while True:
+        while os.getppid() == parent:  # a worker without a parent would hold its memory for nobody
             events = [
                 event
                 for command in _take_commands(request_queue, wait=engine.is_idle)
@@ -92,6 +108,7 @@ class EngineLoop(LitLoop):  # type: ignore[misc]  # LitServe ships no types
                 last_sent = time.monotonic()
             elif not engine.num_running and not engine.is_idle:
                 time.sleep(0.001)  # only a load is under way: leave the processor to the loader thread
+        sys.exit(1)
 
 
 class RoutesSpec(LitSpec):  # type: ignore[misc]  # LitServe ships no types
@@ -120,12 +137,14 @@ class LitServeTransport:
 
     def __init__(self, spec: RoutesSpec) -> None:
         self._queue = spec.request_queue
+        # One thread of its own: commands stay in order, and slow work elsewhere doesn't hold them up.
+        self._sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-sender")
         self._item = ResponseBufferItem(event=asyncio.Event(), response_queue=deque())
         spec.response_buffer[ENGINE_CHANNEL] = self._item
 
     async def send(self, command: SubmitCommand | CancelCommand) -> None:
         """Put a command on the worker's queue; it lives in another process, so this leaves the event loop."""
-        await asyncio.to_thread(self._queue.put, command)
+        await asyncio.get_running_loop().run_in_executor(self._sender, self._queue.put, command)
 
     async def receive(self) -> list[EngineMessage]:
         """Wait for messages and return all that have come."""
@@ -168,6 +187,43 @@ def build_server(
     app.include_router(router)
     configure_app(app, spec)
     return server
+
+
+def guard_processes() -> threading.Event:
+    """Watch the children from a thread; if one is lost that LitServe can't replace, end all and exit with 1.
+
+    LitServe restarts the engine worker once it serves. It does not notice a worker that dies while it loads (the start
+    would wait for ever), nor the loss of the API process or of the manager that holds the queues (clients would connect
+    and hang). And children outlive a killed parent unless the kernel tells them.
+
+    Returns:
+        Set it when an orderly shutdown begins.
+    """
+    stopping = threading.Event()
+    os.register_at_fork(after_in_child=_die_with_parent)
+    threading.Thread(target=_watch_children, args=(stopping,), name="process-guard", daemon=True).start()
+    return stopping
+
+
+def _watch_children(stopping: threading.Event) -> None:
+    seen: set[str] = set()
+    while not stopping.wait(_GUARD_INTERVAL_S):
+        alive = {child.name for child in mp.active_children()}
+        lost = seen - alive
+        is_serving = any(name.startswith("LitServer-") for name in seen)
+        if is_serving:
+            lost.discard("inference-worker")
+        if lost and not stopping.is_set():
+            _log.critical("process_lost", names=sorted(lost))
+            for child in mp.active_children():
+                child.kill()
+            os._exit(1)
+        seen |= alive
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def wrap_lifespan(app: FastAPI, start: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,15 +19,18 @@ from fastapi import FastAPI
 from adapters.base_files import pull_base
 from adapters.base_model import load_tokenizer
 from adapters.database import open_database
+from adapters.errors import BaseModelError
 from adapters.experiments import ExperimentService
 from adapters.registry import Registry
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
-from server.api import LitServeTransport, RoutesSpec, build_server, wrap_lifespan
+from server.api import LitServeTransport, RoutesSpec, build_server, guard_processes, wrap_lifespan
 from server.chat import ChatService
 from server.config import ServeSettings
+from server.engine.families import SUPPORTED_FAMILIES
 from server.engine_client import EngineClient
 from server.errors import install_error_handlers
+from server.limits import BodyLimitMiddleware
 from server.observe import RequestIdMiddleware, configure_logging
 from server.routes import router
 from server.services import Services
@@ -37,23 +41,26 @@ _log = structlog.get_logger(__name__)
 
 
 def serve(core: CoreSettings, settings: ServeSettings) -> None:
-    """Serve until SIGTERM or Ctrl+C; running answers are finished first.
+    """Serve until SIGTERM or Ctrl+C; running answers get 30 seconds (LitServe's grace) to finish.
 
     Raises:
-        BaseModelError: the base model can't be fetched.
+        BaseModelError: the base model can't be fetched or is not supported.
     """
     configure_logging(settings.log_level)
-    settings = _fit_context(settings, pull_base(core.base, core.home))
-    _open_registry(core).sweep()
+    settings = _fit_base(settings, pull_base(core.base, core.home))
+    ArtifactStore(core.home / "store").sweep()
+    stopping = guard_processes()
 
     def configure_app(app: FastAPI, spec: RoutesSpec) -> None:
         app.title = "Hotswap"
+        app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
         app.add_middleware(RequestIdMiddleware)
         install_error_handlers(app)
         wrap_lifespan(app, lambda started: _running_services(started, spec, core, settings))
 
     server = build_server(core, settings, router, configure_app)
-    signal.signal(signal.SIGTERM, _interrupt_parent(os.getpid()))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt_parent(os.getpid(), stopping))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     server.run(
         host=settings.host,
@@ -77,6 +84,7 @@ async def _running_services(
     chat = ChatService(registry, experiments, engine, tokenizer, settings)
     app.state.services = Services(registry, experiments, engine, chat)
     listening = asyncio.create_task(engine.run())
+    listening.add_done_callback(_end_if_crashed)
     try:
         yield
     finally:
@@ -86,9 +94,27 @@ async def _running_services(
         registry.database.close()
 
 
-def _fit_context(settings: ServeSettings, base_folder: Path) -> ServeSettings:
-    """Lower the limits to the positions that the base model was trained for."""
-    positions = json.loads((base_folder / "config.json").read_bytes()).get("max_position_embeddings")
+def _end_if_crashed(task: asyncio.Task[None]) -> None:
+    """Without its listener an API process answers nothing: let the guard end the server instead of hanging."""
+    if not task.cancelled():
+        _log.critical("engine_listener_crashed", exc_info=task.exception())
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fit_base(settings: ServeSettings, base_folder: Path) -> ServeSettings:
+    """Refuse a base model that the engine does not compute, and lower the limits to the positions that it has.
+
+    Raises:
+        BaseModelError: no readable config, or a family that is not supported.
+    """
+    try:
+        config = json.loads((base_folder / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"{base_folder} holds no model: config.json can't be read: {error}") from None
+    if config.get("model_type") not in SUPPORTED_FAMILIES:
+        known = ", ".join(sorted(SUPPORTED_FAMILIES))
+        raise BaseModelError(f"models of type {config.get('model_type')!r} are not supported; {known} are")
+    positions = config.get("max_position_embeddings")
     if positions is None or settings.max_context <= positions:
         return settings
     _log.warning("context_lowered", configured=settings.max_context, base_model_allows=positions)
@@ -96,7 +122,7 @@ def _fit_context(settings: ServeSettings, base_folder: Path) -> ServeSettings:
     return settings.model_copy(update=limits)
 
 
-def _interrupt_parent(parent: int) -> Callable[[int, FrameType | None], None]:
+def _interrupt_parent(parent: int, stopping: threading.Event) -> Callable[[int, FrameType | None], None]:
     """A handler that turns SIGTERM, which process managers send, into what LitServe shuts down in good order on.
 
     The API process is forked with it, has a handler of its own while it serves, and must not raise when uvicorn repeats
@@ -105,6 +131,7 @@ def _interrupt_parent(parent: int) -> Callable[[int, FrameType | None], None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if os.getpid() == parent:
+            stopping.set()
             raise KeyboardInterrupt
 
     return handle

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,7 +18,6 @@ from adapters.errors import (
     HotswapError,
     InvalidNameError,
     NotFoundError,
-    OverloadedError,
     PromptTooLongError,
 )
 from adapters.experiments import ExperimentService
@@ -49,6 +48,7 @@ class ChatCall:
     completion_tokens: int = 0
     finish_reason: str | None = None
     error: str | None = None
+    is_recorded: bool = False
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -73,14 +73,14 @@ class ChatService:
         """Bind the request to a version and render its prompt. The binding holds to the last token.
 
         Raises:
-            NotFoundError: no such model.
+            InvalidNameError: no such model.
             InvalidInputError: the chat template refuses the conversation.
             PromptTooLongError: it leaves no room for an answer.
         """
         unit, unit_source = _unit_of(body, request_id)
         try:
             binding = await asyncio.to_thread(self._registry.resolve, body.model, unit=unit)
-        except NotFoundError as error:
+        except (NotFoundError, InvalidNameError) as error:
             raise InvalidNameError(str(error), param="model") from None
         prompt = await asyncio.to_thread(self._render, body)
         return ChatCall(
@@ -94,12 +94,12 @@ class ChatService:
             headers=_headers(binding),
         )
 
-    async def generate(self, call: ChatCall) -> AsyncIterator[EngineEvent]:
-        """Yield the answer's events; the exposure is written before the last one, and whatever happens.
+    async def generate(self, call: ChatCall) -> AsyncGenerator[EngineEvent]:
+        """Yield the answer's events. One exposure is written for every accepted request, before its last event.
 
         Raises:
-            OverloadedError: too many requests are in flight; nothing was started and no exposure is written.
-            EngineUnavailableError: no worker, or it died.
+            OverloadedError, EngineUnavailableError: not accepted; nothing was started and no exposure is written.
+            EngineUnavailableError: the worker died under this request.
             AdapterRejectedError: the version can't be loaded; says why.
             EngineFailureError: the model failed under this request.
         """
@@ -111,19 +111,15 @@ class ChatService:
                     await self._record(call)
                     _raise_failure(event)
                 yield event
-        except HotswapError as error:
-            # A failure that came as an event has been recorded above; a refused request was never exposed to anything.
-            if call.finish_reason is None and not isinstance(error, OverloadedError):
-                call.error = str(error)
-                await self._record(call)
-            raise
         except (asyncio.CancelledError, GeneratorExit):
-            if call.finish_reason is None:
-                call.finish_reason = "cancelled"
-                await asyncio.shield(self._record(call))
+            call.finish_reason = call.finish_reason or "cancelled"
+            raise
+        except Exception as error:
+            call.error = call.error or (str(error) if isinstance(error, HotswapError) else type(error).__name__)
             raise
         finally:
-            await events.aclose()  # type: ignore[attr-defined]  # an async generator behind its interface
+            await self._record(call)
+            await events.aclose()
 
     def _render(self, body: ChatRequest) -> tuple[int, ...]:
         messages = [{"role": message.role, "content": message.text} for message in body.messages]
@@ -154,6 +150,12 @@ class ChatService:
         call.error = event.error
 
     async def _record(self, call: ChatCall) -> None:
+        """Write the call's exposure unless that was done; not to be stopped by whoever waits for it."""
+        if not call.is_recorded:
+            call.is_recorded = True
+            await asyncio.shield(self._write_exposure(call))
+
+    async def _write_exposure(self, call: ChatCall) -> None:
         ended = time.monotonic()
         exposure = Exposure(
             response_id=call.response_id,

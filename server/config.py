@@ -24,12 +24,12 @@ class ServeSettings(SettingsSection):
     )
     port: int = Field(8000, ge=1024, le=65535, description="Port to listen on.")
     slots: int = Field(8, ge=1, le=256, description="Adapters on the device at once, besides the base model.")
-    max_rank: int = Field(16, ge=1, le=256, description="Highest LoRA rank that a slot holds.")
     max_batch: int = Field(32, ge=1, le=512, description="Requests computed at once.")
     max_context: int = Field(2048, ge=64, le=131_072, description="Prompt and answer together, in tokens.")
     max_tokens: int = Field(512, ge=1, le=131_072, description="Answer's length where a request gives none.")
     max_prefill_tokens: int = Field(256, ge=16, le=65_536, description="Prompt tokens computed beside one decode step.")
     max_waiting: int = Field(256, ge=1, le=100_000, description="Requests in flight before new ones get 429.")
+    max_body_bytes: int = Field(2_000_000, ge=1000, le=1_000_000_000, description="Largest request body.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 
     @model_validator(mode="after")

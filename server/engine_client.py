@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 import structlog
@@ -54,20 +55,31 @@ class EngineClient:
         """Requests that have been accepted and not yet answered to the end."""
         return len(self._in_flight)
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[EngineEvent]:
-        """Submit a request and yield its events; the last one has a finish reason.
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent]:
+        """Accept a request and return its events, to be iterated at once; the last one has a finish reason.
 
-        Closing the iterator early cancels the request in the engine.
+        Closing the iterator early cancels the request in the engine. If the worker dies, iterating raises
+        EngineUnavailableError.
 
         Raises:
-            OverloadedError: too many requests are in flight.
-            EngineUnavailableError: there is no worker, or it died under this request.
+            OverloadedError: too many requests are in flight; nothing was accepted.
+            EngineUnavailableError: there is no worker; nothing was accepted.
         """
-        queue = self._enter(request.id)
+        if self._status is None:
+            raise EngineUnavailableError("the engine is starting; try again shortly")
+        if len(self._in_flight) >= self._max_in_flight:
+            raise OverloadedError(f"{len(self._in_flight)} requests are in flight, the most that this server takes")
+        queue: asyncio.Queue[EngineEvent | EngineUnavailableError] = asyncio.Queue()
+        self._in_flight[request.id] = queue
+        return self._follow(SubmitCommand(self._status.epoch, request), queue)
+
+    async def _follow(
+        self, command: SubmitCommand, queue: asyncio.Queue[EngineEvent | EngineUnavailableError]
+    ) -> AsyncGenerator[EngineEvent]:
+        request = command.request
         finished = False
         try:
-            assert self._status is not None
-            await self._transport.send(SubmitCommand(self._status.epoch, request))
+            await self._transport.send(command)
             while not finished:
                 event = await queue.get()
                 if isinstance(event, EngineUnavailableError):
@@ -91,15 +103,6 @@ class EngineClient:
             with contextlib.suppress(asyncio.CancelledError):
                 await watcher
 
-    def _enter(self, request_id: str) -> asyncio.Queue[EngineEvent | EngineUnavailableError]:
-        if self._status is None:
-            raise EngineUnavailableError("the engine is starting; try again shortly")
-        if len(self._in_flight) >= self._max_in_flight:
-            raise OverloadedError(f"{len(self._in_flight)} requests are in flight, the most that this server takes")
-        queue: asyncio.Queue[EngineEvent | EngineUnavailableError] = asyncio.Queue()
-        self._in_flight[request_id] = queue
-        return queue
-
     def _distribute(self, message: EngineMessage) -> None:
         if self._status is not None and self._status.epoch != message.status.epoch:
             self._give_up("the engine was restarted")
@@ -120,6 +123,8 @@ class EngineClient:
             if not _is_alive(self._status.pid):
                 self._give_up("the engine died; it is being restarted")
             elif time.monotonic() - self._last_heard > _SILENCE_LIMIT_S:
+                # A stuck worker is ended, so that LitServe starts another.
+                os.kill(self._status.pid, signal.SIGKILL)
                 self._give_up(f"the engine has been silent for {_SILENCE_LIMIT_S:.0f} seconds")
 
     def _give_up(self, reason: str) -> None:

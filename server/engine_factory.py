@@ -29,7 +29,7 @@ def build_engine(core: CoreSettings, serve: ServeSettings) -> Engine:
     runner = ModelRunner(
         base.model,
         num_slots=serve.slots,
-        max_rank=serve.max_rank,
+        max_rank=core.max_rank,
         max_batch=serve.max_batch,
         max_context=serve.max_context,
     )

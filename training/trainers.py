@@ -170,7 +170,6 @@ def _arguments(settings: TrainSettings, base: LoadedBase, num_rows: int, scratch
         # The first step of a warm-up has learning rate 0: a run of very few steps would learn nothing.
         warmup_steps=min(settings.warmup_steps, num_steps // 4),
         weight_decay=settings.weight_decay,
-        train_sampling_strategy="group_by_length",  # rows of like length together: less padding to compute
         gradient_checkpointing=settings.gradient_checkpointing,
         seed=settings.seed,
         bf16=False,  # `summed_loss` chooses the precision itself

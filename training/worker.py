@@ -17,6 +17,7 @@ from adapters.base_files import pull_base
 from adapters.base_model import LoadedBase, linear_shapes, load_base, load_tokenizer
 from adapters.chat_template import RenderedRow, hash_chat_template
 from adapters.database import open_database
+from adapters.errors import RankTooHighError
 from adapters.manifest import ADAPTER_CONFIG_FILE, DataReference, Manifest
 from adapters.records import NumberedVersion, check_alias_name
 from adapters.registry import Registry
@@ -85,11 +86,14 @@ def run_training(
 
     Raises:
         InvalidNameError: `alias` can't be an alias.
+        RankTooHighError: no server with these settings could serve the result.
         DataError: bad rows, named by file, line and field; nothing has been loaded by then.
         BaseModelError: the base model can't be fetched or loaded.
     """
     listener = listener or SilentListener()
     check_alias_name(alias)
+    if settings.rank > core.max_rank:
+        raise RankTooHighError(rank=settings.rank, max_rank=core.max_rank)
     listener.on_stage("Checking the data")
     train_data = read_chat_dataset(train_path)
     validation_data = read_chat_dataset(validation_path) if validation_path else None

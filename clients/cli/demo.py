@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -82,6 +83,7 @@ def demo(
     console.rule("1  The base model")
     pulled = shell.json("base", "pull")
     console.print(f"{pulled['name']} in {pulled['folder']}, fingerprint {pulled['fingerprint'][:12]}")
+    _refuse_foreign_aliases(shell, examples)
     console.rule("2  One adapter per domain")
     cut = () if steps is None else ("--max-steps", str(steps))
     fingerprint = pulled["fingerprint"]
@@ -103,9 +105,10 @@ def demo(
         console.print(f"listening on {url} (its log: {log})", soft_wrap=True)
         answers = asyncio.run(_ask_everybody(url))
         console.rule(f"5  Swap {stable.label} for {candidate.label} while {_CONCURRENCY} clients keep asking")
-        swap = asyncio.run(_swap_under_load(shell, url, stable.label, candidate.label))
+        prompts = _read_prompts(examples)
+        swap = asyncio.run(_swap_under_load(shell, url, stable.label, candidate.label, prompts))
         console.rule(f"6  A/B test: {_NUM_USERS} users, half on {stable.label}, half on {candidate.label}")
-        report = asyncio.run(_split_traffic(shell, url, stable.label, candidate.label))
+        report = asyncio.run(_split_traffic(shell, url, stable.label, candidate.label, prompts))
     console.rule("Summary")
     _print_summary([*trained, candidate], answers, swap, report)
     console.print(f"Done in {time.monotonic() - started:.0f} s; the server is stopped. Next:")
@@ -167,13 +170,11 @@ def _train_once(
 def _find_trained(
     shell: _Shell, alias: str, train_file: Path, options: tuple[str, ...], fingerprint: str
 ) -> _Trained | None:
-    import hashlib
-
     if alias not in {entry["name"] for entry in shell.json("adapters", "list")}:
         return None
     given = {name.removeprefix("--").replace("-", "_"): float(value) for name, value in _pairs(options)}
     wanted = {"seed": 0, "max_steps": None, **given}
-    data_hash = hashlib.sha256(train_file.read_bytes()).hexdigest()
+    data_hash = _hash(train_file)
     for version in reversed(shell.json("adapters", "show", alias)["versions"]):
         manifest = shell.json("adapters", "show", version["label"])["manifest"]
         same_settings = all(manifest["settings"].get(name) == value for name, value in wanted.items())
@@ -187,6 +188,10 @@ def _find_trained(
                 metrics["validation_loss_after"],
             )
     return None
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _pairs(options: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -208,12 +213,12 @@ async def _ask_everybody(url: str) -> list[tuple[str, ChatAnswer]]:
     return list(zip(names, answers, strict=True))
 
 
-async def _swap_under_load(shell: _Shell, url: str, stable: str, candidate: str) -> _Swap:
+async def _swap_under_load(shell: _Shell, url: str, stable: str, candidate: str, questions: list[str]) -> _Swap:
     """Keep clients asking, promote in their midst, and count what answered what."""
     from clients.http import HotswapClient
     from clients.load import LoadRequest, send_one
 
-    prompts = itertools.cycle(_prompts())
+    prompts = itertools.cycle(questions)
     results: list[LoadResult] = []
     promoted_at: float | None = None
 
@@ -265,7 +270,7 @@ def _summarise_swap(results: list[LoadResult], candidate: str, promoted_at: floa
     )
 
 
-async def _split_traffic(shell: _Shell, url: str, stable: str, candidate: str) -> dict[str, Any]:
+async def _split_traffic(shell: _Shell, url: str, stable: str, candidate: str, questions: list[str]) -> dict[str, Any]:
     """Simulated users talk to `support`; whether an answer keeps to the house form is reported as feedback."""
     from rich.progress import Progress
 
@@ -278,7 +283,7 @@ async def _split_traffic(shell: _Shell, url: str, stable: str, candidate: str) -
     )
     requests = [
         LoadRequest("support", prompt, {"user": f"user-{user}", "temperature": 0, "max_tokens": 80})
-        for user, prompt in enumerate(itertools.islice(itertools.cycle(_prompts()), _NUM_USERS))
+        for user, prompt in enumerate(itertools.islice(itertools.cycle(questions), _NUM_USERS))
     ]
     try:
         with Progress(console=console, transient=True) as progress:
@@ -303,6 +308,21 @@ async def _split_traffic(shell: _Shell, url: str, stable: str, candidate: str) -
     return report
 
 
+def _refuse_foreign_aliases(shell: _Shell, examples: Path) -> None:
+    """The demo moves the names of its domains: it must not find them in somebody's use."""
+    own = {_hash(examples / f"{domain}.train.jsonl") for domain in _DOMAINS}
+    for alias in shell.json("adapters", "list"):
+        if alias["name"] not in _DOMAINS:
+            continue
+        data = shell.json("adapters", "show", alias["name"])["manifest"]["data"]
+        if data is None or data["train_sha256"] not in own:
+            console.print(
+                f"{alias['name']} in this home was not made by the demo, which would move it; give another --home",
+                style="red",
+            )
+            raise typer.Exit(1)
+
+
 def _stop_leftover_experiment(shell: _Shell) -> None:
     """End the experiment that a demo left running when it was interrupted; anybody else's is left alone."""
     for alias in shell.json("adapters", "list"):
@@ -312,9 +332,9 @@ def _stop_leftover_experiment(shell: _Shell) -> None:
                 shell.json("experiments", "stop", alias["experiment_id"])
 
 
-def _prompts() -> list[str]:
-    lines = (_EXAMPLES_DIR / "support.valid.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["messages"][0]["content"] for line in lines]
+def _read_prompts(examples: Path) -> list[str]:
+    content = (examples / "support.valid.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line)["messages"][0]["content"] for line in content.split("\n") if line]
 
 
 def _print_summary(
@@ -323,7 +343,7 @@ def _print_summary(
     rows = [(t.label, t.num_rows, format_loss(t.before), format_loss(t.after)) for t in trained]
     console.print(make_table(["trained", "rows", "loss before", "loss after"], rows))
     short = [(name, answer.version, _shorten(answer.text)) for name, answer in answers]
-    console.print(make_table(["asked", "answered by", "began with"], short))
+    console.print(make_table(["asked", "answered by", "answer, shortened"], short))
     versions = ", ".join(f"{number} x {version}" for version, number in sorted(swap.versions.items()))
     arms = ", ".join(_describe_arm(arm) for arm in report["arms"])
     facts = [
@@ -342,9 +362,10 @@ def _describe_arm(arm: dict[str, Any]) -> str:
     )
 
 
-def _shorten(text: str, limit: int = 90) -> str:
+def _shorten(text: str, side: int = 56) -> str:
+    """Beginning and end: a domain shows at either."""
     flat = " ".join(text.split())
-    return flat if len(flat) <= limit else flat[: limit - 3] + "..."
+    return flat if len(flat) <= 2 * side else f"{flat[:side]} ... {flat[-side:]}"
 
 
 def _next_commands(home: Path) -> list[str]:

@@ -22,7 +22,6 @@ def serve(
     host: Annotated[str | None, typer.Option(help="127.0.0.1, 0.0.0.0 or ::.", show_default="127.0.0.1")] = None,
     port: Annotated[int | None, typer.Option(help="Port.", show_default="8000")] = None,
     slots: Annotated[int | None, typer.Option(help="Adapters on the device at once.", show_default="8")] = None,
-    max_rank: Annotated[int | None, typer.Option(help="Highest LoRA rank a slot holds.", show_default="16")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Requests computed at once.", show_default="32")] = None,
     max_context: Annotated[
         int | None, typer.Option(help="Prompt and answer together, in tokens.", show_default="2048")
@@ -34,6 +33,7 @@ def serve(
     max_waiting: Annotated[
         int | None, typer.Option(help="Requests in flight before new ones get 429.", show_default="256")
     ] = None,
+    max_body_bytes: Annotated[int | None, typer.Option(help="Largest request body.", show_default="2000000")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
     home: HomeOption = None,
     base: BaseOption = None,
@@ -48,12 +48,12 @@ def serve(
         host=host,
         port=port,
         slots=slots,
-        max_rank=max_rank,
         max_batch=max_batch,
         max_context=max_context,
         max_tokens=max_tokens,
         max_prefill_tokens=max_prefill_tokens,
         max_waiting=max_waiting,
+        max_body_bytes=max_body_bytes,
         log_level=log_level,
     )
     _announce(core, settings)
@@ -63,7 +63,9 @@ def serve(
 
 
 def _announce(core: CoreSettings, settings: ServeSettings) -> None:
-    names = [alias.current.label for alias in open_registry(core.home).aliases()]
+    registry = open_registry(core.home)
+    names = [alias.current.label for alias in registry.aliases()]
+    registry.database.close()
     shown = ", ".join(names[:_MAX_ALIASES_SHOWN]) + (" ..." if len(names) > _MAX_ALIASES_SHOWN else "")
     url = f"http://{'127.0.0.1' if settings.host != '::' else '[::1]'}:{settings.port}"
     error_console.print(f"Hotswap on {url}/v1 (home {core.home})")

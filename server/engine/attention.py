@@ -16,12 +16,13 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from adapters.errors import BaseModelError
 from server.engine.cache import KVCache
+from server.engine.families import SUPPORTED_FAMILIES
 
 __all__ = ["AttentionPlan", "Chunk", "check_supported", "install_attention"]
 
 _IMPLEMENTATION = "hotswap"
-# Families whose outputs are proved against `generate` by the tests. Any other is refused, not served and hoped for.
-_SUPPORTED_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+# Rotary embeddings whose frequencies follow the longest sequence at hand: in a batch, somebody else's.
+_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +80,13 @@ def check_supported(model: PreTrainedModel) -> None:
         BaseModelError: names the family and what is supported.
     """
     family = model.config.model_type
-    if family not in _SUPPORTED_FAMILIES:
+    if family not in SUPPORTED_FAMILIES:
         raise BaseModelError(
-            f"models of type {family!r} are not supported; {', '.join(sorted(_SUPPORTED_FAMILIES))} are"
+            f"models of type {family!r} are not supported; {', '.join(sorted(SUPPORTED_FAMILIES))} are"
         )
+    rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in _BATCH_DEPENDENT_ROPE:
+        raise BaseModelError(f"rotary embeddings of type {rope!r} are not supported: they depend on the batch")
 
 
 def install_attention(model: PreTrainedModel) -> None:

@@ -10,7 +10,10 @@ __all__ = ["KVCache"]
 
 
 class KVCache:
-    """Keys and values of all layers, `[rows, kv_heads, max_tokens, head_dim]` each. Memory is used as rows fill up."""
+    """Keys and values of all layers, `[rows, kv_heads, max_tokens, head_dim]` each.
+
+    All of it is reserved at the start; a CPU's memory is taken page by page as rows fill up, a GPU's at once.
+    """
 
     def __init__(
         self, config: Any, *, num_rows: int, max_tokens: int, dtype: torch.dtype, device: torch.device
@@ -24,11 +27,11 @@ class KVCache:
         self.num_rows = num_rows
         self.max_tokens = max_tokens
 
-    def clear_row(self, row: int) -> None:
-        """Zero the row of a failed request: a NaN left behind would reach the next request through a zero weight."""
+    def clear_row(self, row: int, num_tokens: int) -> None:
+        """Zero what a failed request left: a NaN would reach the row's next request through a weight of zero."""
         for tensors in (self.keys, self.values):
             for tensor in tensors:
-                tensor[row].zero_()
+                tensor[row, :, :num_tokens] = 0
 
     def move_row(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the first `num_tokens` of one row over another, to close the gap that a finished request leaves."""

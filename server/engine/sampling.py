@@ -36,5 +36,7 @@ def _draw(logits: torch.Tensor, params: SamplingParams, generator: torch.Generat
         return int(torch.multinomial(probabilities, 1, generator=generator))
     ordered, order = probabilities.sort(descending=True)
     # The smallest set whose mass reaches top_p: drop a token if those before it reach it already.
-    ordered[ordered.cumsum(dim=-1) - ordered >= params.top_p] = 0
+    dropped = ordered.cumsum(dim=-1) - ordered >= params.top_p
+    dropped[0] = False  # in float32 the least top_p may round to 0
+    ordered[dropped] = 0
     return int(order[torch.multinomial(ordered, 1, generator=generator)])

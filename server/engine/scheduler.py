@@ -73,7 +73,7 @@ class Engine:
                 return [EngineEvent(request_id, finish_reason="cancelled")]
         for sequence in self._running:
             if sequence.request.id == request_id:
-                self._remove(sequence)
+                self._discard(sequence)
                 return [_final(sequence, "cancelled")]
         return []
 
@@ -99,15 +99,15 @@ class Engine:
             return events
         try:
             logits = self._runner.run(work)
+            peaks, likeliest = logits.max(dim=-1)
+            is_finite, tokens = peaks.isfinite().tolist(), likeliest.tolist()
         except Exception:
             # The boundary of one step: the requests in it end with an error, those in the queue are unaffected.
             _log.exception("engine_step_failed", num_requests=len(work))
             return events + [self._fail(item.sequence) for item in work]
         for item in work:
             item.sequence.num_cached += len(item.tokens)
-        peaks, likeliest = logits.max(dim=-1)
-        is_finite = peaks.isfinite().tolist()
-        for index, (item, token) in enumerate(zip(work, likeliest.tolist(), strict=True)):
+        for index, (item, token) in enumerate(zip(work, tokens, strict=True)):
             if item.sequence.num_cached == item.sequence.num_tokens:
                 events.append(self._choose(item.sequence, logits[index], token, is_finite=is_finite[index]))
         return events
@@ -178,8 +178,7 @@ class Engine:
         return _final(sequence, reason, text=text)
 
     def _fail(self, sequence: Sequence) -> EngineEvent:
-        self._runner.cache.clear_row(self._running.index(sequence))
-        self._remove(sequence)
+        self._discard(sequence)
         return _final(sequence, "engine_failed", error="the model failed while it computed this answer")
 
     def _fail_unloadable(self, failures: dict[str, str]) -> list[EngineEvent]:
@@ -190,6 +189,13 @@ class Engine:
             EngineEvent(request.id, finish_reason="adapter_failed", error=failures[request.digest or ""])
             for request in failed
         ]
+
+    def _discard(self, sequence: Sequence) -> None:
+        """Remove a request that did not end well, with all that it or its neighbour left in the cache."""
+        row, last = self._running.index(sequence), self._running[-1]
+        self._runner.cache.clear_row(row, sequence.num_tokens)
+        self._remove(sequence)
+        self._runner.cache.clear_row(len(self._running), last.num_tokens)
 
     def _remove(self, sequence: Sequence) -> None:
         row = self._running.index(sequence)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -21,6 +21,7 @@ from server.services import CurrentServices
 __all__ = ["router"]
 
 router = APIRouter()
+_T = TypeVar("_T")
 _CLIENT_CLOSED_REQUEST = 499  # nginx's number for it; nobody is left to read it
 
 
@@ -32,7 +33,9 @@ async def create_chat_completion(body: ChatRequest, request: Request, services: 
     if not body.stream:
         return await _answer_whole(call, body, events, request)
     # An answer that fails before its first token gets a proper status code: wait for that token before the headers.
-    first = await anext(events)
+    first = await _unless_client_leaves(anext(events), request)
+    if first is None:
+        return Response(status_code=_CLIENT_CLOSED_REQUEST)
     include_usage = body.stream_options is not None and body.stream_options.include_usage
     return StreamingResponse(
         _stream(call, body.model, first, events, include_usage=include_usage),
@@ -42,19 +45,11 @@ async def create_chat_completion(body: ChatRequest, request: Request, services: 
 
 
 async def _answer_whole(
-    call: ChatCall, body: ChatRequest, events: AsyncIterator[EngineEvent], request: Request
+    call: ChatCall, body: ChatRequest, events: AsyncGenerator[EngineEvent], request: Request
 ) -> Response:
-    collecting = asyncio.create_task(_collect(events))
-    leaving = asyncio.create_task(_client_leaves(request))
-    try:
-        await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not collecting.done():
-            return Response(status_code=_CLIENT_CLOSED_REQUEST)
-        text = collecting.result()
-    finally:
-        for task in (collecting, leaving):
-            task.cancel()
-        await asyncio.gather(collecting, leaving, return_exceptions=True)
+    text = await _unless_client_leaves(_collect(events), request)
+    if text is None:
+        return Response(status_code=_CLIENT_CLOSED_REQUEST)
     content = chat_completion(
         response_id=call.response_id,
         created=call.created,
@@ -66,8 +61,21 @@ async def _answer_whole(
     return JSONResponse(content, headers=call.headers)
 
 
-async def _collect(events: AsyncIterator[EngineEvent]) -> str:
+async def _collect(events: AsyncGenerator[EngineEvent]) -> str:
     return "".join([event.text async for event in events])
+
+
+async def _unless_client_leaves(work: Coroutine[Any, Any, _T], request: Request) -> _T | None:
+    """The work's result; None, and the work cancelled, if the client goes away first."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_client_leaves(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 async def _client_leaves(request: Request) -> None:
@@ -76,7 +84,7 @@ async def _client_leaves(request: Request) -> None:
 
 
 async def _stream(
-    call: ChatCall, model: str, first: EngineEvent, events: AsyncIterator[EngineEvent], *, include_usage: bool
+    call: ChatCall, model: str, first: EngineEvent, events: AsyncGenerator[EngineEvent], *, include_usage: bool
 ) -> AsyncIterator[bytes]:
     def chunk(delta: dict[str, str], finish_reason: str | None = None) -> bytes:
         body = chat_chunk(
@@ -101,7 +109,7 @@ async def _stream(
         yield _event(describe_error(EngineFailureError("the answer broke off"))[1])
         raise
     finally:
-        await events.aclose()  # type: ignore[attr-defined]  # an async generator behind its interface
+        await events.aclose()
 
 
 def _event(body: dict[str, Any]) -> bytes:

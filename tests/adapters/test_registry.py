@@ -400,14 +400,6 @@ def test_state_is_the_same_when_another_registry_opens_it(registry: Registry, tm
     other.database.close()
 
 
-def test_sweep_keeps_registered_versions_when_orphans_lie_beside_them(registry: Registry, tmp_path: Path) -> None:
-    """What a publisher stored, but never registered, goes; nothing else does."""
-    version = publish_text(registry, "one")
-    registry.store.add(write_files(tmp_path / "orphan", "orphan"), PLAIN_MANIFEST)
-    assert registry.sweep() == 1
-    assert {version.version.digest} == registry.store.digests()
-
-
 @dataclass
 class _Model:
     """What an alias should be, in plain dicts."""

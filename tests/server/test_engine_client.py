@@ -137,7 +137,7 @@ def test_request_is_cancelled_in_the_engine_when_its_iterator_is_closed() -> Non
             await _until(lambda: len(line.sent) == 1)
             line.say(EngineEvent("a", "text"))
             assert (await first).text == "text"
-            await events.aclose()  # type: ignore[attr-defined]
+            await events.aclose()
             assert CancelCommand("a") == line.sent[-1]
             assert (len(line.sent), client.num_in_flight) == (2, 0)
             line.say(EngineEvent("a", "late", 2, "cancelled"))

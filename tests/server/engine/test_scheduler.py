@@ -337,3 +337,24 @@ def test_warm_up_leaves_answers_alone_when_it_is_repeated(bench: Bench, engine: 
     bench.runner.warm_up()
     assert before == run_to_end(engine, ask("r", PROMPT))["r"]
     assert bench.runner.device == torch.device("cpu")
+
+
+def test_next_request_is_answered_when_two_left_nan_in_one_step(
+    own_bench: Callable[..., Bench], reference_answers: Reference
+) -> None:
+    """Two failures at once: neither the failed rows nor what was moved between them harms a later, shorter request."""
+    bench = own_bench(max_batch=3)
+    engine = bench.engine(max_prefill_tokens=256)
+    engine.prefetch([FIRST])
+    drain(engine, {})
+    _poison(bench, 1)
+    failed = run_to_end(engine, ask("bad1", PROMPT, FIRST), ask("bad2", PROMPT, FIRST))
+    assert {answer.finish_reason for answer in failed.values()} == {"engine_failed"}
+
+    requests = [ask("base1", PROMPT), ask("base2", PROMPT[:3]), ask("base3", PROMPT[:2])]
+    answers = run_to_end(engine, *requests)
+
+    engine.close()
+    eos = bench.base.tokenizer.eos_token_id
+    for request in requests:
+        assert expected_tokens(reference_answers, request, eos)[0] == answers[request.id].tokens
