@@ -83,17 +83,19 @@ def demo(
     console.rule("1  The base model")
     pulled = shell.json("base", "pull")
     console.print(f"{pulled['name']} in {pulled['folder']}, fingerprint {pulled['fingerprint'][:12]}")
-    _refuse_foreign_aliases(shell, examples)
+    manifests = _read_own_manifests(shell, examples)
+    if fresh:
+        manifests = {}
     console.rule("2  One adapter per domain")
     cut = () if steps is None else ("--max-steps", str(steps))
     fingerprint = pulled["fingerprint"]
     trained = [
-        _train_once(shell, domain, examples, (*_FIRST, *cut), fingerprint=fingerprint, promote=True, fresh=fresh)
+        _train_once(shell, domain, examples, (*_FIRST, *cut), manifests, fingerprint=fingerprint, promote=True)
         for domain in _DOMAINS
     ]
     console.rule("3  A second version of support, published but not live")
     second = (*_SECOND, *cut)
-    candidate = _train_once(shell, "support", examples, second, fingerprint=fingerprint, promote=False, fresh=fresh)
+    candidate = _train_once(shell, "support", examples, second, manifests, fingerprint=fingerprint, promote=False)
     stable = trained[-1]
     _stop_leftover_experiment(shell)
     shell.json("adapters", "promote", stable.label)
@@ -141,14 +143,14 @@ def _train_once(
     alias: str,
     examples: Path,
     options: tuple[str, ...],
+    manifests: dict[str, dict[str, Any]],
     *,
     fingerprint: str,
     promote: bool,
-    fresh: bool,
 ) -> _Trained:
     """Train, unless the alias has a version with this very data, base model and settings."""
     train_file, validation_file = (examples / f"{alias}.{part}.jsonl" for part in ("train", "valid"))
-    found = None if fresh else _find_trained(shell, alias, train_file, options, fingerprint)
+    found = _find_trained(manifests, alias, train_file, options, fingerprint)
     if found is not None:
         console.print(f"{found.label}: trained before on the same data, used as it is (--fresh trains again)")
         return found
@@ -168,25 +170,17 @@ def _train_once(
 
 
 def _find_trained(
-    shell: _Shell, alias: str, train_file: Path, options: tuple[str, ...], fingerprint: str
+    manifests: dict[str, dict[str, Any]], alias: str, train_file: Path, options: tuple[str, ...], fingerprint: str
 ) -> _Trained | None:
-    if alias not in {entry["name"] for entry in shell.json("adapters", "list")}:
-        return None
     given = {name.removeprefix("--").replace("-", "_"): float(value) for name, value in _pairs(options)}
     wanted = {"seed": 0, "max_steps": None, **given}
     data_hash = _hash(train_file)
-    for version in reversed(shell.json("adapters", "show", alias)["versions"]):
-        manifest = shell.json("adapters", "show", version["label"])["manifest"]
+    for label, manifest in reversed(manifests.items()):
         same_settings = all(manifest["settings"].get(name) == value for name, value in wanted.items())
-        same_data = (manifest["data"] or {}).get("train_sha256") == data_hash
+        same_data = label.startswith(f"{alias}@") and manifest["data"]["train_sha256"] == data_hash
         if same_settings and same_data and manifest["base"]["fingerprint"] == fingerprint:
-            metrics = manifest["metrics"]
-            return _Trained(
-                version["label"],
-                manifest["data"]["num_train_rows"],
-                metrics["validation_loss_before"],
-                metrics["validation_loss_after"],
-            )
+            before, after = (manifest["metrics"][f"validation_loss_{when}"] for when in ("before", "after"))
+            return _Trained(label, manifest["data"]["num_train_rows"], before, after)
     return None
 
 
@@ -308,19 +302,30 @@ async def _split_traffic(shell: _Shell, url: str, stable: str, candidate: str, q
     return report
 
 
-def _refuse_foreign_aliases(shell: _Shell, examples: Path) -> None:
-    """The demo moves the names of its domains: it must not find them in somebody's use."""
-    own = {_hash(examples / f"{domain}.train.jsonl") for domain in _DOMAINS}
+def _read_own_manifests(shell: _Shell, examples: Path) -> dict[str, dict[str, Any]]:
+    """The manifests of the demo's earlier versions by label.
+
+    The demo moves the names of its domains, so it must not find them in somebody's use.
+
+    Raises:
+        typer.Exit: a domain's alias has a version that was not trained on the example data.
+    """
+    own_data = {_hash(examples / f"{domain}.train.jsonl") for domain in _DOMAINS}
+    manifests = {}
     for alias in shell.json("adapters", "list"):
         if alias["name"] not in _DOMAINS:
             continue
-        data = shell.json("adapters", "show", alias["name"])["manifest"]["data"]
-        if data is None or data["train_sha256"] not in own:
-            console.print(
-                f"{alias['name']} in this home was not made by the demo, which would move it; give another --home",
-                style="red",
-            )
-            raise typer.Exit(1)
+        for version in shell.json("adapters", "show", alias["name"])["versions"]:
+            manifest = shell.json("adapters", "show", version["label"])["manifest"]
+            if manifest["data"] is None or manifest["data"]["train_sha256"] not in own_data:
+                console.print(
+                    f"{version['label']} in this home was not made by the demo, which would move {alias['name']}; "
+                    "give another --home",
+                    style="red",
+                )
+                raise typer.Exit(1)
+            manifests[version["label"]] = manifest
+    return manifests
 
 
 def _stop_leftover_experiment(shell: _Shell) -> None:

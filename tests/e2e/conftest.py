@@ -50,7 +50,7 @@ class Home:
     def try_run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `hotswap ...` and return how it ended."""
         command = [sys.executable, "-m", "clients.cli", *arguments]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=280)
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=450)
 
     def import_random(self, alias: str, folder: Path, *, seed: int, promote: bool = True) -> str:
         """Publish an adapter with random weights and return its label. In this process: starting one takes seconds."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.conftest import make_home
 
 
+@pytest.mark.timeout(900)
 def test_demo_runs_whole_and_reuses_its_work_when_run_twice(tmp_path: Path, tiny_folders: dict[str, Path]) -> None:
     """Exit code 0 both times; four versions after the first run and still four after the second."""
     home = make_home(tmp_path / "home", tiny_folders["llama"], HOTSWAP_SERVE_SLOTS="4")
