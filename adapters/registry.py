@@ -79,12 +79,14 @@ class Registry:
         Raises:
             NotFoundError: no such version.
             ConflictError: an experiment is running on the alias, or the name gives no version.
+            IntegrityError: the version's stored files are damaged; the alias stays where it is.
         """
         parsed = parse_model_name(name)
         with self.database.write() as session:
             if parsed.number is None and parsed.digest_prefix is None:
                 raise ConflictError(f"say which version to promote, for example {parsed.alias}@v1")
             target = _find_version(session, parsed)
+            self.store.verify(target.version.digest)
             _move(session, _movable_alias(session, parsed.alias), target.number, "promote")
             return _load_alias(session, parsed.alias)
 
@@ -94,12 +96,14 @@ class Registry:
         Raises:
             NotFoundError: no such alias.
             ConflictError: nothing to go back to, or an experiment is running on the alias.
+            IntegrityError: that version's stored files are damaged; the alias stays where it is.
         """
         with self.database.write() as session:
             row = _movable_alias(session, alias)
             trail = _trail(session, alias)
             if len(trail) < 2:
                 raise ConflictError(f"{alias!r} has no earlier version to roll back to")
+            self.store.verify(_load_numbered(session, alias, trail[-2]).version.digest)
             _move(session, row, trail[-2], "rollback")
             return _load_alias(session, alias)
 

@@ -160,4 +160,7 @@ def _api_error(response: httpx.Response) -> ApiError:
 
 
 def _unreachable(error: httpx.TransportError) -> ApiError:
-    return ApiError(f"the server can't be reached: {str(error) or type(error).__name__}", status=0, code=None)
+    reason = str(error) or type(error).__name__
+    address = error.request.url.copy_with(path="/", query=None)
+    message = f"the server at {address} can't be reached (is it running, or still loading its base model?): {reason}"
+    return ApiError(message, status=0, code=None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StringConstraints, field_validator
 
 __all__ = ["ChatMessage", "ChatRequest", "FeedbackRequest", "chat_chunk", "chat_completion", "error_body", "usage_body"]
 
@@ -97,7 +97,7 @@ class FeedbackRequest(_Wire):
 
     id: str = Field(min_length=1, max_length=64)
     metric: str = Field(pattern=r"^[a-zA-Z][a-zA-Z0-9_.-]{0,63}$")
-    value: bool | Annotated[float, Field(ge=-1e12, le=1e12, allow_inf_nan=False)]
+    value: StrictBool | Annotated[float, Field(ge=-1e12, le=1e12, allow_inf_nan=False, strict=True)]
     comment: str | None = Field(None, max_length=2000)
 
 

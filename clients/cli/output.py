@@ -28,7 +28,7 @@ def make_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, titl
     """A table with one column a name; cells are shown as text, None as a dash."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", min_width=max(map(len, column.split()), default=0))
     for row in rows:
         table.add_row(*["-" if cell is None else str(cell) for cell in row])
     return table

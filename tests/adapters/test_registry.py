@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from adapters.assignment import assign_arm
-from adapters.errors import ConflictError, InvalidNameError, NotFoundError
+from adapters.errors import ConflictError, IntegrityError, InvalidNameError, NotFoundError
 from adapters.experiments import ExperimentService
 from adapters.manifest import BaseReference
 from adapters.records import Binding
@@ -561,3 +561,14 @@ class RegistryMachine(RuleBasedStateMachine):
 
 RegistryMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
 TestRegistryMachine = RegistryMachine.TestCase
+
+
+def test_promote_leaves_the_alias_when_the_versions_files_are_damaged(registry: Registry) -> None:
+    """A version that no server could load is refused before the alias moves to it."""
+    publish_text(registry, "one")
+    damaged = publish_text(registry, "two")
+    registry.promote("legal@v1")
+    (registry.store.folder(damaged.version.digest) / "adapter_model.safetensors").write_text("damaged")
+    with pytest.raises(IntegrityError, match=r"adapter_model\.safetensors"):
+        registry.promote("legal@v2")
+    assert "legal@v1" == registry.alias("legal").current.label
