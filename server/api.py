@@ -210,6 +210,8 @@ def _watch_children(stopping: threading.Event) -> None:
     while not stopping.wait(_GUARD_INTERVAL_S):
         alive = {child.name for child in mp.active_children()}
         lost = seen - alive
+        seen |= alive
+        # Both from this look: a worker may die in the moment after the first request was possible.
         is_serving = any(name.startswith("LitServer-") for name in seen)
         if is_serving:
             lost.discard("inference-worker")
@@ -218,7 +220,6 @@ def _watch_children(stopping: threading.Event) -> None:
             for child in mp.active_children():
                 child.kill()
             os._exit(1)
-        seen |= alive
 
 
 def _die_with_parent() -> None:
