@@ -13,9 +13,12 @@ COPY adapters adapters
 COPY training training
 COPY server server
 COPY clients clients
+COPY benchmarks benchmarks
 RUN pip install --no-cache-dir --constraint requirements.lock .
 
 FROM python:3.11-slim
+# The engine compiles its inner loops for the CPU that it finds (docs/decisions/0006); without a compiler it is slower.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 10001 hotswap && install -d -o hotswap /home/hotswap/.hotswap
 COPY --from=build /venv /venv
 COPY examples /opt/hotswap/examples

@@ -18,6 +18,7 @@ HotswapError
 |- OverloadedError              the queue is full: try again later
 |- EngineUnavailableError       the engine is starting, draining or has died
 |- EngineFailureError           a step of the model failed under this request
+|- DeadlineExceededError        the answer was not finished in its time
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ __all__ = [
     "ConfigurationError",
     "ConflictError",
     "DataError",
+    "DeadlineExceededError",
     "EngineFailureError",
     "EngineUnavailableError",
     "FingerprintMismatchError",
@@ -101,11 +103,12 @@ class FingerprintMismatchError(AdapterRejectedError):
 
 
 class RankTooHighError(AdapterRejectedError):
-    """The adapter's rank exceeds the slots' rank."""
+    """The adapter's rank exceeds the slots' rank; `where` says which of its ranks, if not all modules have it."""
 
-    def __init__(self, *, rank: int, max_rank: int) -> None:
+    def __init__(self, *, rank: int, max_rank: int, where: str | None = None) -> None:
+        of = f" in {where}" if where else ""
         super().__init__(
-            f"the adapter has rank {rank}, but slots hold at most rank {max_rank}; "
+            f"the adapter has rank {rank}{of}, but slots hold at most rank {max_rank}; "
             "raise max_rank (HOTSWAP_MAX_RANK) to serve it"
         )
 
@@ -152,3 +155,7 @@ class EngineUnavailableError(HotswapError):
 
 class EngineFailureError(HotswapError):
     """A step of the model failed under this request; other requests are unaffected."""
+
+
+class DeadlineExceededError(HotswapError):
+    """The answer was not finished in its time; the same request would most likely run out of it again."""

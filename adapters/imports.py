@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 from pathlib import Path
 
-from adapters.adapter_files import read_adapter_config, read_adapter_weights
+from adapters.adapter_files import (
+    parse_adapter_config,
+    parse_adapter_weights,
+    read_config_bytes,
+    read_weights_bytes,
+)
 from adapters.base_files import compute_fingerprint, public_name, pull_base
-from adapters.errors import AdapterConfigError, ConflictError, FingerprintMismatchError, RankTooHighError
+from adapters.errors import AdapterConfigError, ConflictError, FingerprintMismatchError
 from adapters.manifest import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
     MANIFEST_FILE,
     BaseReference,
     Manifest,
-    hash_file,
     read_manifest,
 )
 from adapters.records import NumberedVersion, check_alias_name
@@ -22,6 +28,9 @@ from adapters.registry import Registry
 from adapters.settings import CoreSettings
 
 __all__ = ["export_version", "import_folder"]
+
+_PROGRAM_SUFFIXES = frozenset({".bat", ".dll", ".dylib", ".exe", ".py", ".pyc", ".sh", ".so"})
+_PROGRAM_BEGINNINGS = (b"#!", b"\x7fELF", b"MZ")
 
 
 def import_folder(
@@ -40,41 +49,80 @@ def import_folder(
     Raises:
         AdapterRejectedError: it can't be served on the base model; says why.
     """
-    from adapters.base_model import read_module_shapes
-
     check_alias_name(alias)
     if not folder.is_dir():
         raise AdapterConfigError(f"{folder} is not a folder; expected a LoRA adapter in PEFT's layout")
+    _refuse_programs(folder)
     base_folder = pull_base(core.base, core.home)
-    fingerprint = compute_fingerprint(base_folder, quantisation=core.quantisation)
-    config = read_adapter_config(folder)
-    if config.r > core.max_rank:
-        raise RankTooHighError(rank=config.r, max_rank=core.max_rank)
-    weights = read_adapter_weights(folder, config, read_module_shapes(base_folder))
-    if (folder / MANIFEST_FILE).exists():
-        manifest = read_manifest(folder)
-        if manifest.base.fingerprint != fingerprint:
-            raise FingerprintMismatchError(adapter=manifest.base.fingerprint, base=fingerprint)
-        _check_files(folder, manifest)
-    else:
-        manifest = Manifest(
-            source="imported",
-            base=BaseReference(name=public_name(core.base), fingerprint=fingerprint, quantisation=core.quantisation),
-            rank=config.r,
-            alpha=config.lora_alpha,
-            target_modules=sorted({module.rsplit(".", 1)[-1] for module in weights.modules}),
-        )
-    return registry.publish(folder, manifest, alias=alias, promote=promote)
+    base = BaseReference(
+        name=public_name(core.base),
+        fingerprint=compute_fingerprint(base_folder, quantisation=core.quantisation),
+        quantisation=core.quantisation,
+    )
+    contents, manifest = _check(folder, base, base_folder, core.max_rank)
+    # What is published are the bytes that were checked, whatever happens to the folder meanwhile.
+    with registry.store.scratch() as copy:
+        for name, content in contents.items():
+            (copy / name).write_bytes(content)
+        return registry.publish(copy, manifest, alias=alias, promote=promote)
 
 
-def _check_files(folder: Path, manifest: Manifest) -> None:
-    for name in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE):
+def _check(
+    folder: Path, base: BaseReference, base_folder: Path, max_rank: int
+) -> tuple[dict[str, bytearray], Manifest]:
+    """Read the two files once and check them; the manifest is the folder's own, or one made from what was found."""
+    from adapters.base_model import read_module_shapes
+
+    shapes = read_module_shapes(base_folder)
+    contents = {ADAPTER_CONFIG_FILE: read_config_bytes(folder)}
+    config = parse_adapter_config(contents[ADAPTER_CONFIG_FILE])
+    config.check_rank(max_rank)
+    contents[ADAPTER_WEIGHTS_FILE] = read_weights_bytes(folder, config, shapes)
+    weights = parse_adapter_weights(contents[ADAPTER_WEIGHTS_FILE], config, shapes)
+    made = Manifest(
+        source="imported",
+        base=base,
+        rank=weights.rank,
+        alpha=config.lora_alpha,
+        target_modules=sorted({module.rsplit(".", 1)[-1] for module in weights.modules}),
+    )
+    if not os.path.lexists(folder / MANIFEST_FILE):
+        return contents, made
+    manifest = read_manifest(folder)
+    if manifest.base.fingerprint != base.fingerprint:
+        raise FingerprintMismatchError(adapter=manifest.base.fingerprint, base=base.fingerprint)
+    _check_manifest(folder, manifest, made, contents)
+    return contents, manifest
+
+
+def _check_manifest(folder: Path, manifest: Manifest, made: Manifest, contents: dict[str, bytearray]) -> None:
+    for name, content in contents.items():
         expected = manifest.files[name].sha256 if name in manifest.files else "no such file"
-        if (found := hash_file(folder / name)) != expected:
+        if (found := hashlib.sha256(content).hexdigest()) != expected:
             raise AdapterConfigError(
                 f"{folder / name} is not the file of its manifest (expected sha256 {expected}, found {found}); "
                 f"to import it as a new adapter, delete {MANIFEST_FILE} first"
             )
+    if (manifest.rank, manifest.alpha) != (made.rank, made.alpha):
+        raise AdapterConfigError(
+            f"{MANIFEST_FILE} says rank {manifest.rank} and alpha {manifest.alpha:g}, "
+            f"the adapter has rank {made.rank} and alpha {made.alpha:g}"
+        )
+
+
+def _refuse_programs(folder: Path) -> None:
+    """An adapter is data alone; whoever ships a program with it expects somebody to run it."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in _PROGRAM_SUFFIXES or _begins_like_a_program(path):
+            raise AdapterConfigError(f"the folder holds a program, {path.name!r:.120}; an adapter is data alone")
+
+
+def _begins_like_a_program(path: Path) -> bool:
+    # By content, not by mode: on some mounted disks every file is executable.
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4).startswith(_PROGRAM_BEGINNINGS)
 
 
 def export_version(registry: Registry, version: NumberedVersion, target: Path) -> None:

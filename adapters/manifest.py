@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapters.errors import IntegrityError
+from adapters.regular_files import read_regular
 
 __all__ = [
     "ADAPTER_CONFIG_FILE",
@@ -20,13 +21,20 @@ __all__ = [
     "FileReference",
     "Manifest",
     "hash_file",
+    "parse_manifest",
     "read_manifest",
+    "read_manifest_bytes",
 ]
 
 MANIFEST_FILE = "manifest.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 _CHUNK_BYTES = 1 << 20
+_MAX_MANIFEST_BYTES = 4 << 20
+
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# A name that stays in its folder: manifests come from elsewhere too.
+_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
 
 
 class _Strict(BaseModel):
@@ -37,7 +45,7 @@ class BaseReference(_Strict):
     """The base model that a version belongs to."""
 
     name: str
-    fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
+    fingerprint: _Sha256
     quantisation: str
 
 
@@ -53,8 +61,8 @@ class DataReference(_Strict):
 class FileReference(_Strict):
     """One file of a version."""
 
-    sha256: str
-    size_bytes: int
+    sha256: _Sha256
+    size_bytes: int = Field(ge=0)
 
 
 class Manifest(_Strict):
@@ -63,15 +71,15 @@ class Manifest(_Strict):
     format: Literal[1] = 1
     source: Literal["trained", "imported"]
     base: BaseReference
-    rank: int
-    alpha: float
+    rank: int = Field(ge=1)
+    alpha: float = Field(gt=0, allow_inf_nan=False)
     target_modules: list[str]
     data: DataReference | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     metrics: dict[str, Any] = Field(default_factory=dict)
     chat_template_sha256: str | None = None
     libraries: dict[str, str] = Field(default_factory=dict)
-    files: dict[str, FileReference] = Field(default_factory=dict)
+    files: dict[_FileName, FileReference] = Field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """The canonical JSON that is stored and hashed."""
@@ -98,10 +106,31 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         IntegrityError: there is none, or it is not a manifest of this format.
     """
+    return parse_manifest(read_manifest_bytes(folder), folder / MANIFEST_FILE)
+
+
+def read_manifest_bytes(folder: Path) -> bytearray:
+    """The content of a folder's manifest.
+
+    Raises:
+        IntegrityError: there is none, or it is no plain file of a manifest's size.
+    """
     path = folder / MANIFEST_FILE
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return read_regular(path, max_bytes=_MAX_MANIFEST_BYTES, error=IntegrityError)
     except FileNotFoundError:
         raise IntegrityError(f"{path} is missing") from None
+
+
+def parse_manifest(content: bytes | bytearray, path: Path) -> Manifest:
+    """Parse a manifest's content; `path` is for the message.
+
+    Raises:
+        IntegrityError: it is not a manifest of this format; names the field.
+    """
+    try:
+        return Manifest.model_validate_json(content)
     except ValidationError as error:
-        raise IntegrityError(f"{path} is not a manifest: {error.errors()[0]['msg']}") from None
+        detail = error.errors()[0]
+        field = ".".join(str(part) for part in detail["loc"])
+        raise IntegrityError(f"{path} is not a manifest: {field:.120}: {detail['msg']}") from None

@@ -7,6 +7,7 @@ nothing or a whole version. The store knows nothing of aliases.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from adapters.errors import IntegrityError, NotFoundError
+from adapters.errors import AdapterRejectedError, IntegrityError, NotFoundError
 from adapters.manifest import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
@@ -24,12 +25,16 @@ from adapters.manifest import (
     FileReference,
     Manifest,
     hash_file,
-    read_manifest,
+    parse_manifest,
+    read_manifest_bytes,
 )
+from adapters.regular_files import read_regular
 
 __all__ = ["ArtifactStore"]
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_MAX_FILE_BYTES = 16 << 30
+_MISSING = "nothing: the file is missing"
 
 
 class ArtifactStore:
@@ -59,6 +64,9 @@ class ArtifactStore:
 
         Returns:
             The version's digest and its size in bytes.
+
+        Raises:
+            AdapterRejectedError: one of the files is no plain file.
         """
         with self.held():
             temporary = self._incoming / uuid.uuid4().hex
@@ -77,17 +85,32 @@ class ArtifactStore:
             NotFoundError: no such version.
             IntegrityError: a file is missing or differs; names it and both hashes.
         """
-        folder = self.folder(digest)
-        manifest = read_manifest(folder)
-        # The stored bytes, not the parsed manifest: a later field with a default must not change old versions' names.
-        if (found := hash_file(folder / MANIFEST_FILE)) != digest:
-            raise IntegrityError(f"the manifest of version {digest} hashes to {found}")
+        manifest = self._read_manifest(digest)
         for name, expected in manifest.files.items():
-            path = folder / name
-            found = hash_file(path) if path.is_file() else "nothing: the file is missing"
-            if found != expected.sha256:
-                raise IntegrityError(f"{name} of version {digest}: expected sha256 {expected.sha256}, found {found}")
+            path = self.folder(digest) / name
+            _check_hash(digest, name, expected, hash_file(path) if path.is_file() else _MISSING)
         return manifest
+
+    def read(self, digest: str) -> tuple[Manifest, dict[str, bytearray]]:
+        """Check a version like `verify`, and return the very bytes that were checked: its files by name.
+
+        Every file is read once, so that nobody can change it between the check and the use.
+
+        Raises:
+            NotFoundError: no such version.
+            IntegrityError: a file is missing or differs; names it and both hashes.
+        """
+        manifest = self._read_manifest(digest)
+        contents = {}
+        for name, expected in manifest.files.items():
+            path = self.folder(digest) / name
+            try:
+                content = read_regular(path, max_bytes=expected.size_bytes, error=IntegrityError)
+            except FileNotFoundError:
+                _check_hash(digest, name, expected, _MISSING)
+            _check_hash(digest, name, expected, hashlib.sha256(content).hexdigest())
+            contents[name] = content
+        return manifest, contents
 
     def remove(self, digest: str) -> None:
         """Delete a version's folder; readers keep files that they have open. Call it with the store held alone."""
@@ -127,6 +150,25 @@ class ArtifactStore:
             fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
             yield
 
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder of one's own inside the store, which is deleted at the end; what a kill leaves, `sweep` deletes."""
+        with self.held():
+            folder = self._incoming / uuid.uuid4().hex
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder)
+
+    def _read_manifest(self, digest: str) -> Manifest:
+        folder = self.folder(digest)
+        content = read_manifest_bytes(folder)
+        # The stored bytes, not the parsed manifest: a later field with a default must not change old versions' names.
+        if (found := hashlib.sha256(content).hexdigest()) != digest:
+            raise IntegrityError(f"the manifest of version {digest} hashes to {found}")
+        return parse_manifest(content, folder / MANIFEST_FILE)
+
     def _open_lock(self) -> IO[str]:
         return (self._incoming / ".lock").open("w")
 
@@ -155,15 +197,18 @@ class ArtifactStore:
             os.rename(temporary, self.root / digest)
 
 
+def _check_hash(digest: str, name: str, expected: FileReference, found: str) -> None:
+    if found != expected.sha256:
+        raise IntegrityError(f"{name} of version {digest}: expected sha256 {expected.sha256}, found {found}")
+
+
 def _copy(source: Path, folder: Path) -> FileReference:
-    target = folder / source.name
-    shutil.copyfile(source, target)
-    with target.open("rb") as file:
-        os.fsync(file.fileno())
-    return FileReference(sha256=hash_file(target), size_bytes=target.stat().st_size)
+    content = read_regular(source, max_bytes=_MAX_FILE_BYTES, error=AdapterRejectedError)
+    _write_synced(folder / source.name, content)
+    return FileReference(sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
 
 
-def _write_synced(path: Path, content: bytes) -> None:
+def _write_synced(path: Path, content: bytes | bytearray) -> None:
     with path.open("wb") as file:
         file.write(content)
         file.flush()

@@ -10,13 +10,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from clients.http import HotswapClient
 
-__all__ = ["ServerDidNotStartError", "running_server"]
+__all__ = ["LocalServer", "ServerDidNotStartError", "running_server", "started_server"]
 
+_SERVE = (sys.executable, "-m", "clients.cli", "serve")
 _READY_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 60.0
 _LOG_TAIL_CHARS = 2000
@@ -26,31 +28,49 @@ class ServerDidNotStartError(Exception):
     """The server ended, or was not ready in time; the message holds the end of its log."""
 
 
+@dataclass(frozen=True, slots=True)
+class LocalServer:
+    """A running server: where it listens, and the process that is the parent of its others."""
+
+    url: str
+    pid: int
+
+
 @contextlib.contextmanager
 def running_server(environment: Mapping[str, str], log: Path, *options: str) -> Iterator[str]:
+    """Serve on a free port for the length of the block, and yield the server's URL; see `started_server`."""
+    with started_server(environment, log, *options) as server:
+        yield server.url
+
+
+@contextlib.contextmanager
+def started_server(
+    environment: Mapping[str, str], log: Path, *options: str, command: Sequence[str] = _SERVE
+) -> Iterator[LocalServer]:
     """Serve on a free port for the length of the block.
 
     Args:
         environment: The child's environment; `HOTSWAP_*` variables choose home, base model and limits.
         log: File for the server's output.
         options: Further flags of `hotswap serve`.
-
-    Yields:
-        The server's URL.
+        command: What to start instead of `hotswap serve`; it must take `--port`.
 
     Raises:
         ServerDidNotStartError: it ended or took too long.
     """
     port = _free_port()
-    command = [sys.executable, "-m", "clients.cli", "serve", "--port", str(port), *options]
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, env=dict(environment), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            [*command, "--port", str(port), *options],
+            env=dict(environment),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         url = f"http://127.0.0.1:{port}"
         asyncio.run(_wait_until_ready(url, process, log))
-        yield url
+        yield LocalServer(url, process.pid)
     finally:
         _stop(process)
 

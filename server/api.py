@@ -24,6 +24,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import structlog
+import torch
 from fastapi import APIRouter, FastAPI
 from litserve import LitAPI, LitServer
 from litserve.loops.base import LitLoop
@@ -40,6 +41,7 @@ from server.observe import configure_logging
 
 __all__ = [
     "EngineAPI",
+    "EngineBuilder",
     "EngineLoop",
     "LitServeTransport",
     "RoutesSpec",
@@ -47,6 +49,8 @@ __all__ = [
     "guard_processes",
     "wrap_lifespan",
 ]
+
+EngineBuilder = Callable[[CoreSettings, ServeSettings], Engine]
 
 _log = structlog.get_logger(__name__)
 
@@ -59,19 +63,26 @@ _HIDDEN_PATHS = frozenset({"/", "/info", "/litserve-health"})
 
 
 class EngineAPI(LitAPI):  # type: ignore[misc]  # LitServe ships no types
-    """What LitServe hands to the worker process: plain settings there, the engine after `setup`."""
+    """What LitServe hands to the worker process: plain settings there, the engine after `setup`.
 
-    def __init__(self, core: CoreSettings, serve: ServeSettings, spec: LitSpec) -> None:
+    `build` makes the engine in the worker; it is pickled, so it must be a function of an importable module.
+    """
+
+    def __init__(
+        self, core: CoreSettings, serve: ServeSettings, spec: LitSpec, build: EngineBuilder = build_engine
+    ) -> None:
         super().__init__(spec=spec, loop=EngineLoop(), stream=True)
         self.core = core
         self.serve = serve
+        self.build = build
         self.engine: Engine | None = None
 
     def setup(self, device: str) -> None:
         """Load the base model and build the engine; runs in the worker. Our own setting chooses the device."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches the whole group; the parent ends the worker
         configure_logging(self.serve.log_level)
-        self.engine = build_engine(self.core, self.serve)
+        torch.set_num_threads(self.serve.resolved_threads)
+        self.engine = self.build(self.core, self.serve)
 
 
 class EngineLoop(LitLoop):  # type: ignore[misc]  # LitServe ships no types
@@ -101,7 +112,7 @@ class EngineLoop(LitLoop):  # type: ignore[misc]  # LitServe ships no types
             ]
             events += engine.step()
             if events or time.monotonic() - last_sent > _HEARTBEAT_S:
-                message = EngineMessage(_status(engine, epoch), tuple(events))
+                message = EngineMessage(EngineStatus.of(engine, epoch), tuple(events), engine.take_timings())
                 self.put_response(
                     transport, _CONSUMER_ID, ENGINE_CHANNEL, message, LitAPIStatus.OK, LoopResponseType.STREAMING
                 )
@@ -162,6 +173,7 @@ def build_server(
     serve: ServeSettings,
     router: APIRouter,
     configure_app: Callable[[FastAPI, RoutesSpec], None],
+    build: EngineBuilder = build_engine,
 ) -> LitServer:
     """Make a LitServe server with our routes and without its own.
 
@@ -170,11 +182,12 @@ def build_server(
         serve: Limits and address.
         router: Our routes.
         configure_app: Adds middleware, error handlers and start-up to the app; given the spec for the transport.
+        build: Makes the engine in the worker.
     """
     spec = RoutesSpec()
     # The worker picks the device itself, so that both settings and its absence mean one thing everywhere.
     server = LitServer(
-        EngineAPI(core, serve, spec),
+        EngineAPI(core, serve, spec, build),
         accelerator="cpu",
         devices=1,
         workers_per_device=1,
@@ -257,13 +270,3 @@ def _obey(engine: Engine, command: SubmitCommand | CancelCommand, epoch: str) ->
         return engine.cancel(command.request_id)
     # A request that was sent to a worker before this one has been answered with an error when that worker died.
     return engine.submit(command.request) if command.epoch == epoch else []
-
-
-def _status(engine: Engine, epoch: str) -> EngineStatus:
-    return EngineStatus(
-        epoch=epoch,
-        pid=os.getpid(),
-        num_running=engine.num_running,
-        num_waiting=engine.num_waiting,
-        resident=tuple(engine.residency.resident),
-    )

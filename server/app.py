@@ -24,13 +24,15 @@ from adapters.experiments import ExperimentService
 from adapters.registry import Registry
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
-from server.api import LitServeTransport, RoutesSpec, build_server, guard_processes, wrap_lifespan
+from server.api import EngineBuilder, LitServeTransport, RoutesSpec, build_server, guard_processes, wrap_lifespan
 from server.chat import ChatService
 from server.config import ServeSettings
 from server.engine.families import SUPPORTED_FAMILIES
 from server.engine_client import EngineClient
+from server.engine_factory import build_engine, find_pinned
 from server.errors import install_error_handlers
 from server.limits import BodyLimitMiddleware
+from server.metrics import Metrics
 from server.observe import RequestIdMiddleware, configure_logging
 from server.routes import router
 from server.services import Services
@@ -40,15 +42,19 @@ __all__ = ["serve"]
 _log = structlog.get_logger(__name__)
 
 
-def serve(core: CoreSettings, settings: ServeSettings) -> None:
+def serve(core: CoreSettings, settings: ServeSettings, build: EngineBuilder = build_engine) -> None:
     """Serve until SIGTERM or Ctrl+C; running answers get 30 seconds (LitServe's grace) to finish.
+
+    `build` makes the engine in the worker; the benchmark of the shell around it gives a toy.
 
     Raises:
         BaseModelError: the base model can't be fetched or is not supported.
+        ConfigurationError: a pinned alias does not exist.
     """
     configure_logging(settings.log_level)
     settings = _fit_base(settings, pull_base(core.base, core.home))
     ArtifactStore(core.home / "store").sweep()
+    _check_pinned(core, settings)
     stopping = guard_processes()
 
     def configure_app(app: FastAPI, spec: RoutesSpec) -> None:
@@ -58,7 +64,7 @@ def serve(core: CoreSettings, settings: ServeSettings) -> None:
         install_error_handlers(app)
         wrap_lifespan(app, lambda started: _running_services(started, spec, core, settings))
 
-    server = build_server(core, settings, router, configure_app)
+    server = build_server(core, settings, router, configure_app, build)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt_parent(os.getpid(), stopping))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -79,10 +85,17 @@ async def _running_services(
     """Build one API process's parts after LitServe has forked it, and run the engine's client beside the routes."""
     registry = _open_registry(core)
     experiments = ExperimentService(registry.database)
-    engine = EngineClient(LitServeTransport(spec), max_in_flight=settings.max_waiting)
+    metrics = Metrics()
+    engine = EngineClient(
+        LitServeTransport(spec),
+        max_in_flight=settings.max_waiting,
+        max_tokens=settings.max_queued_tokens,
+        on_message=metrics.note_message,
+    )
+    metrics.watch(engine)
     tokenizer = load_tokenizer(pull_base(core.base, core.home))
-    chat = ChatService(registry, experiments, engine, tokenizer, settings)
-    app.state.services = Services(registry, experiments, engine, chat)
+    chat = ChatService(registry, experiments, engine, tokenizer, settings, metrics)
+    app.state.services = Services(registry, experiments, engine, chat, metrics)
     listening = asyncio.create_task(engine.run())
     listening.add_done_callback(_end_if_crashed)
     try:
@@ -99,6 +112,13 @@ def _end_if_crashed(task: asyncio.Task[None]) -> None:
     if not task.cancelled():
         _log.critical("engine_listener_crashed", exc_info=task.exception())
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _check_pinned(core: CoreSettings, settings: ServeSettings) -> None:
+    """Say that a pinned alias does not exist before a process is started that could only die of it."""
+    registry = _open_registry(core)
+    find_pinned(registry, settings.pinned)
+    registry.database.close()
 
 
 def _fit_base(settings: ServeSettings, base_folder: Path) -> ServeSettings:

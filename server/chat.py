@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import structlog
@@ -14,8 +14,10 @@ import structlog
 from adapters.chat_template import render_prompt
 from adapters.errors import (
     AdapterRejectedError,
+    DeadlineExceededError,
     EngineFailureError,
     HotswapError,
+    InvalidInputError,
     InvalidNameError,
     NotFoundError,
     PromptTooLongError,
@@ -24,32 +26,64 @@ from adapters.experiments import ExperimentService
 from adapters.records import Binding, Exposure
 from adapters.registry import Registry
 from server.config import ServeSettings
-from server.engine.core import EngineEvent, GenerationRequest, SamplingParams
+from server.engine.core import EngineEvent, GenerationRequest
 from server.engine_client import EngineClient
+from server.generation import sampling_params
+from server.logprobs import LogprobsWriter
+from server.metrics import Metrics
+from server.schema_check import SchemaChecker
 from server.schemas import ChatRequest
 
-__all__ = ["ChatCall", "ChatService"]
+__all__ = ["Answer", "ChatCall", "ChatService"]
 
 _log = structlog.get_logger(__name__)
+
+_FAILURES = frozenset({"adapter_failed", "constraint_failed", "deadline", "engine_failed", "cancelled"})
+
+
+@dataclass(slots=True)
+class Answer:
+    """One of the answers to a request. `ChatService` writes the lower fields while it is made."""
+
+    index: int
+    generation: GenerationRequest
+    completion_tokens: int = 0
+    last_token: float | None = None
+    finish_reason: str | None = None
 
 
 @dataclass(slots=True)
 class ChatCall:
-    """One accepted request. `ChatService` writes the lower fields while the answer is made."""
+    """One accepted request. `ChatService` writes the lower fields while the answers are made."""
 
     response_id: str
     binding: Binding
     unit: str
     unit_source: Literal["user", "request"]
-    generation: GenerationRequest
+    answers: dict[str, Answer]  # by the engine's request id
     created: int
     started: float
     first_token: float | None = None
-    completion_tokens: int = 0
+    queued_s: float | None = None
     finish_reason: str | None = None
     error: str | None = None
     is_recorded: bool = False
     headers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def generation(self) -> GenerationRequest:
+        """What the engine is asked for the first answer; the others differ in id and seed alone."""
+        return next(iter(self.answers.values())).generation
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt, which all answers share."""
+        return len(self.generation.prompt)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of all answers so far."""
+        return sum(answer.completion_tokens for answer in self.answers.values())
 
 
 class ChatService:
@@ -62,52 +96,87 @@ class ChatService:
         engine: EngineClient,
         tokenizer: Any,
         settings: ServeSettings,
+        metrics: Metrics,
     ) -> None:
+        self._metrics = metrics
         self._registry = registry
         self._experiments = experiments
         self._engine = engine
         self._tokenizer = tokenizer
         self._settings = settings
+        self._vocab_size = len(tokenizer)
+        self._schemas = SchemaChecker()
+        self.logprobs = LogprobsWriter(tokenizer)
 
-    async def accept(self, body: ChatRequest, *, request_id: str) -> ChatCall:
+    @property
+    def timeout_s(self) -> float:
+        """Seconds that an answer may take in the engine at most."""
+        return self._settings.timeout_s
+
+    async def accept(self, body: ChatRequest, *, request_id: str, timeout_s: float | None = None) -> ChatCall:
         """Bind the request to a version and render its prompt. The binding holds to the last token.
+
+        Args:
+            body: What the client sent.
+            request_id: Names the request in the engine and in the answer.
+            timeout_s: Seconds that the answer may take in the engine; None is the server's own limit.
 
         Raises:
             InvalidNameError: no such model.
-            InvalidInputError: the chat template refuses the conversation.
+            InvalidInputError: the chat template refuses the conversation, or an option can't be followed.
             PromptTooLongError: it leaves no room for an answer.
+            OverloadedError: too many JSON schemas are being checked.
         """
         unit, unit_source = _unit_of(body, request_id)
         try:
             binding = await asyncio.to_thread(self._registry.resolve, body.model, unit=unit)
         except (NotFoundError, InvalidNameError) as error:
             raise InvalidNameError(str(error), param="model") from None
+        self._metrics.name_binding(binding)
         prompt = await asyncio.to_thread(self._render, body)
+        sampling = sampling_params(
+            body, num_prompt_tokens=len(prompt), vocab_size=self._vocab_size, settings=self._settings
+        )
+        if sampling.constraint is not None and sampling.constraint.schema:
+            await self._schemas.check(sampling.constraint.schema)
         return ChatCall(
             response_id=f"chatcmpl-{request_id}",
             binding=binding,
             unit=unit,
             unit_source=unit_source,
-            generation=GenerationRequest(request_id, prompt, binding.digest, self._sampling(body, len(prompt))),
+            answers=_answers(
+                GenerationRequest(
+                    request_id,
+                    prompt,
+                    binding.digest,
+                    sampling,
+                    timeout_s=self._settings.timeout_s if timeout_s is None else timeout_s,
+                ),
+                body.n,
+            ),
             created=int(time.time()),
             started=time.monotonic(),
             headers=_headers(binding),
         )
 
     async def generate(self, call: ChatCall) -> AsyncGenerator[EngineEvent]:
-        """Yield the answer's events. One exposure is written for every accepted request, before its last event.
+        """Yield the answers' events. One exposure is written for every accepted request, before its last event.
+
+        If one answer fails, the request fails and the others are cancelled.
 
         Raises:
             OverloadedError, EngineUnavailableError: not accepted; nothing was started and no exposure is written.
             EngineUnavailableError: the worker died under this request.
             AdapterRejectedError: the version can't be loaded; says why.
+            InvalidInputError: the model can't follow the form that was asked for.
             EngineFailureError: the model failed under this request.
+            DeadlineExceededError: the answer was not finished in its time.
         """
-        events = self._engine.generate(call.generation)
+        events = self._engine.generate(*(answer.generation for answer in call.answers.values()))
         try:
             async for event in events:
                 self._note(call, event)
-                if event.finish_reason is not None:
+                if call.finish_reason is not None:
                     await self._record(call)
                     _raise_failure(event)
                 yield event
@@ -118,8 +187,10 @@ class ChatService:
             call.error = call.error or (str(error) if isinstance(error, HotswapError) else type(error).__name__)
             raise
         finally:
-            await self._record(call)
-            await events.aclose()
+            try:
+                await events.aclose()  # first of all: the engine computes until it is told
+            finally:
+                await self._record(call)
 
     def _render(self, body: ChatRequest) -> tuple[int, ...]:
         messages = [{"role": message.role, "content": message.text} for message in body.messages]
@@ -132,22 +203,29 @@ class ChatService:
             )
         return prompt
 
-    def _sampling(self, body: ChatRequest, prompt_tokens: int) -> SamplingParams:
-        wanted = body.token_limit if body.token_limit is not None else self._settings.max_tokens
-        return SamplingParams(
-            max_tokens=min(wanted, self._settings.max_context - prompt_tokens),
-            temperature=body.temperature,
-            top_p=body.top_p,
-            seed=body.seed,
-            stop=body.stop_strings,
-        )
-
     def _note(self, call: ChatCall, event: EngineEvent) -> None:
-        if call.first_token is None and event.completion_tokens:
-            call.first_token = time.monotonic()
-        call.completion_tokens = event.completion_tokens
-        call.finish_reason = event.finish_reason
+        answer = call.answers[event.request_id]
+        if call.queued_s is None and event.queued_s is not None:
+            call.queued_s = event.queued_s
+            self._metrics.observe_queue(call.binding, event.queued_s)
+        if event.completion_tokens > answer.completion_tokens:
+            self._note_token(call, answer, time.monotonic())
+        answer.completion_tokens = event.completion_tokens
+        answer.finish_reason = event.finish_reason
+        reasons = [answer.finish_reason for answer in call.answers.values()]
         call.error = event.error
+        if event.finish_reason in _FAILURES:
+            call.finish_reason = event.finish_reason
+        elif None not in reasons:
+            call.finish_reason = "length" if "length" in reasons else "stop"
+
+    def _note_token(self, call: ChatCall, answer: Answer, now: float) -> None:
+        if call.first_token is None:
+            call.first_token = now
+            self._metrics.observe_first_token(call.binding, now - call.started)
+        if answer.last_token is not None:
+            self._metrics.observe_gap(call.binding, now - answer.last_token)
+        answer.last_token = now
 
     async def _record(self, call: ChatCall) -> None:
         """Write the call's exposure unless that was done; not to be stopped by whoever waits for it."""
@@ -162,13 +240,14 @@ class ChatService:
             binding=call.binding,
             unit=call.unit,
             unit_source=call.unit_source,
-            prompt_tokens=len(call.generation.prompt),
+            prompt_tokens=call.prompt_tokens,
             completion_tokens=call.completion_tokens,
             ttft_ms=None if call.first_token is None else (call.first_token - call.started) * 1000,
             total_ms=(ended - call.started) * 1000,
             finish_reason=call.finish_reason,
             error=call.error,
         )
+        self._metrics.count_answer(exposure, per_token_s=_time_per_token(call))
         await asyncio.to_thread(self._experiments.record_exposure, exposure)
         _log.info(
             "chat_answered",
@@ -184,11 +263,34 @@ class ChatService:
         )
 
 
+def _answers(request: GenerationRequest, count: int) -> dict[str, Answer]:
+    """The engine's requests for so many answers; each has a seed of its own, counted from the one that was given."""
+    if count == 1:
+        return {request.id: Answer(0, request)}
+    seed = request.sampling.seed
+    answers = {}
+    for index in range(count):
+        sampling = replace(request.sampling, seed=None if seed is None else seed + index)
+        own = replace(request, id=f"{request.id}-{index}", sampling=sampling)
+        answers[own.id] = Answer(index, own)
+    return answers
+
+
 def _unit_of(body: ChatRequest, request_id: str) -> tuple[str, Literal["user", "request"]]:
     """The key that experiments split by. A user's name is hashed: the database needs to tell users apart, no more."""
     if body.user is None:
         return request_id, "request"
     return hashlib.sha256(body.user.encode()).hexdigest()[:32], "user"
+
+
+def _time_per_token(call: ChatCall) -> float | None:
+    """Mean seconds per token of an answer after its first; None if there are none or the answer did not end well."""
+    answer = next(iter(call.answers.values()))
+    if call.finish_reason not in ("stop", "length") or answer.completion_tokens < 2:
+        return None
+    assert call.first_token is not None, "there are tokens"
+    assert answer.last_token is not None, "there are tokens"
+    return (answer.last_token - call.first_token) / (answer.completion_tokens - 1)
 
 
 def _headers(binding: Binding) -> dict[str, str]:
@@ -208,5 +310,9 @@ def _headers(binding: Binding) -> dict[str, str]:
 def _raise_failure(event: EngineEvent) -> None:
     if event.finish_reason == "adapter_failed":
         raise AdapterRejectedError(f"the adapter version can't be served: {event.error}", param="model")
+    if event.finish_reason == "constraint_failed":
+        raise InvalidInputError(event.error or "the answer's form can't be followed", param="response_format")
+    if event.finish_reason == "deadline":
+        raise DeadlineExceededError(event.error or "the answer was not finished in its time")
     if event.finish_reason in ("engine_failed", "cancelled"):
         raise EngineFailureError(event.error or "the request was cancelled")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+import os
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
-from pydantic_settings import SettingsConfigDict
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from adapters.settings import SettingsSection
 
 __all__ = ["ServeSettings"]
+
+_DEFAULT_CACHE_TOKENS = 32_768
 
 
 class ServeSettings(SettingsSection):
@@ -27,13 +30,88 @@ class ServeSettings(SettingsSection):
     max_batch: int = Field(32, ge=1, le=512, description="Requests computed at once.")
     max_context: int = Field(2048, ge=64, le=131_072, description="Prompt and answer together, in tokens.")
     max_tokens: int = Field(512, ge=1, le=131_072, description="Answer's length where a request gives none.")
-    max_prefill_tokens: int = Field(256, ge=16, le=65_536, description="Prompt tokens computed beside one decode step.")
+    max_prefill_tokens: int = Field(256, ge=16, le=65_536, description="Prompt tokens computed in one step.")
+    max_stall_ms: int = Field(
+        200, ge=1, le=60_000, description="How long reading a prompt may hold up running streams at a time, about."
+    )
+    cache_tokens: int | None = Field(
+        None,
+        ge=64,
+        le=100_000_000,
+        description="Tokens that the KV cache holds, those of all running requests together.",
+    )
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="Processor threads of the engine; one less than there are cores if not set."
+    )
+    native_kernels: bool = Field(
+        True, description="Compile the decode step's inner loops for this CPU at the first start, if it has a compiler."
+    )
     max_waiting: int = Field(256, ge=1, le=100_000, description="Requests in flight before new ones get 429.")
+    max_queued_tokens: int = Field(
+        200_000,
+        ge=64,
+        le=1_000_000_000,
+        description="Prompt and answer tokens of the requests in flight before new ones get 429.",
+    )
+    timeout_s: float = Field(
+        600.0,
+        ge=0.1,
+        le=86_400,
+        allow_inf_nan=False,
+        description="Seconds an answer may take, from the queue to its end.",
+    )
     max_body_bytes: int = Field(2_000_000, ge=1000, le=1_000_000_000, description="Largest request body.")
+    host_cache_mb: int = Field(
+        1024, ge=0, le=1_048_576, description="Megabytes of host memory for adapters that lost their slot; 0 is off."
+    )
+    pinned: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Aliases whose versions at the start are loaded then and keep their slots."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+
+    @field_validator("pinned", mode="before")
+    @classmethod
+    def _split_names(cls, value: Any) -> Any:
+        """Names come as a list, or as text with commas or spaces between them: an environment variable has no lists."""
+        given = [value] if isinstance(value, str) else value
+        if not isinstance(given, list | tuple) or not all(isinstance(item, str) for item in given):
+            return value
+        return tuple(dict.fromkeys(name for item in given for name in item.replace(",", " ").split()))
+
+    @model_validator(mode="after")
+    def _check_pins(self) -> Self:
+        if self.pinned and len(self.pinned) >= self.slots:
+            raise ValueError(f"pinned names {len(self.pinned)} aliases, but of {self.slots} slots one must stay free")
+        return self
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
+        if self.max_queued_tokens < self.max_context:
+            raise ValueError(
+                f"max_queued_tokens ({self.max_queued_tokens}) must not be less than max_context ({self.max_context}), "
+                "or the longest request is never taken"
+            )
         if self.max_tokens >= self.max_context:
             raise ValueError(f"max_tokens ({self.max_tokens}) must be less than max_context ({self.max_context})")
+        if self.cache_tokens is not None and self.cache_tokens < self.max_context:
+            raise ValueError(
+                f"cache_tokens ({self.cache_tokens}) must be at least max_context ({self.max_context}): "
+                "the longest request has to fit"
+            )
         return self
+
+    @property
+    def resolved_cache_tokens(self) -> int:
+        """What is set; otherwise room for 32,768 tokens, or for one longest request where that is more."""
+        return max(_DEFAULT_CACHE_TOKENS, self.max_context) if self.cache_tokens is None else self.cache_tokens
+
+    @property
+    def resolved_threads(self) -> int:
+        """What is set; otherwise all cores but one, which the API process and the loader need.
+
+        A thread team that has to share a core waits for its slowest member hundreds of times a step: with two threads
+        on two cores beside an API process and a client, 8 streams were slower than with one (docs/decisions/0006).
+        """
+        # macOS has no affinity.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores - 1) if self.threads is None else self.threads

@@ -7,7 +7,8 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
@@ -35,13 +36,39 @@ class Transport(Protocol):
         """Wait for messages."""
 
 
-class EngineClient:
-    """Keeps one queue of events per request in flight. Use it from one event loop only."""
+_Events = asyncio.Queue[EngineEvent | EngineUnavailableError]
 
-    def __init__(self, transport: Transport, *, max_in_flight: int) -> None:
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    num_tokens: int
+    events: _Events  # shared by the requests of one call
+
+
+class EngineClient:
+    """Keeps one queue of events per request in flight. Use it from one event loop only.
+
+    Args:
+        transport: The line to the worker.
+        max_in_flight: Requests that are taken at once.
+        max_tokens: Prompt and max_tokens of all requests that are taken at once.
+        on_message: Called with each message of the worker, before its events reach their requests.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        max_in_flight: int,
+        max_tokens: int,
+        on_message: Callable[[EngineMessage], None] | None = None,
+    ) -> None:
         self._transport = transport
         self._max_in_flight = max_in_flight
-        self._in_flight: dict[str, asyncio.Queue[EngineEvent | EngineUnavailableError]] = {}
+        self._max_tokens = max_tokens
+        self._on_message = on_message
+        self._in_flight: dict[str, _InFlight] = {}
+        self._num_tokens = 0
         self._status: EngineStatus | None = None
         self._last_heard = 0.0
 
@@ -55,41 +82,67 @@ class EngineClient:
         """Requests that have been accepted and not yet answered to the end."""
         return len(self._in_flight)
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent]:
-        """Accept a request and return its events, to be iterated at once; the last one has a finish reason.
+    @property
+    def num_tokens_in_flight(self) -> int:
+        """Prompt and max_tokens of those requests."""
+        return self._num_tokens
 
-        Closing the iterator early cancels the request in the engine. If the worker dies, iterating raises
-        EngineUnavailableError.
+    def generate(self, *requests: GenerationRequest) -> AsyncGenerator[EngineEvent]:
+        """Accept requests together and return their events, to be iterated at once.
+
+        The last event of each request has a finish reason. Closing the iterator early cancels those that are not
+        finished. If the worker dies, iterating raises EngineUnavailableError.
 
         Raises:
-            OverloadedError: too many requests are in flight; nothing was accepted.
+            OverloadedError: there is no room for all of them, or for their tokens; nothing was accepted.
             EngineUnavailableError: there is no worker; nothing was accepted.
         """
         if self._status is None:
             raise EngineUnavailableError("the engine is starting; try again shortly")
-        if len(self._in_flight) >= self._max_in_flight:
-            raise OverloadedError(f"{len(self._in_flight)} requests are in flight, the most that this server takes")
-        queue: asyncio.Queue[EngineEvent | EngineUnavailableError] = asyncio.Queue()
-        self._in_flight[request.id] = queue
-        return self._follow(SubmitCommand(self._status.epoch, request), queue)
+        self._check_load(requests)
+        events: _Events = asyncio.Queue()
+        for request in requests:
+            self._in_flight[request.id] = _InFlight(request.num_tokens, events)
+            self._num_tokens += request.num_tokens
+        return self._follow([SubmitCommand(self._status.epoch, request) for request in requests], events)
 
-    async def _follow(
-        self, command: SubmitCommand, queue: asyncio.Queue[EngineEvent | EngineUnavailableError]
-    ) -> AsyncGenerator[EngineEvent]:
-        request = command.request
-        finished = False
+    def _check_load(self, requests: Sequence[GenerationRequest]) -> None:
+        num_in_flight = len(self._in_flight)
+        if num_in_flight + len(requests) > self._max_in_flight:
+            raise OverloadedError(f"{num_in_flight} requests are in flight; this server takes {self._max_in_flight}")
+        num_tokens = sum(request.num_tokens for request in requests)
+        if self._num_tokens + num_tokens > self._max_tokens:
+            raise OverloadedError(
+                f"what is in flight may take {self._num_tokens} tokens, this request {num_tokens}; "
+                f"together this server takes {self._max_tokens}"
+            )
+
+    async def _follow(self, commands: list[SubmitCommand], events: _Events) -> AsyncGenerator[EngineEvent]:
+        unfinished = dict.fromkeys(command.request.id for command in commands)
         try:
-            await self._transport.send(command)
-            while not finished:
-                event = await queue.get()
+            for command in commands:
+                await self._transport.send(command)
+            while unfinished:
+                event = await events.get()
                 if isinstance(event, EngineUnavailableError):
                     raise event
-                finished = event.finish_reason is not None
+                if event.finish_reason is not None:
+                    del unfinished[event.request_id]
+                    self._forget(event.request_id)
                 yield event
         finally:
-            self._in_flight.pop(request.id, None)
-            if not finished:
-                await asyncio.shield(self._transport.send(CancelCommand(request.id)))
+            for request_id in unfinished:
+                self._forget(request_id)
+            if unfinished:
+                await asyncio.shield(self._cancel(unfinished))
+
+    def _forget(self, request_id: str) -> None:
+        if entry := self._in_flight.pop(request_id, None):
+            self._num_tokens -= entry.num_tokens
+
+    async def _cancel(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            await self._transport.send(CancelCommand(request_id))
 
     async def run(self) -> None:
         """Distribute the worker's messages until cancelled, and watch over the worker."""
@@ -110,10 +163,12 @@ class EngineClient:
             _log.info("engine_ready", pid=message.status.pid, epoch=message.status.epoch)
         self._status = message.status
         self._last_heard = time.monotonic()
+        if self._on_message is not None:
+            self._on_message(message)
         for event in message.events:
             # A request that was cancelled meanwhile has no queue any more.
-            if queue := self._in_flight.get(event.request_id):
-                queue.put_nowait(event)
+            if entry := self._in_flight.get(event.request_id):
+                entry.events.put_nowait(event)
 
     async def _watch(self) -> None:
         while True:
@@ -124,15 +179,16 @@ class EngineClient:
                 self._give_up("the engine died; it is being restarted")
             elif time.monotonic() - self._last_heard > _SILENCE_LIMIT_S:
                 # A stuck worker is ended, so that LitServe starts another.
-                os.kill(self._status.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._status.pid, signal.SIGKILL)
                 self._give_up(f"the engine has been silent for {_SILENCE_LIMIT_S:.0f} seconds")
 
     def _give_up(self, reason: str) -> None:
         """End every request in flight with an error, and take no more until a worker speaks."""
         _log.error("engine_lost", reason=reason, num_requests=len(self._in_flight))
         self._status = None
-        for queue in self._in_flight.values():
-            queue.put_nowait(EngineUnavailableError(reason))
+        for events in {id(entry.events): entry.events for entry in self._in_flight.values()}.values():
+            events.put_nowait(EngineUnavailableError(reason))
 
 
 def _is_alive(pid: int) -> bool:

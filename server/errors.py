@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from fastapi import FastAPI, Request
@@ -17,19 +17,27 @@ from adapters import errors as core
 from server.observe import request_id_of
 from server.schemas import error_body
 
-__all__ = ["ANSWERS", "Answer", "describe_error", "install_error_handlers"]
+if TYPE_CHECKING:
+    from server.services import Services
+
+__all__ = ["ANSWERS", "Answer", "count_error", "describe_error", "install_error_handlers"]
 
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How one kind of error looks on the wire. `is_public` False hides the message: it may name files."""
+    """How one kind of error looks on the wire.
+
+    `is_public` False hides the message: it may name files. `should_retry` is sent as `x-should-retry`, which OpenAI's
+    clients obey before they look at the status; None leaves it to the status.
+    """
 
     status: int
     kind: str
     code: str
     is_public: bool = True
+    should_retry: bool | None = None
 
 
 # The most specific class of an exception's ancestry decides.
@@ -49,9 +57,12 @@ ANSWERS: dict[type[core.HotswapError], Answer] = {
     core.ConflictError: Answer(409, "invalid_request_error", "conflict"),
     core.IntegrityError: Answer(500, "server_error", "integrity_error", is_public=False),
     core.BaseModelError: Answer(500, "server_error", "base_model_error", is_public=False),
-    core.OverloadedError: Answer(429, "rate_limit_error", "overloaded"),
-    core.EngineUnavailableError: Answer(503, "server_error", "engine_unavailable"),
+    core.OverloadedError: Answer(429, "rate_limit_error", "overloaded", should_retry=True),
+    core.EngineUnavailableError: Answer(503, "server_error", "engine_unavailable", should_retry=True),
     core.EngineFailureError: Answer(500, "server_error", "engine_failure"),
+    # The time was the server's to keep, so not 408. Clients would retry a 504 at once, and the same request that took
+    # all its time would most likely do so again, on a server that is busy: so they are told not to.
+    core.DeadlineExceededError: Answer(504, "server_error", "deadline_exceeded", should_retry=False),
 }
 _HIDDEN_MESSAGE = "the server failed to answer; its log has the reason under this request's id"
 _RETRY_SOON_S = 2
@@ -72,10 +83,18 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _answer_unknown)
 
 
+def count_error(request: Request, code: str) -> None:
+    """Count an error answer, under the version that the route has bound the request to, if it got so far."""
+    services: Services | None = getattr(request.app.state, "services", None)
+    if services is not None:
+        services.metrics.count_error(code, getattr(request.state, "binding", None))
+
+
 async def _answer_known(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, core.HotswapError)
     answer, body = describe_error(error)
-    headers = {}
+    count_error(request, answer.code)
+    headers = {} if answer.should_retry is None else {"x-should-retry": str(answer.should_retry).lower()}
     if isinstance(error, core.OverloadedError):
         headers["retry-after"] = str(error.retry_after_s)
     elif answer.status == 503:
@@ -93,6 +112,7 @@ async def _answer_invalid_body(request: Request, error: Exception) -> JSONRespon
         message, code = f"unknown or unsupported field {param!r}", "unknown_field"
     else:
         message, code = (f"{param}: {first['msg']}" if param else first["msg"]), "invalid_value"
+    count_error(request, code)
     return JSONResponse(error_body(message, kind="invalid_request_error", param=param, code=code), status_code=400)
 
 
@@ -104,12 +124,14 @@ def _field_path(location: Sequence[int | str]) -> str | None:
 
 async def _answer_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    count_error(request, f"http_{error.status_code}")
     body = error_body(f"{error.detail}: {request.method} {request.url.path}", kind="invalid_request_error")
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
 
 async def _answer_unknown(request: Request, error: Exception) -> JSONResponse:
     _log.error("request_crashed", path=request.url.path, exc_info=error)
+    count_error(request, "internal_error")
     # This handler runs outside of all middleware, so the id is put on here.
     headers = {"x-request-id": f"req_{request_id_of(request.scope)}"}
     body = error_body(_HIDDEN_MESSAGE, kind="server_error", code="internal_error")

@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+import math
+
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["BodyLimitMiddleware"]
+from adapters.errors import InvalidInputError
+
+__all__ = ["TIMEOUT_HEADER", "BodyLimitMiddleware", "read_timeout"]
+
+TIMEOUT_HEADER = "x-hotswap-timeout-s"
+_MAX_SHOWN = 40
+
+
+def read_timeout(value: str | None, *, limit_s: float) -> float:
+    """The seconds that one answer may take: what its header says, but never more than the server's limit.
+
+    Raises:
+        InvalidInputError: the header is not a positive number of seconds; names it.
+    """
+    if value is None:
+        return limit_s
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not (0 < seconds < math.inf):
+        shown = value[:_MAX_SHOWN]
+        raise InvalidInputError(
+            f"{TIMEOUT_HEADER}: expected a positive number of seconds, found {shown!r}", param=TIMEOUT_HEADER
+        )
+    return min(seconds, limit_s)
 
 
 class BodyLimitMiddleware:

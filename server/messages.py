@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from server.engine.core import EngineEvent, GenerationRequest
+from server.engine.core import EngineEvent, EngineTimings, GenerationRequest
+
+if TYPE_CHECKING:
+    from server.engine.scheduler import Engine
 
 __all__ = ["ENGINE_CHANNEL", "CancelCommand", "EngineMessage", "EngineStatus", "SubmitCommand"]
 
@@ -30,18 +35,43 @@ class CancelCommand:
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """Who the worker is and how busy. `resident` counts versions in slots, whether in use or not."""
+    """Who the worker is and how busy. `resident` holds the versions in slots, whether in use or not.
+
+    `num_waiting_tokens` is what the waiting requests may take, `num_cache_free` and `num_cache_total` the blocks of the
+    KV cache, `num_slots` those for versions.
+    """
 
     epoch: str
     pid: int
     num_running: int
     num_waiting: int
     resident: tuple[str, ...]
+    num_waiting_tokens: int = 0
+    num_slots: int = 0
+    num_cache_free: int = 0
+    num_cache_total: int = 0
+
+    @classmethod
+    def of(cls, engine: Engine, epoch: str) -> EngineStatus:
+        """How busy this process's engine is."""
+        num_free, num_total = engine.cache_room
+        return cls(
+            epoch=epoch,
+            pid=os.getpid(),
+            num_running=engine.num_running,
+            num_waiting=engine.num_waiting,
+            resident=tuple(engine.residency.resident),
+            num_waiting_tokens=engine.num_waiting_tokens,
+            num_slots=engine.num_slots,
+            num_cache_free=num_free,
+            num_cache_total=num_total,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class EngineMessage:
-    """The events of one step, or none for a sign of life."""
+    """The events of one step, or none for a sign of life; and what was measured since the last message."""
 
     status: EngineStatus
     events: tuple[EngineEvent, ...]
+    timings: EngineTimings = field(default_factory=EngineTimings)

@@ -11,6 +11,7 @@ from adapters.experiments import ExperimentService
 from adapters.registry import Registry
 from server.chat import ChatService
 from server.engine_client import EngineClient
+from server.metrics import Metrics
 
 __all__ = ["CurrentServices", "Services"]
 
@@ -23,6 +24,7 @@ class Services:
     experiments: ExperimentService
     engine: EngineClient
     chat: ChatService
+    metrics: Metrics
 
 
 def _services(request: Request) -> Services:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before anything imports a hub client: a test that would download fails at once instead.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,6 +19,11 @@ from adapters.manifest import BaseReference
 from adapters.registry import Registry
 from adapters.store import ArtifactStore
 from tests.support.tiny import FAMILIES, load_tiny_base, save_tiny_base
+
+# No test may fail for a slow machine. Where CI is set, Hypothesis draws the same examples in every run, and this
+# keeps it so.
+settings.register_profile("untimed", settings(), deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import typer.main
 from adapters.settings import CoreSettings, SettingsSection
 from clients.cli.main import app
 from server.config import ServeSettings
+from server.schemas import ChatRequest
 from training.config import TrainSettings
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +27,23 @@ def test_configuration_page_names_every_setting_when_compared(section: type[Sett
     prefix = section.model_config["env_prefix"]
     missing = [name for name in names if f"| `{name}` | `{prefix}{name.upper()}` |" not in page]
     assert missing == []
+
+
+def test_generation_page_has_a_row_for_every_option_when_compared() -> None:
+    """What a chat request takes beside model, messages and user, with its numeric bounds."""
+    rows = [line for line in (_ROOT / "docs/generation.md").read_text().splitlines() if line.startswith("| `")]
+    options = [name for name in ChatRequest.model_fields if name not in ("model", "messages", "user")]
+    assert len(options) >= 20
+    assert [name for name in options if not any(f"`{name}`" in row.split("|")[1] for row in rows)] == []
+    for name in options:
+        bounds = [
+            getattr(item, bound)
+            for item in ChatRequest.model_fields[name].metadata
+            for bound in ("ge", "le")
+            if hasattr(item, bound)
+        ]
+        (row,) = [row for row in rows if f"`{name}`" in row.split("|")[1]]
+        assert name == "seed" or all(f"{bound:g}" in row.split("|")[2] for bound in bounds), (name, bounds)
 
 
 @pytest.mark.parametrize(("command", "section"), [("train", TrainSettings), ("serve", ServeSettings)])

@@ -43,6 +43,7 @@ def doctor(
         _check_disk(core.home),
         *_check_torch(core.device),
         _check_bitsandbytes(),
+        _check_compiler(),
         _check_base(core.base, core.home),
         _check_config(core.home),
         _check_port(_DEFAULT_PORT),
@@ -107,6 +108,13 @@ def _check_bitsandbytes() -> Finding:
             "bitsandbytes", "ok", "fast 4-bit CPU kernels (AVX512-BF16); training switches them off for itself"
         )
     return Finding("bitsandbytes", "ok", "works; this CPU lacks AVX512-BF16, so 4-bit serving on it is slower")
+
+
+def _check_compiler() -> Finding:
+    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    if compiler is None:
+        return Finding("compiler", "note", "no C++ compiler (c++, g++, clang++): serving on a CPU works, slower")
+    return Finding("compiler", "ok", f"{compiler}; compiles the engine's inner loops for this CPU at the first start")
 
 
 def _check_base(name: str, home: Path) -> Finding:

@@ -28,12 +28,34 @@ def serve(
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Default length of answers.", show_default="512")] = None,
     max_prefill_tokens: Annotated[
-        int | None, typer.Option(help="Prompt tokens computed beside one decode step.", show_default="256")
+        int | None, typer.Option(help="Prompt tokens computed in one step.", show_default="256")
+    ] = None,
+    max_stall_ms: Annotated[
+        int | None, typer.Option(help="How long a prompt may hold up running streams at a time.", show_default="200")
+    ] = None,
+    cache_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that the KV cache holds.", show_default="32768")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Processor threads of the engine.", show_default="cores - 1")
+    ] = None,
+    native_kernels: Annotated[
+        bool | None, typer.Option(help="Compile inner loops for this CPU.", show_default="yes")
     ] = None,
     max_waiting: Annotated[
         int | None, typer.Option(help="Requests in flight before new ones get 429.", show_default="256")
     ] = None,
+    max_queued_tokens: Annotated[
+        int | None, typer.Option(help="Tokens in flight before new requests get 429.", show_default="200000")
+    ] = None,
+    timeout_s: Annotated[float | None, typer.Option(help="Seconds an answer may take.", show_default="600")] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="Largest request body.", show_default="2000000")] = None,
+    host_cache_mb: Annotated[
+        int | None, typer.Option(help="Host memory for adapters that lost their slot; 0 is off.", show_default="1024")
+    ] = None,
+    pinned: Annotated[
+        list[str] | None, typer.Option(help="Alias that is loaded at the start and keeps its slot; may be repeated.")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
     home: HomeOption = None,
     base: BaseOption = None,
@@ -52,8 +74,16 @@ def serve(
         max_context=max_context,
         max_tokens=max_tokens,
         max_prefill_tokens=max_prefill_tokens,
+        max_stall_ms=max_stall_ms,
+        cache_tokens=cache_tokens,
+        threads=threads,
+        native_kernels=native_kernels,
         max_waiting=max_waiting,
+        max_queued_tokens=max_queued_tokens,
+        timeout_s=timeout_s,
         max_body_bytes=max_body_bytes,
+        host_cache_mb=host_cache_mb,
+        pinned=pinned or None,  # Typer gives an empty list for a flag that was not given
         log_level=log_level,
     )
     _announce(core, settings)

@@ -8,85 +8,85 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from adapters.errors import BaseModelError
 from server.engine.cache import KVCache
-from server.engine.families import SUPPORTED_FAMILIES
+from server.engine.kernels import BLOCK_TOKENS, Kernels
 
-__all__ = ["AttentionPlan", "Chunk", "check_supported", "install_attention"]
+__all__ = ["AttentionPlan", "Chunk", "install_attention"]
 
 _IMPLEMENTATION = "hotswap"
-# Rotary embeddings whose frequencies follow the longest sequence at hand: in a batch, somebody else's.
-_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+# Pairs of query and key up to which a prompt chunk is attended token by token: torch's fused attention needs about ten
+# operations a chunk and layer, which only larger chunks pay for.
+_MAX_SINGLE_PAIRS = 64 * 512
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive new tokens of one request: `count` of them, the first at `position`, for cache row `row`."""
+    """Consecutive new tokens of one request: `count` of them, the first at `position`, for row `row` of the table."""
 
     row: int
     position: int
     count: int
+    blocks: Sequence[int]  # of the whole request, in order
+
+    @property
+    def end(self) -> int:
+        """The position behind the last token."""
+        return self.position + self.count
+
+
+@dataclass(frozen=True, slots=True)
+class _Masking:
+    """What a layer's configuration says about its scores."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
 
 
 class AttentionPlan:
     """Where the tokens of one step belong; made once a step and shared by all layers.
 
+    Tokens in front, `num_single` of them, are attended one by one: those of decoding requests, and with native code
+    those of small prompt chunks too. The chunks behind, `large`, are attended as wholes.
+
     Args:
         cache: Keys and values, modified in place by every layer.
-        decodes: One chunk of one token per decoding request.
-        prefills: Prompt chunks, in the order of their tokens behind the decodes.
+        chunks: In the order of their tokens; chunks of one token stand in front.
+        kernels: Native code for single tokens and for writing; None computes with torch.
     """
 
-    def __init__(self, cache: KVCache, decodes: Sequence[Chunk], prefills: Sequence[Chunk]) -> None:
-        device = cache.keys[0].device
-        chunks = [*decodes, *prefills]
+    def __init__(self, cache: KVCache, chunks: Sequence[Chunk], kernels: Kernels | None) -> None:
+        device = cache.table.device
         self.cache = cache
-        self.prefills = prefills
-        self.num_decodes = len(decodes)
-        rows = [chunk.row for chunk in chunks for _ in range(chunk.count)]
-        positions = [chunk.position + offset for chunk in chunks for offset in range(chunk.count)]
-        self.rows = torch.tensor(rows, device=device)  # [tokens]
-        self.positions = torch.tensor(positions, device=device)  # [tokens]
-        # Decoding rows stand in front but prompts that are being read may stand between them: compute on the stretch
-        # up to the last one, which is a view, and drop the rest.
-        self.num_rows = max((chunk.row for chunk in decodes), default=-1) + 1
-        self.num_keys = max((chunk.position for chunk in decodes), default=-1) + 1
-        self._masks: dict[int | None, torch.Tensor] = {}
-
-    def decode_mask(self, window: int | None) -> torch.Tensor:
-        """What each cache row may not see: `[num_rows, 1, 1, num_keys]`, 0 or -inf; `window` is the sliding window."""
-        if window not in self._masks:
-            keys = torch.arange(self.num_keys, device=self.rows.device)
-            ends = torch.zeros(self.num_rows, dtype=torch.long, device=self.rows.device)
-            ends[self.rows[: self.num_decodes]] = self.positions[: self.num_decodes]
-            hidden = keys[None, :] > ends[:, None]
-            if window is not None:
-                hidden |= keys[None, :] <= ends[:, None] - window
-            mask = torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, float("-inf"))
-            self._masks[window] = mask[:, None, None, :]
-        return self._masks[window]
+        self.kernels = kernels
+        singles = list(takewhile(_is_small if kernels else _is_one_token, chunks))
+        self.large = chunks[len(singles) :]
+        self.num_single = sum(chunk.count for chunk in singles)
+        places = [(chunk, chunk.position + offset) for chunk in chunks for offset in range(chunk.count)]
+        self.positions = torch.tensor([position for _, position in places], device=device)  # [tokens]
+        blocks = [chunk.blocks[position // BLOCK_TOKENS] for chunk, position in places]
+        self.blocks = torch.tensor(blocks, dtype=torch.int32, device=device)  # [tokens]
+        self.offsets = (self.positions % BLOCK_TOKENS).int()  # [tokens]
+        rows = [chunk.row for chunk in singles for _ in range(chunk.count)]
+        self.rows = torch.tensor(rows, dtype=torch.int32, device=device)  # [num_single]
+        # [num_single]; each token sees itself and what is before it
+        self.lengths = (self.positions[: self.num_single] + 1).int()
+        self.max_length = max((chunk.end for chunk in singles), default=0)
 
 
-def check_supported(model: PreTrainedModel) -> None:
-    """Refuse a base model whose attention is not known to be computed right here.
+def _is_one_token(chunk: Chunk) -> bool:
+    return chunk.count == 1
 
-    Raises:
-        BaseModelError: names the family and what is supported.
-    """
-    family = model.config.model_type
-    if family not in SUPPORTED_FAMILIES:
-        raise BaseModelError(
-            f"models of type {family!r} are not supported; {', '.join(sorted(SUPPORTED_FAMILIES))} are"
-        )
-    rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in _BATCH_DEPENDENT_ROPE:
-        raise BaseModelError(f"rotary embeddings of type {rope!r} are not supported: they depend on the batch")
+
+def _is_small(chunk: Chunk) -> bool:
+    return chunk.count == 1 or chunk.count * chunk.end <= _MAX_SINGLE_PAIRS
 
 
 def install_attention(model: PreTrainedModel) -> None:
@@ -105,71 +105,154 @@ def _attend(
     scaling: float,
     plan: AttentionPlan,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer: `query [1, heads, tokens, head_dim]` -> `[1, tokens, heads, head_dim]`."""
-    keys, values = plan.cache.keys[module.layer_idx], plan.cache.values[module.layer_idx]
-    keys[plan.rows, :, plan.positions] = key[0].transpose(0, 1)
-    values[plan.rows, :, plan.positions] = value[0].transpose(0, 1)
+    masking = _Masking(scaling, sliding_window, softcap)
+    layer: int = module.layer_idx
+    _write(plan, layer, key[0], value[0])
     output = query.new_empty(query.shape[2], query.shape[1], query.shape[3])  # [tokens, heads, head_dim]
-    count = plan.num_decodes
-    if count:
-        output[:count] = _decode(query[0, :, :count].transpose(0, 1), keys, values, plan, scaling, sliding_window)
-    start = count
-    for chunk in plan.prefills:
+    if plan.num_single:
+        attend = _attend_singles if plan.kernels is None else _attend_singles_natively
+        attend(output, query[0], plan, layer, masking)
+    start = plan.num_single
+    for chunk in plan.large:
         stop = start + chunk.count
-        output[start:stop] = _prefill(query[:, :, start:stop], keys, values, chunk, scaling, sliding_window)
+        output[start:stop] = _attend_chunk(query[0, :, start:stop], plan.cache, layer, chunk, masking)
         start = stop
     return output[None], None
 
 
-def _decode(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    plan: AttentionPlan,
-    scaling: float,
-    window: int | None,
-) -> torch.Tensor:
-    """One query per row by batched products, heads of a group together: `[decodes, heads, head_dim]` in and out.
+def _write(plan: AttentionPlan, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Put fresh `key` and `value`, `[kv_heads, tokens, head_dim]` both, into their blocks."""
+    keys, values = plan.cache.keys[layer], plan.cache.values[layer]
+    if plan.kernels is None or key.stride(2) != 1 or value.stride(2) != 1:
+        keys[plan.blocks, :, :, plan.offsets] = key.transpose(0, 1)
+        values[plan.blocks, :, plan.offsets] = value.transpose(0, 1)
+        return
+    assert key.dtype == value.dtype == keys.dtype
+    num_heads, num_tokens, head_dim = key.shape
+    plan.kernels.write(
+        keys.data_ptr(),
+        values.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        plan.blocks.data_ptr(),
+        plan.offsets.data_ptr(),
+        num_tokens,
+        num_heads,
+        head_dim,
+        key.stride(1),
+        key.stride(0),
+        value.stride(1),
+        value.stride(0),
+    )
 
-    The CPU's flash kernel takes several times longer for a single query row.
+
+def _attend_singles_natively(
+    output: torch.Tensor, query: torch.Tensor, plan: AttentionPlan, layer: int, masking: _Masking
+) -> None:
+    """One query a token by the native kernel; arguments as those of `_attend_singles`."""
+    assert plan.kernels is not None
+    assert query.dtype == output.dtype == plan.cache.keys[layer].dtype
+    if query.stride(2) != 1:
+        query = query.contiguous()
+    num_heads, _, head_dim = query.shape
+    plan.kernels.attend(
+        output.data_ptr(),
+        query.data_ptr(),
+        plan.cache.keys[layer].data_ptr(),
+        plan.cache.values[layer].data_ptr(),
+        plan.cache.table.data_ptr(),
+        plan.rows.data_ptr(),
+        plan.lengths.data_ptr(),
+        plan.num_single,
+        num_heads,
+        plan.cache.num_kv_heads,
+        head_dim,
+        plan.cache.table.stride(0),
+        query.stride(1),
+        query.stride(0),
+        masking.window or 0,
+        masking.scaling,
+        masking.softcap or 0.0,
+    )
+
+
+def _attend_singles(
+    output: torch.Tensor, query: torch.Tensor, plan: AttentionPlan, layer: int, masking: _Masking
+) -> None:
+    """One query a token by batched products, heads of a group together.
+
+    `query [heads, tokens, head_dim]`, of which the first `num_single` tokens are read; written to the same number of
+    `output [tokens, heads, head_dim]`.
     """
-    _, num_heads, head_dim = query.shape
-    num_kv_heads = keys.shape[1]
-    spread = query
-    rows = plan.rows[: plan.num_decodes]
-    if plan.num_rows != plan.num_decodes:
-        spread = query.new_zeros(plan.num_rows, num_heads, head_dim)
-        spread[rows] = query
-    grouped = spread.view(plan.num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    seen_keys = keys[: plan.num_rows, :, : plan.num_keys]  # [rows, kv_heads, keys, head_dim]
-    seen_values = values[: plan.num_rows, :, : plan.num_keys]
-    scores = (grouped @ seen_keys.transpose(-1, -2)).float() * scaling + plan.decode_mask(window)
-    attended = scores.softmax(dim=-1).to(values.dtype) @ seen_values  # [rows, kv_heads, group, head_dim]
-    attended = attended.reshape(plan.num_rows, num_heads, head_dim)
-    return attended if plan.num_rows == plan.num_decodes else attended[rows]
+    num_heads, _, head_dim = query.shape
+    num_blocks = -(-plan.max_length // BLOCK_TOKENS)
+    table = plan.cache.table[plan.rows.long(), :num_blocks].long()  # [tokens, blocks]
+    # Behind its own blocks a row has old numbers, of blocks that are others' by now: their NaN must not reach it.
+    is_own = torch.arange(num_blocks, device=table.device) * BLOCK_TOKENS < plan.lengths[:, None]
+    table = torch.where(is_own, table, table[:, :1])
+    keys, values = _gather(plan.cache, layer, table)
+    count, num_kv_heads, _, num_keys = keys.shape
+    grouped = query[:, :count].transpose(0, 1).reshape(count, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    places = torch.arange(num_keys, device=query.device)
+    hidden = places >= plan.lengths[:, None]
+    if masking.window:
+        hidden |= places < plan.lengths[:, None] - masking.window
+    scores = _scores(grouped @ keys, masking).masked_fill(hidden[:, None, None], float("-inf"))
+    attended = scores.softmax(dim=-1).to(values.dtype) @ values  # [decodes, kv_heads, group, head_dim]
+    output[:count] = attended.reshape(count, num_heads, head_dim)
 
 
-def _prefill(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, chunk: Chunk, scaling: float, window: int | None
-) -> torch.Tensor:
-    """A prompt chunk against its row so far: `query [1, heads, count, head_dim]` -> `[count, heads, head_dim]`."""
-    end = chunk.position + chunk.count
-    mask = None
-    if chunk.position > 0 or window is not None:
-        own = torch.arange(chunk.position, end, device=query.device)[:, None]
-        others = torch.arange(end, device=query.device)[None, :]
-        mask = others <= own
-        if window is not None:
-            mask &= others > own - window
+def _attend_chunk(query: torch.Tensor, cache: KVCache, layer: int, chunk: Chunk, masking: _Masking) -> torch.Tensor:
+    """A prompt chunk against its request so far: `query [heads, count, head_dim]` -> `[count, heads, head_dim]`."""
+    end = chunk.end
+    table = torch.tensor(chunk.blocks[: -(-end // BLOCK_TOKENS)], device=query.device)[None]
+    keys, values = (tensor[0] for tensor in _gather(cache, layer, table))  # [kv_heads, head_dim, keys] and transposed
+    keys, values = keys[:, :, :end], values[:, :end]
+    own = torch.arange(chunk.position, end, device=query.device)[:, None]
+    others = torch.arange(end, device=query.device)[None, :]
+    seen = others <= own
+    if masking.window:
+        seen &= others > own - masking.window
+    if masking.softcap:
+        return _attend_chunk_capped(query, keys, values, seen, masking)
     attended = scaled_dot_product_attention(
-        query,
-        keys[chunk.row : chunk.row + 1, :, :end],
-        values[chunk.row : chunk.row + 1, :, :end],
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scaling,
+        query[None],
+        keys.transpose(1, 2)[None],
+        values[None],
+        attn_mask=seen,
+        scale=masking.scaling,
         enable_gqa=True,
     )
     return attended[0].transpose(0, 1)
+
+
+def _attend_chunk_capped(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor, masking: _Masking
+) -> torch.Tensor:
+    """The same with scores that are capped, which torch's fused attention can't."""
+    num_heads, count, head_dim = query.shape
+    grouped = query.reshape(keys.shape[0], -1, head_dim)  # [kv_heads, group * count, head_dim]
+    scores = _scores(grouped @ keys, masking).view(num_heads, count, -1).masked_fill(~seen, float("-inf"))
+    weights = scores.softmax(dim=-1).to(values.dtype)
+    attended = weights.view(keys.shape[0], -1, weights.shape[-1]) @ values
+    return attended.view(num_heads, count, head_dim).transpose(0, 1)
+
+
+def _scores(products: torch.Tensor, masking: _Masking) -> torch.Tensor:
+    scores = products.float() * masking.scaling
+    if masking.softcap:
+        # Source: Gemma 2 (arXiv 2408.00118), section 2, logit soft-capping.
+        scores = masking.softcap * torch.tanh(scores / masking.softcap)
+    return scores
+
+
+def _gather(cache: KVCache, layer: int, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The blocks of `table [rows, blocks]`, joined: keys `[rows, kv_heads, head_dim, n]`, values with n before it."""
+    keys, values = cache.keys[layer][table], cache.values[layer][table]  # [rows, blocks, kv_heads, ...]
+    rows, _, num_heads, head_dim, _ = keys.shape
+    joined = keys.permute(0, 2, 3, 1, 4).reshape(rows, num_heads, head_dim, -1)
+    return joined, values.permute(0, 2, 1, 3, 4).reshape(rows, num_heads, -1, head_dim)

@@ -4,41 +4,73 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from server.engine.attention import AttentionPlan, Chunk, check_supported, install_attention
+from server.engine.attention import AttentionPlan, Chunk, install_attention
 from server.engine.cache import KVCache
 from server.engine.core import Sequence
-from server.engine.lora import AdapterSlots
+from server.engine.families import check_supported
+from server.engine.kernels import BLOCK_TOKENS, load_kernels
+from server.engine.lora import AdapterSlots, Segment
 
 __all__ = ["ModelRunner", "Work"]
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The new tokens of one sequence in a step, for cache row `row`."""
+    """The new tokens of one sequence in a step."""
 
     sequence: Sequence
-    row: int
     tokens: list[int]
 
 
 class ModelRunner:
     """The base model, its slots and its cache. Changes the model it is given: linear layers and attention are replaced.
 
+    Args:
+        model: A causal LM of transformers.
+        num_slots: Adapters on the device at once.
+        max_rank: The highest rank of an adapter.
+        max_batch: Requests that run at once.
+        max_context: The longest request, prompt and answer together, in tokens.
+        cache_tokens: Tokens that the KV cache holds in all; None has room for the longest request in every row.
+        kernels_folder: Where compiled kernels are kept; None computes with torch alone.
+
     Raises:
-        BaseModelError: the model's family is not supported.
+        BaseModelError: the model's architecture is not supported.
     """
 
-    def __init__(self, model: Any, *, num_slots: int, max_rank: int, max_batch: int, max_context: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        num_slots: int,
+        max_rank: int,
+        max_batch: int,
+        max_context: int,
+        cache_tokens: int | None = None,
+        kernels_folder: Path | None = None,
+    ) -> None:
         check_supported(model)
         dtype = model.get_input_embeddings().weight.dtype
         self._model = model
         self.device: torch.device = model.device
-        self.cache = KVCache(model.config, num_rows=max_batch, max_tokens=max_context, dtype=dtype, device=self.device)
-        self.slots = AdapterSlots(model, num_slots=num_slots, max_rank=max_rank, dtype=dtype)
+        blocks_a_row = -(-max_context // BLOCK_TOKENS)
+        self.cache = KVCache(
+            model.config.get_text_config(),
+            num_blocks=max_batch * blocks_a_row if cache_tokens is None else -(-cache_tokens // BLOCK_TOKENS),
+            num_rows=max_batch,
+            max_tokens=max_context,
+            dtype=dtype,
+            device=self.device,
+        )
+        self._kernels = None
+        if kernels_folder is not None:
+            self._kernels = load_kernels(kernels_folder, dtype=dtype, device=self.device)
+        self.slots = AdapterSlots(model, num_slots=num_slots, max_rank=max_rank, dtype=dtype, kernels=self._kernels)
         install_attention(model)
 
     @property
@@ -51,40 +83,55 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, work: Rows[Work]) -> torch.Tensor:
-        """Compute a step and return logits `[len(work), vocab]` behind the last token of each piece of work.
+        """Compute a step and return logits `[sequences, vocab]` for those in `work` whose last token is reached.
 
-        Sequences are only read; the cache's rows are extended by the tokens.
+        The shorter pieces of work must stand in front. Sequences are only read; their blocks are filled.
         """
-        decodes = [item for item in work if item.sequence.is_decoding]
-        prefills = [item for item in work if not item.sequence.is_decoding]
-        ordered = [*decodes, *prefills]
-        plan = AttentionPlan(self.cache, [_chunk(item) for item in decodes], [_chunk(item) for item in prefills])
-        self.slots.select([item.sequence.slot for item in ordered for _ in item.tokens])
-        ids = torch.tensor([token for item in ordered for token in item.tokens], device=self.device)
-        ends = torch.tensor([len(item.tokens) for item in ordered]).cumsum(0) - 1
+        num_single = sum(len(item.tokens) == 1 for item in work)
+        plan = AttentionPlan(self.cache, [_chunk(item) for item in work], self._kernels)
+        self.slots.select([item.sequence.slot for item in work[:num_single]], _segments(work, num_single))
+        ids = torch.tensor([token for item in work for token in item.tokens], device=self.device)
         output = self._model(
             input_ids=ids[None],
             position_ids=plan.positions[None],
             use_cache=False,
-            logits_to_keep=ends.to(self.device),
+            logits_to_keep=torch.tensor(_ends(work), dtype=torch.long, device=self.device),
             plan=plan,
         )
-        places = {id(item): index for index, item in enumerate(ordered)}
         logits: torch.Tensor = output.logits[0]
-        return logits[[places[id(item)] for item in work]]
+        return logits
 
     def warm_up(self) -> None:
-        """Run one token through the model.
-
-        bitsandbytes packs each layer for its fast CPU kernel in place and unlocked during the first forward pass, which
-        must therefore happen on one thread before any request comes.
-        """
-        plan = AttentionPlan(self.cache, [], [Chunk(row=0, position=0, count=1)])
+        """Run one token through the model, on one thread, before any request; it leaves nothing behind."""
+        self.slots.warm_up()
+        plan = AttentionPlan(self.cache, [Chunk(row=0, position=0, count=1, blocks=[0])], self._kernels)
         self.slots.select([0])
         ids = torch.zeros((1, 1), dtype=torch.long, device=self.device)
         with torch.inference_mode():
             self._model(input_ids=ids, position_ids=ids, use_cache=False, plan=plan)
+        self.cache.clear([0])
 
 
 def _chunk(work: Work) -> Chunk:
-    return Chunk(row=work.row, position=work.sequence.num_cached, count=len(work.tokens))
+    sequence = work.sequence
+    assert sequence.allocation is not None, "the scheduler gives blocks before work"
+    return Chunk(sequence.row, sequence.num_cached, len(work.tokens), sequence.allocation.blocks)
+
+
+def _segments(work: Rows[Work], num_single: int) -> list[Segment]:
+    segments, start = [], num_single
+    for item in work[num_single:]:
+        stop = start + len(item.tokens)
+        segments.append(Segment(start, stop, item.sequence.slot))
+        start = stop
+    return segments
+
+
+def _ends(work: Rows[Work]) -> list[int]:
+    """Where the logits are wanted: behind the newest token of each sequence that this step completes."""
+    ends, stop = [], 0
+    for item in work:
+        stop += len(item.tokens)
+        if item.sequence.num_cached + len(item.tokens) == item.sequence.num_tokens:
+            ends.append(stop - 1)
+    return ends

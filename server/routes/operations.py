@@ -1,12 +1,16 @@
-"""GET /health and GET /ready: is the process alive, can it answer."""
+"""GET /health, GET /ready and GET /metrics: is the process alive, can it answer, how does it do."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from adapters.errors import EngineUnavailableError
+from adapters.records import NumberedVersion
+from adapters.registry import Registry
 from server.services import CurrentServices
 
 __all__ = ["router"]
@@ -34,3 +38,16 @@ async def ready(services: CurrentServices, response: Response) -> dict[str, Any]
         "in_flight": services.engine.num_in_flight,
         "resident_versions": list(status.resident),
     }
+
+
+@router.get("/metrics")
+async def metrics(services: CurrentServices) -> Response:
+    """Everything that is measured, in Prometheus' text format."""
+    status = services.engine.status
+    if services.metrics.lacks_names(status.resident if status else ()):
+        services.metrics.name_versions(await asyncio.to_thread(_all_versions, services.registry))
+    return Response(services.metrics.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+
+def _all_versions(registry: Registry) -> list[NumberedVersion]:
+    return [version for alias in registry.aliases() for version in registry.versions(alias.name)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from adapters.adapter_files import AdapterConfig, AdapterWeights, read_adapter_config, read_adapter_weights
+from adapters.adapter_files import (
+    AdapterConfig,
+    AdapterWeights,
+    parse_adapter_weights,
+    read_adapter_config,
+    read_adapter_weights,
+    read_weights_bytes,
+)
 from adapters.base_model import LoadedBase, read_module_shapes
 from adapters.errors import AdapterConfigError, AdapterRejectedError, AdapterWeightsError
 from adapters.manifest import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
@@ -91,13 +99,60 @@ def test_folded_weights_equal_what_peft_merges_when_peft_wrote_the_adapter(
     torch.testing.assert_close(difference, b @ a, rtol=1e-4, atol=1e-5)
 
 
+PATTERNS: dict[str, dict[str, Any]] = {
+    "rank": {"rank_pattern": {"q_proj": 5, "mlp.up_proj": 2}},
+    "alpha": {"alpha_pattern": {"layers.1.self_attn.q_proj": 9, "up_proj": 1}},
+    "both, the first matching key decides": {
+        "rank_pattern": {"^model.layers.0.mlp.up_proj": 6, "up_proj": 1},
+        "alpha_pattern": {r"layers\.\d+\.mlp\.up_proj": 7, "up_proj": 50},
+    },
+    "rank-stabilised": {"rank_pattern": {"q_proj": 7}, "alpha_pattern": {"q_proj": 3}, "use_rslora": True},
+    "keys that match nothing": {"rank_pattern": {"proj": 9, "^q_proj": 9}, "alpha_pattern": {"xq_proj": 9}},
+}
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("case", PATTERNS)
+def test_folded_weights_equal_what_peft_merges_when_modules_differ_in_rank_or_alpha(
+    tiny_base: LoadedBase, tmp_path: Path, case: str
+) -> None:
+    """Every module's B @ A is PEFT's difference, though all are filled up to one rank."""
+    before = {name: value.clone() for name, value in tiny_base.model.state_dict().items()}
+    config = LoraConfig(
+        r=3, lora_alpha=5, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", init_lora_weights=False,
+        **PATTERNS[case],
+    )  # fmt: skip
+    model = get_peft_model(tiny_base.model, config)
+    model.save_pretrained(tmp_path)
+    weights = _read(tmp_path, read_module_shapes(tiny_base.folder))
+    merged = model.merge_and_unload().state_dict()
+    assert len(weights.modules) == 4
+    for name, (a, b) in weights.modules.items():
+        assert weights.rank == a.shape[0] == b.shape[1]
+        difference = merged[f"{name}.weight"] - before[f"{name}.weight"]
+        assert float(difference.abs().max()) > 0.01
+        torch.testing.assert_close(difference, b @ a, rtol=1e-4, atol=1e-5)
+
+
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "modules to save": ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not supported"),
     "bias": ({"bias": "all"}, "bias: Input should be 'none', found 'all'"),
     "lora bias": ({"lora_bias": True}, "lora_bias=True is not supported"),
     "DoRA": ({"use_dora": True}, "use_dora=True is not supported"),
-    "rank pattern": ({"rank_pattern": {"q_proj": 8}}, r"rank_pattern=\{'q_proj': 8\} is not supported"),
-    "alpha pattern": ({"alpha_pattern": {"q_proj": 8}}, r"alpha_pattern=\{'q_proj': 8\} is not supported"),
+    "rank pattern expression": (
+        {"rank_pattern": {"(q|k)_proj": 8}},
+        r"rank_pattern: .*'\(q\|k\)_proj' is not the name",
+    ),
+    "rank pattern zero": ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: Input should be greater than or equal to 1"),
+    "rank pattern text": ({"rank_pattern": "q_proj"}, "rank_pattern: Input should be a valid dictionary"),
+    "alpha pattern expression": ({"alpha_pattern": {".*": 8}}, r"alpha_pattern: .*'\.\*' is not the name"),
+    "alpha pattern NaN": ({"alpha_pattern": {"q_proj": math.nan}}, "alpha_pattern: .*found nan"),
+    "code to import": (
+        {"auto_mapping": {"base_model_class": "X", "parent_library": "modeling_evil"}},
+        "auto_mapping=.*modeling_evil.* names code to import",
+    ),
+    "rank as text": ({"r": "8"}, "r: Input should be a valid integer, found '8'"),
+    "rank as truth": ({"r": True}, "r: Input should be a valid integer, found True"),
     "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base model"),
     "LoftQ": ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq' changes the base model"),
     "unknown key": ({"use_magic": "yes"}, "use_magic='yes' is not supported"),
@@ -157,7 +212,7 @@ def test_config_is_read_when_unknown_keys_hold_neutral_values(adapter: Path) -> 
         init_lora_weights="gaussian",
     )  # fmt: skip
     config = read_adapter_config(adapter)
-    assert (config.r, config.lora_alpha, config.scaling) == (4, 8.0, 2.0)
+    assert (config.r, config.lora_alpha, config.scaling_of("q_proj")) == (4, 8.0, 2.0)
 
 
 def _transpose(tensors: Tensors) -> None:
@@ -173,8 +228,11 @@ BAD_TENSORS: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "missing A": (lambda t: t.pop(A_NAME), f"{Q_PROJ} has no lora_A"),
     "NaN": (lambda t: t[A_NAME][0, 0].fill_(math.nan), f"{Q_PROJ}: lora_A holds values that are not finite"),
     "infinite": (lambda t: t[B_NAME][-1, -1].fill_(-math.inf), f"{Q_PROJ}: lora_B holds values that are not finite"),
-    "integers": (lambda t: t.update({A_NAME: t[A_NAME].int()}), f"{Q_PROJ}: lora_A holds values that are not finite"),
-    "transposed": (_transpose, rf"{Q_PROJ}: expected lora_A \[4, in\] and lora_B \[out, 4\], found \[64, 4\]"),
+    "integers": (
+        lambda t: t.update({A_NAME: t[A_NAME].int()}),
+        rf"{re.escape(A_NAME)}' has dtype 'I32', not one of F64, F32",
+    ),
+    "transposed": (_transpose, rf"{Q_PROJ}: lora_A and lora_B are transposed: .* found \[64, 4\]"),
     "other rank": (lambda t: t.update({A_NAME: torch.ones(5, 64), B_NAME: torch.ones(64, 5)}), rf"{Q_PROJ}: expected"),
     "ranks differ": (lambda t: t.update({B_NAME: torch.ones(64, 5)}), r"found \[4, 64\] and \[64, 5\]"),
     "three dimensions": (lambda t: t.update({A_NAME: torch.ones(4, 64, 1)}), r"found \[4, 64, 1\]"),
@@ -208,7 +266,10 @@ BAD_TENSORS: dict[str, tuple[Callable[[Tensors], object], str]] = {
         lambda t: t.update({f"base_model.model.{Q_PROJ}.lora_magnitude_vector": torch.ones(64)}),
         "lora_magnitude_vector' is not a LoRA weight",
     ),
-    "path in a name": (lambda t: t.update({"../../etc/passwd": torch.ones(1)}), "'../../etc/passwd' is not a LoRA"),
+    "path in a name": (
+        lambda t: t.update({"../../etc/passwd": torch.ones(1)}),
+        "tensor '../../etc/passwd' is a path of files",
+    ),
     "no effect": (_zero_b, "every product B A is zero: the adapter has no effect"),
     "no tensors": (lambda t: t.clear(), "the adapter holds no tensors"),
 }
@@ -236,7 +297,7 @@ def test_weights_are_refused_when_a_pickle_has_a_safetensors_name(
     """A pickle is refused without being run."""
     monkeypatch.chdir(adapter)
     (adapter / ADAPTER_WEIGHTS_FILE).write_bytes(pickle.dumps(_Harmful()))
-    with pytest.raises(AdapterWeightsError, match="is not a safetensors file"):
+    with pytest.raises(AdapterWeightsError, match="is not a safetensors file: it is a pickle"):
         _read(adapter, shapes)
     assert not (adapter / "pickle-was-run").exists()
 
@@ -256,6 +317,66 @@ def test_weights_are_refused_when_the_file_is_cut(
     path = adapter / ADAPTER_WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:num_bytes])
     with pytest.raises(AdapterWeightsError, match="is not a safetensors file"):
+        _read(adapter, shapes)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16, None])
+def test_weights_come_in_the_asked_precision_when_stored_in_another(
+    adapter: Path, shapes: dict[str, tuple[int, int]], kind: torch.dtype | None
+) -> None:
+    """Any floating-point type is read, also several in one file (None); the scaling is folded in before the cast."""
+    kinds = [torch.float32, torch.bfloat16, torch.float64]
+    _change_tensors(
+        adapter, lambda t: t.update({n: v.to(kind or kinds[index % 3]) for index, (n, v) in enumerate(t.items())})
+    )
+    stored = load_file(adapter / ADAPTER_WEIGHTS_FILE)
+    config = read_adapter_config(adapter)
+    content = read_weights_bytes(adapter, config, shapes)
+    before = bytes(content)
+
+    weights = parse_adapter_weights(content, config, shapes, dtype=torch.bfloat16)
+
+    assert before == content
+    for module, (a, b) in weights.modules.items():
+        assert torch.equal(stored[f"base_model.model.{module}.lora_A.weight"].float().bfloat16(), a)
+        expected = stored[f"base_model.model.{module}.lora_B.weight"].float() * 2
+        assert torch.equal(expected.bfloat16(), b)
+    assert weights.num_bytes == 2 * sum(value.numel() for value in stored.values())
+
+
+def test_weights_are_read_when_the_header_has_an_odd_length(adapter: Path, shapes: dict[str, tuple[int, int]]) -> None:
+    """Numbers at addresses that are no multiples of their size are read all the same."""
+    expected = _read(adapter, shapes)
+    path = adapter / ADAPTER_WEIGHTS_FILE
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    path.write_bytes((length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" " + content[8 + length :])
+    for module, (a, b) in _read(adapter, shapes).modules.items():
+        assert torch.equal(expected.modules[module][0], a)
+        assert torch.equal(expected.modules[module][1], b)
+
+
+def test_weights_are_refused_when_the_cast_overflows(adapter: Path, shapes: dict[str, tuple[int, int]]) -> None:
+    """A number that float32 holds and float16 does not is no infinity on the device."""
+    _change_tensors(adapter, lambda t: t[B_NAME][0, 0].fill_(1e5))
+    config = read_adapter_config(adapter)
+    content = read_weights_bytes(adapter, config, shapes)
+    with pytest.raises(AdapterWeightsError, match=rf"{Q_PROJ}: lora_B overflows torch\.float16, the base"):
+        parse_adapter_weights(content, config, shapes, dtype=torch.float16)
+
+
+def test_weights_are_refused_when_a_and_b_never_meet(adapter: Path, shapes: dict[str, tuple[int, int]]) -> None:
+    """Neither A nor B is zero, but each rank has a zero side, and so has every product."""
+
+    def split(tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            if "lora_A" in name:
+                tensor[1:] = 0
+            else:
+                tensor[:, 0] = 0
+
+    _change_tensors(adapter, split)
+    with pytest.raises(AdapterWeightsError, match="every product B A is zero"):
         _read(adapter, shapes)
 
 
@@ -279,4 +400,4 @@ def test_rejections_have_one_parent_when_caught_together() -> None:
 def test_scaling_follows_the_papers_when_computed(rank: int, alpha: float, rslora: bool, scaling: float) -> None:
     """Worked by hand: 32 / 16, and 32 / sqrt(16)."""
     config = AdapterConfig(peft_type="LORA", r=rank, lora_alpha=alpha, target_modules=["q_proj"], use_rslora=rslora)
-    assert scaling == config.scaling
+    assert scaling == config.scaling_of(Q_PROJ)

@@ -114,8 +114,12 @@ def test_read_manifest_refuses_when_there_is_none(tmp_path: Path) -> None:
         PLAIN_MANIFEST.to_bytes()[:-9],
         PLAIN_MANIFEST.to_bytes().replace(b'"format": 1', b'"format": 2'),
         PLAIN_MANIFEST.to_bytes().replace(b'"rank"', b'"tank"'),
+        PLAIN_MANIFEST.to_bytes().replace(
+            b'"files": {}', b'"files": {"../x": {"sha256": "%s", "size_bytes": 1}}' % (b"0" * 64)
+        ),
+        PLAIN_MANIFEST.to_bytes().replace(b'"alpha": 8.0', b'"alpha": NaN'),
     ],
-    ids=["empty", "list", "binary", "cut", "format", "unknown key"],
+    ids=["empty", "list", "binary", "cut", "format", "unknown key", "path", "alpha"],
 )
 def test_read_manifest_refuses_when_it_is_no_manifest(tmp_path: Path, content: bytes) -> None:
     """Broken, cut or foreign content is an integrity error that names the file."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.errors import IntegrityError, NotFoundError
+from adapters.errors import AdapterRejectedError, IntegrityError, NotFoundError
 from adapters.manifest import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, MANIFEST_FILE, read_manifest
 from adapters.store import ArtifactStore
 from tests.support.kill_points import open_home
@@ -129,6 +129,52 @@ def test_verify_refuses_when_files_and_manifest_were_changed_together(store: Art
         store.verify(digest)
 
 
+def test_read_gives_the_checked_bytes_when_all_is_well(store: ArtifactStore, source: Path) -> None:
+    """The files of the manifest and no other, with what they hold."""
+    digest, _ = store.add(source, PLAIN_MANIFEST)
+    manifest, files = store.read(digest)
+    assert store.verify(digest) == manifest
+    assert {ADAPTER_CONFIG_FILE: b"{}", ADAPTER_WEIGHTS_FILE: b"weights"} == files
+
+
+@pytest.mark.parametrize("content", ["weightz", "weight", "weights and more", None])
+def test_read_refuses_a_file_when_it_is_not_the_manifests(
+    store: ArtifactStore, source: Path, content: str | None
+) -> None:
+    """Changed, cut, longer or gone: as for `verify`."""
+    digest, _ = store.add(source, PLAIN_MANIFEST)
+    path = store.folder(digest) / ADAPTER_WEIGHTS_FILE
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(IntegrityError, match=ADAPTER_WEIGHTS_FILE):
+        store.read(digest)
+
+
+def test_add_refuses_a_file_when_it_is_a_link(store: ArtifactStore, source: Path) -> None:
+    """What a link points to may change, and may be none of the publisher's business."""
+    (source / ADAPTER_WEIGHTS_FILE).rename(source / "elsewhere")
+    (source / ADAPTER_WEIGHTS_FILE).symlink_to(source / "elsewhere")
+    with pytest.raises(AdapterRejectedError, match=r"adapter_model\.safetensors is a symbolic link"):
+        store.add(source, PLAIN_MANIFEST)
+    assert set() == store.digests()
+
+
+def test_scratch_folder_is_gone_when_left(store: ArtifactStore) -> None:
+    """Also after an error; a sweep meanwhile leaves it alone."""
+
+    def fail() -> None:
+        with store.scratch() as folder:
+            (folder / "file").write_text("x")
+            assert 0 == store.sweep()
+            assert folder.is_dir()
+            raise ValueError
+
+    with pytest.raises(ValueError, match=r"^$"):
+        fail()
+    assert [".lock"] == _names(store.root / ".incoming")
+
+
 @pytest.mark.parametrize(
     "digest",
     ["", "..", ".incoming", "../store", "/etc", "a" * 63, "a" * 65, "A" * 64, "a" * 64 + "\n", "." * 64, "a" * 64],
@@ -198,7 +244,7 @@ def _kill_at_every_step(action: str, root: Path) -> list[str]:
 def test_publish_leaves_nothing_or_a_whole_version_when_killed_at_any_step(tmp_path: Path) -> None:
     """After kill -9 at each step every registered version verifies, sweeping cleans up, and publishing works again."""
     steps = _kill_at_every_step("publish", tmp_path)
-    assert {"mkdir", "copyfile", "fsync", "rename", "begin", "before_cursor_execute", "commit"} <= set(steps)
+    assert {"mkdir", "readv", "fsync", "rename", "begin", "before_cursor_execute", "commit"} <= set(steps)
     for number, step in enumerate(steps, start=1):
         registry = open_home(tmp_path / f"{number:02}")
         before = registry.find("legal")

@@ -131,7 +131,7 @@ def test_doctor_says_what_it_found_when_run(shell: Shell) -> None:
     """Every topic has a state and a sentence."""
     findings = {finding["topic"]: finding for finding in shell.json("doctor")}
     assert findings["base model"]["state"] == "ok"
-    assert set(findings) >= {"python", "memory", "torch", "device", "bitsandbytes", "config"}
+    assert set(findings) >= {"python", "memory", "torch", "device", "bitsandbytes", "compiler", "config"}
 
 
 def test_base_list_names_the_embedded_model_when_nothing_is_fetched(shell: Shell) -> None:

@@ -28,7 +28,20 @@ def test_setting_is_taken_from_the_nearest_source_when_several_give_it(
     assert (settings.port, settings.slots, settings.max_batch) == (2003, 4, 5)
 
 
-NUMBERS = [name for name, field in ServeSettings.model_fields.items() if field.annotation is int]
+@pytest.mark.parametrize("text", ["legal,support", "legal support", " legal, support,legal "])
+def test_pinned_aliases_are_taken_from_every_source_when_given(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list in the file, a text in the environment, several flags; each name counts once."""
+    assert () == ServeSettings.load(tmp_path).pinned
+    (tmp_path / "hotswap.toml").write_text('[serve]\npinned = ["medical"]\n')
+    assert ("medical",) == ServeSettings.load(tmp_path).pinned
+    monkeypatch.setenv("HOTSWAP_SERVE_PINNED", text)
+    assert ("legal", "support") == ServeSettings.load(tmp_path).pinned
+    assert ("a", "b") == ServeSettings.load(tmp_path, pinned=["a", "b"]).pinned
+
+
+NUMBERS = [name for name, field in ServeSettings.model_fields.items() if field.annotation in (int, float)]
 
 
 def test_every_number_has_bounds_when_it_is_a_setting(tmp_path: Path) -> None:
@@ -46,7 +59,11 @@ def test_every_number_has_bounds_when_it_is_a_setting(tmp_path: Path) -> None:
         ({"host": "example.com"}, r"serve\.host"),
         ({"log_level": "loud"}, r"serve\.log_level"),
         ({"ports": 1}, r"serve\.ports: Extra inputs"),
+        ({"pinned": ["a", "b"], "slots": 2}, r"pinned names 2 aliases, but of 2 slots one must stay free"),
+        ({"pinned": [1]}, r"serve\.pinned"),
         ({"max_tokens": 64, "max_context": 64}, r"max_tokens \(64\) must be less than max_context \(64\)"),
+        ({"max_queued_tokens": 2047}, r"max_queued_tokens \(2047\) must not be less than max_context \(2048\)"),
+        ({"timeout_s": float("nan")}, r"serve\.timeout_s"),
     ],
 )
 def test_settings_are_refused_when_one_is_wrong(flags: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -41,10 +41,12 @@ class Line:
 
 
 @asynccontextmanager
-async def _connected(max_in_flight: int = 4, pid: int | None = None) -> AsyncIterator[tuple[EngineClient, Line]]:
+async def _connected(
+    max_in_flight: int = 4, pid: int | None = None, max_tokens: int = 10_000
+) -> AsyncIterator[tuple[EngineClient, Line]]:
     """A client that has heard its worker."""
     line = Line()
-    client = EngineClient(line, max_in_flight=max_in_flight)
+    client = EngineClient(line, max_in_flight=max_in_flight, max_tokens=max_tokens)
     running = asyncio.create_task(client.run())
     line.say(pid=pid)
     await _until(lambda: client.status is not None)
@@ -97,7 +99,7 @@ def test_request_is_refused_when_no_worker_has_spoken() -> None:
 
     async def scenario() -> None:
         line = Line()
-        client = EngineClient(line, max_in_flight=1)
+        client = EngineClient(line, max_in_flight=1, max_tokens=1000)
         with pytest.raises(EngineUnavailableError, match="starting"):
             await _read(client, ask("a", "x"))
         assert (line.sent, client.num_in_flight, client.status) == ([], 0, None)
@@ -122,6 +124,26 @@ def test_request_is_refused_when_as_many_as_allowed_are_in_flight() -> None:
             await _until(lambda: client.num_in_flight == 1)
             line.say(EngineEvent("c", "", 1, "stop"))
             assert len(await last) == 1
+
+    _run(scenario())
+
+
+def test_request_is_refused_when_the_tokens_in_flight_would_be_too_many() -> None:
+    """Prompt and max_tokens count from acceptance to the end; what just fits is taken, and room comes back."""
+
+    async def scenario() -> None:
+        async with _connected(max_tokens=22) as (client, line):
+            first = asyncio.create_task(_read(client, ask("a", "xx", max_tokens=10)))
+            await _until(lambda: client.num_in_flight == 1)
+            with pytest.raises(OverloadedError, match="take 12 tokens, this request 11; together this server takes 22"):
+                await _read(client, ask("b", "x", max_tokens=10))
+            assert (1, 12) == (client.num_in_flight, client.num_tokens_in_flight)
+            second = asyncio.create_task(_read(client, ask("c", "x", max_tokens=9)))
+            await _until(lambda: client.num_in_flight == 2)
+            assert client.num_tokens_in_flight == 22
+            line.say(EngineEvent("a", "", 1, "stop"), EngineEvent("c", "", 1, "stop"))
+            await asyncio.gather(first, second)
+            assert client.num_tokens_in_flight == 0
 
     _run(scenario())
 
@@ -230,6 +252,52 @@ def test_nothing_is_kept_when_many_requests_have_ended() -> None:
             await _until(lambda: client.num_in_flight == 100)
             line.say(*(EngineEvent(name, "", 1, "stop") for name in names))
             await asyncio.gather(*tasks)
+            assert client.num_in_flight == 0
+
+    _run(scenario())
+
+
+def test_requests_are_taken_all_or_none_when_they_come_together() -> None:
+    """Three places for two and then two: the second pair is refused whole, and nothing of it is sent."""
+
+    async def scenario() -> None:
+        async with _connected(max_in_flight=3) as (client, line):
+            events = client.generate(ask("a", "x"), ask("b", "x"))
+            with pytest.raises(OverloadedError, match="2 requests are in flight; this server takes 3"):
+                client.generate(ask("c", "x"), ask("d", "x"))
+            assert client.num_in_flight == 2
+            line.say(EngineEvent("b", "", 1, "stop"), EngineEvent("a", "", 1, "stop"))
+            assert ["b", "a"] == [event.request_id async for event in events]
+            assert (client.num_in_flight, len(line.sent)) == (0, 2)
+
+    _run(scenario())
+
+
+def test_unfinished_requests_are_cancelled_when_their_common_iterator_is_closed() -> None:
+    """The one that has ended is not; its place is free as soon as it ends."""
+
+    async def scenario() -> None:
+        async with _connected(max_in_flight=3) as (client, line):
+            events = client.generate(*(ask(name, "x") for name in "abc"))
+            line.say(EngineEvent("b", "", 1, "stop"))
+            assert (await anext(events)).request_id == "b"
+            assert client.num_in_flight == 2
+            await events.aclose()
+            assert [CancelCommand("a"), CancelCommand("c")] == line.sent[3:]
+            assert client.num_in_flight == 0
+
+    _run(scenario())
+
+
+def test_requests_of_one_call_end_in_one_error_when_the_worker_is_restarted() -> None:
+    """The error is raised once, not once more for each of them."""
+
+    async def scenario() -> None:
+        async with _connected() as (client, line):
+            events = client.generate(ask("a", "x"), ask("b", "x"))
+            line.say(epoch="two")
+            with pytest.raises(EngineUnavailableError, match="restarted"):
+                await anext(events)
             assert client.num_in_flight == 0
 
     _run(scenario())

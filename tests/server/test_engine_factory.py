@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from adapters.base_model import LoadedBase, linear_shapes
-from adapters.errors import FingerprintMismatchError, IntegrityError
-from adapters.manifest import ADAPTER_WEIGHTS_FILE
+from adapters.errors import ConfigurationError, FingerprintMismatchError, IntegrityError
+from adapters.manifest import ADAPTER_WEIGHTS_FILE, MANIFEST_FILE
+from adapters.registry import Registry
 from adapters.store import ArtifactStore
-from server.engine_factory import make_weights_reader
+from server.engine.scheduler import Engine
+from server.engine_factory import load_first_versions, make_weights_reader
+from tests.support.engine import ask, drain, make_bench, run_to_end
 from tests.support.tiny import make_manifest, save_random_adapter
 
 
@@ -38,6 +43,30 @@ def test_reader_gives_the_weights_in_the_bases_precision_when_all_is_well(
     assert {torch.float32} == {tensor.dtype for pair in weights.modules.values() for tensor in pair}
 
 
+def test_reader_gives_half_the_bytes_when_the_base_computes_in_half_precision(
+    store: ArtifactStore, tmp_path: Path, tiny_base: LoadedBase
+) -> None:
+    """The cast is made once, by the reader: what waits on the host is what is copied to the device."""
+    digest = _add(store, tmp_path, tiny_base)
+    shapes = linear_shapes(tiny_base.model)
+    tiny_base.model.bfloat16()
+    weights = make_weights_reader(store, tiny_base, shapes)(digest)
+    assert {torch.bfloat16} == {tensor.dtype for pair in weights.modules.values() for tensor in pair}
+    assert weights.num_bytes == 2 * 4 * sum(map(sum, shapes.values()))
+
+
+def test_reader_refuses_a_version_when_its_manifest_names_no_weights(
+    store: ArtifactStore, tmp_path: Path, tiny_base: LoadedBase
+) -> None:
+    """A folder whose hashes agree is not enough."""
+    content = make_manifest(tiny_base.reference).to_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    (store.root / digest).mkdir()
+    (store.root / digest / MANIFEST_FILE).write_bytes(content)
+    with pytest.raises(IntegrityError, match=f"the manifest of version {digest} does not name adapter_config"):
+        make_weights_reader(store, tiny_base, linear_shapes(tiny_base.model))(digest)
+
+
 def test_reader_refuses_a_version_when_it_was_made_for_another_base(
     store: ArtifactStore, tmp_path: Path, tiny_base: LoadedBase
 ) -> None:
@@ -58,3 +87,37 @@ def test_reader_refuses_a_version_when_a_stored_byte_changed(
     path.write_bytes(content)
     with pytest.raises(IntegrityError, match=ADAPTER_WEIGHTS_FILE):
         make_weights_reader(store, tiny_base, linear_shapes(tiny_base.model))(digest)
+
+
+@pytest.fixture
+def site(tiny_folders: dict[str, Path], tmp_path: Path, registry: Registry) -> Iterator[tuple[Engine, Registry]]:
+    """An engine with two slots, and a registry with the aliases a, b and c."""
+    base = tiny_folders["llama"]
+    adapters = {name: save_random_adapter(tmp_path / name, base, seed=seed) for seed, name in enumerate("abc")}
+    bench = make_bench(base, {}, num_slots=2)
+    for name, folder in adapters.items():
+        registry.publish(folder, make_manifest(bench.base.reference), alias=name)
+    engine = bench.engine(read=make_weights_reader(registry.store, bench.base, bench.runner.slots.module_shapes))
+    yield engine, registry
+    engine.close()
+
+
+def test_pinned_aliases_are_in_slots_when_the_engine_has_started(site: tuple[Engine, Registry]) -> None:
+    """The last alias in the order of names is loaded first if it is pinned, and stays."""
+    engine, registry = site
+    load_first_versions(engine, registry, ["c"])
+    drain(engine, {})
+    pinned = registry.find("c").version.digest
+    assert {pinned, registry.find("a").version.digest} == set(engine.residency.resident)
+    assert {pinned} == engine.residency.pinned
+    run_to_end(engine, *(ask(name, "hello", registry.find(name).version.digest) for name in "bab"))
+    assert pinned in engine.residency.resident
+
+
+def test_start_is_refused_when_a_pinned_alias_does_not_exist(site: tuple[Engine, Registry]) -> None:
+    """The name that is wrong and those that would be right stand in the message."""
+    engine, registry = site
+    with pytest.raises(ConfigurationError, match=r"serve\.pinned: there is no alias 'd'; there are: a, b, c"):
+        load_first_versions(engine, registry, ["c", "d"])
+    assert ["a", "b", "c"] == [alias.name for alias in registry.aliases()]
+    assert frozenset() == engine.residency.pinned

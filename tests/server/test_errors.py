@@ -122,6 +122,22 @@ def test_answer_says_when_to_retry_when_the_queue_is_full() -> None:
     assert (response.status_code, response.headers["retry-after"]) == (429, "7")
 
 
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (core.OverloadedError, "true"),
+        (core.EngineUnavailableError, "true"),
+        (core.DeadlineExceededError, "false"),
+        (core.EngineFailureError, None),
+    ],
+)
+def test_answer_tells_clients_whether_to_retry_when_the_status_would_mislead(
+    kind: type[core.HotswapError], expected: str | None
+) -> None:
+    """Where nothing was started a retry is welcome; what took all its time would take it again."""
+    assert expected == _call(_app(_make(kind)), "GET", "/raise").headers.get("x-should-retry")
+
+
 @pytest.mark.parametrize("value", [0, 4, "many", None])
 def test_body_error_names_the_field_when_a_value_is_out_of_bounds(value: object) -> None:
     """A validation error is 400, not FastAPI's 422, and says which field."""

@@ -9,8 +9,9 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
+from adapters.errors import InvalidInputError
 from server.errors import install_error_handlers
-from server.limits import BodyLimitMiddleware
+from server.limits import BodyLimitMiddleware, read_timeout
 
 
 def _app() -> FastAPI:
@@ -50,3 +51,18 @@ def test_body_is_refused_in_the_envelope_when_it_is_larger(in_pieces: bool) -> N
     response = _post(_in_pieces(b"x" * 6, b"x" * 6) if in_pieces else b"x" * 11)
     assert response.status_code == 413
     assert "10 bytes" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, 10), ("2.5", 2.5), (" 3 ", 3), ("10", 10), ("1e9", 10)])
+def test_timeout_is_the_headers_when_it_is_shorter_than_the_servers(value: str | None, expected: float) -> None:
+    """A client may want less time, and can't get more."""
+    assert expected == read_timeout(value, limit_s=10)
+
+
+@pytest.mark.parametrize("value", ["", "soon", "0", "-1", "nan", "inf", "1s", "9" * 500])
+def test_timeout_is_refused_when_it_is_no_positive_number(value: str) -> None:
+    """The error names the header."""
+    with pytest.raises(InvalidInputError, match="x-hotswap-timeout-s: expected a positive number") as error:
+        read_timeout(value, limit_s=10)
+    assert error.value.param == "x-hotswap-timeout-s"
+    assert len(str(error.value)) < 150

@@ -16,7 +16,7 @@ import pytest
 from adapters.manifest import ADAPTER_WEIGHTS_FILE, MANIFEST_FILE, BaseReference
 from adapters.registry import Registry
 from server.messages import CancelCommand
-from tests.support.engine import RECIPES, Bench, Exchange, Reference, Site, on_site
+from tests.support.engine import RECIPES, Bench, Exchange, Reference, SetClock, Site, on_site
 
 FIRST, SECOND, THIRD, *_ = RECIPES
 CHAT = "/v1/chat/completions"
@@ -271,6 +271,78 @@ def test_chat_is_500_when_the_model_fails_before_the_first_token(stream: bool, s
     assert "secret" not in failed.text
     assert fine.status_code == 200
     assert [row.finish_reason if row.error else None for row in site.exposures()] == ["engine_failed", None]
+
+
+# Deadlines -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_chat_is_504_when_the_answer_takes_longer_than_its_header_allows(stream: bool, site: Site) -> None:
+    """Clients are told not to retry; the exposure says why the answer is missing, and nothing is left behind."""
+
+    async def scenario(http: httpx.AsyncClient) -> httpx.Response:
+        return await http.post(CHAT, json=_body("base", stream=stream), headers={"x-hotswap-timeout-s": "1e-9"})
+
+    response = on_site(site, scenario)
+    error = _error(response)
+    assert (504, "deadline_exceeded", "server_error") == (response.status_code, error["code"], error["type"])
+    assert "false" == response.headers["x-should-retry"]
+    (row,) = site.exposures()
+    assert ("deadline", error["message"]) == (row.finish_reason, row.error)
+    assert site.engine.is_idle
+    assert 0 == site.client.num_in_flight == site.client.num_tokens_in_flight
+
+
+def test_stream_ends_in_an_error_event_when_the_deadline_comes_in_the_middle(
+    bench: Bench, registry: Registry, tmp_path: Path
+) -> None:
+    """The server's own limit applies where no header is sent; what was said so far stays, and there is no [DONE]."""
+    clock = SetClock()
+    site = Site.build(bench, registry, tmp_path, clock=clock)
+    site.transport.permits = 6
+
+    async def scenario(http: httpx.AsyncClient) -> bytes:
+        exchange = Exchange(site.app, CHAT, _body("base", stream=True))
+        await exchange.start()
+        content = await exchange.chunk()
+        clock.now += site.settings.timeout_s
+        site.transport.permits = None
+        return content + await exchange.rest()
+
+    events = _events(on_site(site, scenario))
+    site.engine.close()
+    assert "deadline_exceeded" == events[-1]["error"]["code"]
+    assert "within its 600 seconds" in events[-1]["error"]["message"]
+    assert all(event["choices"][0]["finish_reason"] is None for event in events[:-1])
+    (row,) = site.exposures()
+    assert row.finish_reason == "deadline"
+    assert 0 < row.completion_tokens < NUM_TOKENS
+    assert site.engine.num_running == 0
+
+
+def test_chat_is_400_when_the_timeout_header_is_wrong(site: Site) -> None:
+    """The header is named, and nothing reaches the engine."""
+
+    async def scenario(http: httpx.AsyncClient) -> httpx.Response:
+        return await http.post(CHAT, json=_body("base"), headers={"x-hotswap-timeout-s": "soon"})
+
+    response = on_site(site, scenario)
+    error = _error(response)
+    assert (400, "x-hotswap-timeout-s", "invalid_value") == (response.status_code, error["param"], error["code"])
+    assert site.transport.commands == []
+
+
+def test_openai_client_retries_only_where_it_helps_when_requests_fail(site: Site) -> None:
+    """One attempt where the deadline passed, although the status alone would be retried."""
+
+    async def scenario(client: openai.AsyncOpenAI) -> None:
+        patient = client.with_options(max_retries=2)
+        with pytest.raises(openai.InternalServerError) as late:
+            await patient.chat.completions.create(**_body("base"), extra_headers={"x-hotswap-timeout-s": "1e-9"})
+        assert late.value.code == "deadline_exceeded"
+
+    _with_openai(site, scenario)
+    assert 1 == len(site.exposures())
 
 
 # Streams -------------------------------------------------------------------------------------------------------------

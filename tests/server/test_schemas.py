@@ -12,6 +12,7 @@ from server.schemas import (
     ChatMessage,
     ChatRequest,
     FeedbackRequest,
+    chat_choice,
     chat_chunk,
     chat_completion,
     error_body,
@@ -45,7 +46,21 @@ def _numeric_bounds(model: type[BaseModel]) -> dict[str, dict[str, float]]:
 def test_every_numeric_field_has_both_bounds_when_it_is_in_a_chat_request() -> None:
     """No number that a client sends is unbounded; and the walk must have found them."""
     fields = _numeric_bounds(ChatRequest)
-    assert {"temperature", "top_p", "max_tokens", "max_completion_tokens", "seed"} == set(fields)
+    assert {
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "n",
+        "seed",
+        "max_tokens",
+        "max_completion_tokens",
+        "min_tokens",
+        "top_logprobs",
+    } == set(fields)
     for name, bounds in fields.items():
         assert bounds.keys() & {"ge", "gt"}, name
         assert bounds.keys() & {"le", "lt"}, name
@@ -116,7 +131,9 @@ def test_feedback_is_refused_when_a_field_is_out_of_bounds(fields: dict[str, Any
         {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
         {"messages": [{"role": "user", "content": "x", "name": "me"}]},
         {"messages": [{"role": "user", "content": "\ud800"}]},
-        {"n": 2},
+        {"n": 0},
+        {"n": 9},
+        {"n": 1.5},
         {"stop": ""},
         {"stop": "a" * 65},
         {"stop": ["a", "b", "c", "d", "e"]},
@@ -126,7 +143,30 @@ def test_feedback_is_refused_when_a_field_is_out_of_bounds(fields: dict[str, Any
         {"user": ""},
         {"user": "u" * 513},
         {"tools": []},
-        {"logit_bias": {}},
+        {"logit_bias": {"a": 1}},
+        {"logit_bias": {"-1": 1}},
+        {"logit_bias": {"01": 1}},
+        {"logit_bias": {"1\n": 1}},
+        {"logit_bias": {"12345678": 1}},
+        {"logit_bias": {"1": 101}},
+        {"logit_bias": {"1": math.nan}},
+        {"logit_bias": {str(token): 1 for token in range(301)}},
+        {"logit_bias": [1]},
+        {"logprobs": 3},
+        {"ignore_eos": "perhaps"},
+        {"response_format": "json"},
+        {"response_format": {"type": "xml"}},
+        {"response_format": {"type": "json_object", "schema": {}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": []}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}, "definition": {}}}},
+        {"guided_choice": ["a"]},
+        {"guided_choice": ["a", "a"]},
+        {"guided_choice": ["a", ""]},
+        {"guided_choice": ["a", "b" * 513]},
+        {"guided_choice": [str(index) for index in range(257)]},
+        {"guided_regex": "a*"},
     ],
 )
 def test_chat_request_is_refused_when_a_field_is_wrong(fields: dict[str, Any]) -> None:
@@ -136,9 +176,13 @@ def test_chat_request_is_refused_when_a_field_is_wrong(fields: dict[str, Any]) -
     assert {next(iter(fields))} == {error["loc"][0] for error in caught.value.errors()}
 
 
-@pytest.mark.parametrize("field", ["temperature", "top_p", "stream", "n", "stop", "seed", "user", "max_tokens"])
+@pytest.mark.parametrize(
+    "field", [name for name, field in ChatRequest.model_fields.items() if name not in ("model", "messages")]
+)
 def test_null_means_not_given_when_a_client_sends_it(field: str) -> None:
-    """Clients send an explicit null for what they leave open."""
+    """Clients send an explicit null for what they leave open; what must be given must not be null."""
+    with pytest.raises(ValidationError):
+        _chat(messages=None)
     assert _chat() == _chat(**{field: None})
 
 
@@ -160,6 +204,20 @@ def test_stop_strings_are_a_tuple_when_they_come_in_any_form() -> None:
     assert tuple(_chat(stop=stop).stop_strings for stop in (None, "END", ["a", "b"])) == ((), ("END",), ("a", "b"))
 
 
+def test_logit_bias_is_taken_when_it_has_as_many_tokens_as_allowed() -> None:
+    """Token ids are the keys, as JSON has no others."""
+    assert 300 == len(_chat(logit_bias={str(token): -100 for token in range(300)}).logit_bias or {})
+
+
+def test_schema_is_kept_as_it_is_when_it_comes_in_a_response_format() -> None:
+    """Whatever keys it has; they are the schema's, not ours."""
+    schema = {"type": "object", "whatever": [1]}
+    body = _chat(response_format={"type": "json_schema", "json_schema": {"name": "a-B_1", "schema": schema}})
+    assert body.response_format is not None
+    assert body.response_format.json_schema is not None
+    assert schema == body.response_format.json_schema.definition
+
+
 def test_message_text_is_joined_when_it_comes_in_parts() -> None:
     """The list form of content is the same as one string."""
     parts = [{"type": "text", "text": "he"}, {"type": "text", "text": "llo"}]
@@ -176,7 +234,8 @@ def test_answers_have_openais_shape_when_they_are_made() -> None:
     """Whole answer, chunk, usage and error, key by key."""
     usage = usage_body(3, 4)
     assert usage == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
-    whole = chat_completion(response_id="i", created=1, model="m", text="t", finish_reason="stop", usage=usage)
+    choice = chat_choice(index=0, text="t", finish_reason="stop")
+    whole = chat_completion(response_id="i", created=1, model="m", choices=[choice], usage=usage)
     message = {"role": "assistant", "content": "t"}
     assert [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}] == whole["choices"]
     assert ("i", "chat.completion", 1, "m", usage) == tuple(

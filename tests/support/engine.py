@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,12 +40,14 @@ from server.engine_client import EngineClient
 from server.engine_factory import make_weights_reader
 from server.errors import install_error_handlers
 from server.messages import CancelCommand, EngineMessage, EngineStatus, SubmitCommand
+from server.metrics import Metrics
 from server.observe import RequestIdMiddleware
 from server.routes import router
 from server.services import Services
 from tests.support.tiny import load_tiny_base, make_manifest, make_tokenizer, save_random_adapter
 
 __all__ = [
+    "KERNELS_FOLDER",
     "RECIPES",
     "Answer",
     "Bench",
@@ -54,6 +56,7 @@ __all__ = [
     "GatedReader",
     "Recipe",
     "Reference",
+    "SetClock",
     "Site",
     "TokenText",
     "ask",
@@ -71,6 +74,7 @@ __all__ = [
 ]
 
 Result = TypeVar("Result")
+KERNELS_FOLDER = Path(__file__).resolve().parents[2] / ".cache" / "kernels"
 _FIRST_CHARACTER = 0x4E00  # a stretch of letters without combining marks, longer than the tiny vocabulary
 
 
@@ -152,6 +156,8 @@ class Bench:
         max_prefill_tokens: int = 16,
         tokenizer: Any = None,
         read: Callable[[str], AdapterWeights] | None = None,
+        max_host_bytes: int = 1 << 20,
+        clock: Callable[[], float] = time.monotonic,
     ) -> Engine:
         """A fresh engine with empty slots."""
         return Engine(
@@ -159,6 +165,8 @@ class Bench:
             tokenizer or TokenText(self.base.tokenizer.eos_token_id),
             read or self.read,
             max_prefill_tokens=max_prefill_tokens,
+            max_host_bytes=max_host_bytes,
+            clock=clock,
         )
 
 
@@ -169,11 +177,21 @@ def make_bench(
     num_slots: int = 4,
     max_batch: int = 8,
     max_context: int = 128,
+    cache_tokens: int | None = None,
     quantisation: str = "none",
+    native: bool = True,
 ) -> Bench:
-    """Load a tiny base model and prepare it for engines."""
+    """Load a tiny base model and prepare it for engines; `native` False computes with torch alone."""
     base = load_tiny_base(folder, quantisation=quantisation)
-    runner = ModelRunner(base.model, num_slots=num_slots, max_rank=8, max_batch=max_batch, max_context=max_context)
+    runner = ModelRunner(
+        base.model,
+        num_slots=num_slots,
+        max_rank=8,
+        max_batch=max_batch,
+        max_context=max_context,
+        cache_tokens=cache_tokens,
+        kernels_folder=KERNELS_FOLDER if native else None,
+    )
     runner.warm_up()
     return Bench(base, runner, adapters)
 
@@ -221,6 +239,17 @@ class Reference:
             )
         tokens: list[int] = output[0, len(prompt) :].tolist()
         return tokens
+
+
+class SetClock:
+    """Time that a test sets, in seconds."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        """The time."""
+        return self.now
 
 
 @dataclass
@@ -333,6 +362,11 @@ class EngineTransport:
         self._events: list[EngineEvent] = []
         self._has_greeted = False
 
+    def restart(self, engine: Engine, *, epoch: str) -> None:
+        """Let another worker speak, beginning with a sign of life."""
+        self.engine, self.epoch, self._has_greeted = engine, epoch, False
+        self._events.clear()
+
     async def send(self, command: SubmitCommand | CancelCommand) -> None:
         """Obey at once."""
         self.commands.append(command)
@@ -343,10 +377,10 @@ class EngineTransport:
 
     async def receive(self) -> list[EngineMessage]:
         """The events of the next step that has any; the first message is a sign of life."""
-        if not self._has_greeted:
-            self._has_greeted = True
-            return [self._message(())]
         while True:
+            if not self._has_greeted:
+                self._has_greeted = True
+                return [self._message(())]
             # Gives the routes their turn; the engine's steps are what passes the time here.
             await asyncio.sleep(0)
             if not self.engine.is_idle and self.permits != 0:
@@ -359,11 +393,7 @@ class EngineTransport:
                 return [self._message(events)]
 
     def _message(self, events: tuple[EngineEvent, ...]) -> EngineMessage:
-        engine = self.engine
-        status = EngineStatus(
-            self.epoch, os.getpid(), engine.num_running, engine.num_waiting, tuple(engine.residency.resident)
-        )
-        return EngineMessage(status, events)
+        return EngineMessage(EngineStatus.of(self.engine, self.epoch), events, self.engine.take_timings())
 
 
 @dataclass
@@ -381,20 +411,35 @@ class Site:
     settings: ServeSettings
 
     @classmethod
-    def build(cls, bench: Bench, registry: Registry, home: Path, *, max_waiting: int = 64) -> Site:
+    def build(
+        cls,
+        bench: Bench,
+        registry: Registry,
+        home: Path,
+        *,
+        max_waiting: int = 64,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Site:
         """Join the parts as `server.app` does, with a transport that needs no second process."""
         settings = ServeSettings.load(home, max_context=128, max_tokens=12, max_waiting=max_waiting)
         read = make_weights_reader(registry.store, bench.base, bench.runner.slots.module_shapes)
-        engine = bench.engine(tokenizer=bench.base.tokenizer, read=read)
+        engine = bench.engine(tokenizer=bench.base.tokenizer, read=read, clock=clock)
         transport = EngineTransport(engine)
-        client = EngineClient(transport, max_in_flight=max_waiting)
+        metrics = Metrics()
+        client = EngineClient(
+            transport,
+            max_in_flight=max_waiting,
+            max_tokens=settings.max_queued_tokens,
+            on_message=metrics.note_message,
+        )
+        metrics.watch(client)
         experiments = ExperimentService(registry.database)
-        chat = ChatService(registry, experiments, client, make_tokenizer(), settings)
+        chat = ChatService(registry, experiments, client, make_tokenizer(), settings, metrics)
         app = FastAPI()
         app.add_middleware(RequestIdMiddleware)
         install_error_handlers(app)
         app.include_router(router)
-        app.state.services = Services(registry, experiments, client, chat)
+        app.state.services = Services(registry, experiments, client, chat, metrics)
         return cls(app, registry, experiments, engine, transport, client, bench.base, bench.adapters, settings)
 
     def publish(

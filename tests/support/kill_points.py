@@ -22,7 +22,7 @@ from adapters.registry import Registry
 from adapters.store import ArtifactStore
 from tests.support.versions import publish_text
 
-_STEPS = ((os, "mkdir"), (os, "fsync"), (os, "rename"), (os, "unlink"), (os, "rmdir"), (shutil, "copyfile"))
+_STEPS = ((os, "mkdir"), (os, "fsync"), (os, "rename"), (os, "unlink"), (os, "rmdir"), (os, "readv"))
 
 
 def open_home(home: Path) -> Registry:

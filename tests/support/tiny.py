@@ -10,15 +10,31 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    Glm4Config,
+    Glm4ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from adapters.base_model import LoadedBase, load_base, read_module_shapes
@@ -35,7 +51,52 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
     # A window shorter than the tests' prompts, so that a mask without it gives other tokens.
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 12}),
+    # Caps low enough that tokens differ without them; one layer with a window and one without.
+    "gemma2": (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 12,
+            "attn_logit_softcapping": 0.3,
+            "final_logit_softcapping": 2.0,
+            "tie_word_embeddings": False,  # tied, its answers repeat the last token whatever attention does
+            "hidden_activation": "gelu_pytorch_tanh",
+        },
+    ),
+    "gemma3_text": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "tie_word_embeddings": False,
+        },
+    ),
+    # Query, key and value in one projection, gate and up in another.
+    "phi3": (Phi3Config, Phi3ForCausalLM, {}),
+    "gemma": (GemmaConfig, GemmaForCausalLM, {"head_dim": 16}),
+    # Half of each head is rotated; gate and up in one projection.
+    "glm4": (Glm4Config, Glm4ForCausalLM, {"head_dim": 16}),
+    "granite": (
+        GraniteConfig,
+        GraniteForCausalLM,
+        {
+            "embedding_multiplier": 2.0,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {}),
+    # One layer with rotary embeddings and one without.
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {"no_rope_layers": [1, 0]}),
 }
+# What a model with fused projections calls the layers that recipes name.
+_FUSED = {"qkv_proj": {"q_proj", "k_proj", "v_proj"}, "gate_up_proj": {"gate_proj", "up_proj"}}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -92,8 +153,9 @@ def save_random_adapter(
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     shapes = read_module_shapes(base_folder)
+    targets = {attribute for name in shapes if _is_target(attribute := name.rsplit(".", 1)[-1], modules)}
     for name, (num_in, num_out) in shapes.items():
-        if modules and name.rsplit(".", 1)[-1] not in modules:
+        if name.rsplit(".", 1)[-1] not in targets:
             continue
         prefix = f"base_model.model.{name}"
         tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, num_in, generator=generator) * 0.1
@@ -106,12 +168,16 @@ def save_random_adapter(
         "base_model_name_or_path": "tiny",
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": sorted(modules) or sorted({name.rsplit(".", 1)[-1] for name in shapes}),
+        "target_modules": sorted(targets),
         "bias": "none",
         "inference_mode": True,
     }
     (target / "adapter_config.json").write_text(json.dumps(config))
     return target
+
+
+def _is_target(attribute: str, modules: tuple[str, ...]) -> bool:
+    return not modules or attribute in modules or not _FUSED.get(attribute, set()).isdisjoint(modules)
 
 
 def make_manifest(reference: BaseReference, *, rank: int = 4, alpha: float = 8) -> Manifest:

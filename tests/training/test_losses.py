@@ -68,7 +68,11 @@ def _gradients(loss: torch.Tensor, trained: list[tuple[str, torch.nn.Parameter]]
     return {name: gradient for (name, _), gradient in zip(trained, gradients, strict=True)}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Families whose logits are changed behind the head: add_adapter refuses to train them.
+CHANGED_LOGITS = ("gemma2", "granite")
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(CHANGED_LOGITS)))
 def test_summed_loss_equals_transformers_loss_when_an_adapter_is_trained(
     tmp_path: Path, tiny_folders: dict[str, Path], settings: TrainSettings, family: str
 ) -> None:
@@ -83,7 +87,8 @@ def test_summed_loss_equals_transformers_loss_when_an_adapter_is_trained(
 
     torch.testing.assert_close(actual, expected)
     gradients = _gradients(actual, trained)
-    assert len(gradients) == 2 * 2 * 7, "two layers of seven linear layers, A and B"
+    fused = {"phi3": 3, "glm4": 1}.get(family, 0)  # of seven linear layers that are parts of one with another
+    assert len(gradients) == 2 * 2 * (7 - fused), "two layers, A and B for each linear layer"
     assert min(gradient.abs().max().item() for gradient in gradients.values()) > 1e-4
     torch.testing.assert_close(gradients, _gradients(expected, trained), rtol=1e-4, atol=1e-5)
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from server.engine.blocks import BlockPool
 from server.engine.core import GenerationRequest, SamplingParams, Sequence
+from server.engine.kernels import BLOCK_TOKENS
 from server.engine.runner import Work
-from server.engine.sampling import make_generator
 from server.engine.text_stream import TextStream
 from tests.support.engine import (
     RECIPES,
@@ -53,15 +54,17 @@ def _run_staggered(bench: Bench, requests: list[GenerationRequest]) -> dict[str,
     return answers
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mixed_batch_gives_the_tokens_of_generate_when_adapters_and_lengths_differ(
     family: str,
+    native: bool,
     tiny_folders: dict[str, Path],
     adapter_folders: dict[str, dict[str, Path]],
     references: Callable[[str], Reference],
 ) -> None:
     """Five versions, prompts of 1 to 56 tokens read in chunks of 7, late joins and early leaves change no token."""
-    bench = make_bench(tiny_folders[family], adapter_folders[family], max_batch=6)
+    bench = make_bench(tiny_folders[family], adapter_folders[family], max_batch=6, native=native)
     reference = references(family)
     requests = _requests()
     eos = bench.base.tokenizer.eos_token_id
@@ -112,7 +115,7 @@ def test_answer_is_the_same_when_the_prompt_is_read_in_other_chunks(
 
 
 def test_answer_stays_the_same_when_an_earlier_row_is_freed(bench: Bench, reference_answers: Reference) -> None:
-    """The last row moves into the gap that a cancelled request leaves, in the middle of prompt and answer alike."""
+    """What a cancelled request held goes to others, in the middle of prompt and answer alike."""
     digest = list(RECIPES)[1]
     requests = [ask("first", "abc", max_tokens=20), ask("second", PROMPTS[0], digest), ask("third", PROMPTS[2], digest)]
     engine = bench.engine(max_prefill_tokens=20)
@@ -162,15 +165,18 @@ def _prompt_and_token(bench: Bench, slots: list[int]) -> list[torch.Tensor]:
     """Logits behind one prompt for each slot, then behind one more token, the same for all."""
     params = SamplingParams(max_tokens=2)
     request = GenerationRequest("r", ask("r", PROMPTS[0]).prompt, None, params)
-    sequences = [
-        Sequence(request, TextStream(TokenText(0)), make_generator(params, bench.runner.device), slot=slot)
-        for slot in slots
-    ]
+    pool = BlockPool(num_blocks=bench.runner.cache.num_blocks, block_tokens=BLOCK_TOKENS)
+    sequences = []
+    for row, slot in enumerate(slots):
+        allocation = pool.allocate(None, request.prompt, len(request.prompt) + 2)
+        bench.runner.cache.assign(row, allocation.blocks)
+        stream = TextStream(TokenText(0))
+        sequences.append(Sequence(request, stream, slot=slot, row=row, allocation=allocation))
     prompt = list(request.prompt)
-    first = bench.runner.run([Work(s, row, prompt) for row, s in enumerate(sequences)])
+    first = bench.runner.run([Work(s, prompt) for s in sequences])
     assert torch.bfloat16 == first.dtype
     for sequence in sequences:
         sequence.num_cached = len(prompt)
         sequence.generated.append(17)
-    second = bench.runner.run([Work(s, row, [17]) for row, s in enumerate(sequences)])
+    second = bench.runner.run([Work(s, [17]) for s in sequences])
     return [first.float(), second.float()]

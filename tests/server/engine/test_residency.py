@@ -1,4 +1,7 @@
-"""More versions than slots: loading beside running requests, eviction, failing loads; a state machine over it."""
+"""More versions than slots: loading beside running requests, eviction, failing loads; a state machine over it.
+
+The book-keeping without an engine is in `test_residency_alone.py`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from server.engine.residency import Wait
 from server.engine.scheduler import Engine
 from tests.support.engine import (
     RECIPES,
@@ -28,6 +30,7 @@ from tests.support.engine import (
     make_bench,
     run_to_end,
     save_recipes,
+    wait_for_loads,
 )
 from tests.support.tiny import save_tiny_base
 
@@ -86,35 +89,61 @@ def test_version_is_not_evicted_when_a_request_runs_on_it(engine: Engine, reader
     drain(engine, {})
     engine.submit(ask("long", PROMPT, A, max_tokens=40))
     engine.step()
-    engine.residency.acquire(B)
-    engine.residency.release(B)
+    slot = engine.residency.acquire(B)
+    assert isinstance(slot, int)
+    engine.residency.release(slot)
 
-    assert Wait.LOADING is engine.residency.acquire(C)
+    engine.submit(ask("c", PROMPT, C))
+    wait_for_loads(engine)
+    engine.step()
 
-    assert engine.residency.resident == {A: 1}
-    assert Wait.NO_SLOT is engine.residency.acquire(D)
+    assert engine.residency.resident == {A: 1, C: 1}
 
 
-def test_request_is_not_overtaken_when_every_slot_is_in_use(engine: Engine, reader: GatedReader) -> None:
-    """Later requests for resident versions wait behind one that needs a slot, so that it is not starved."""
+def test_version_gets_a_slot_when_requests_for_resident_ones_keep_coming(engine: Engine, reader: GatedReader) -> None:
+    """Two versions in two slots always have a request in the queue; a third one still runs after a bounded number."""
     reader.open()
     engine.prefetch([A, B])
     drain(engine, {})
     answers: dict[str, Answer] = {}
-    for request in (ask("a", PROMPT, A, max_tokens=6), ask("b", PROMPT, B, max_tokens=40)):
-        collect(engine.submit(request), answers)
+    for index, digest in enumerate([A, B] * 4):
+        collect(engine.submit(ask(f"early{index}", PROMPT, digest, max_tokens=3)), answers)
     collect(engine.step(), answers)
-    for request in (ask("c", PROMPT, C), ask("late", PROMPT, B, max_tokens=1), ask("base", PROMPT, max_tokens=1)):
-        collect(engine.submit(request), answers)
-
-    collect(engine.step(), answers)
-
-    assert (engine.num_running, engine.num_waiting) == (2, 3)
-    while "a" not in answers or answers["a"].finish_reason is None:
+    collect(engine.submit(ask("c", PROMPT, C, max_tokens=1)), answers)
+    num_late = 0
+    while "c" not in answers:
+        if engine.residency.is_loading:
+            wait_for_loads(engine)
+        collect(engine.submit(ask(f"late{num_late}", PROMPT, [A, B][num_late % 2], max_tokens=3)), answers)
+        num_late += 1
         collect(engine.step(), answers)
-        assert {"late", "base"}.isdisjoint(answers)
+        assert num_late < 60
+
     drain(engine, answers)
-    assert [answer.num_terminal for answer in answers.values()] == [1] * 5
+
+    num_before = list(answers).index("c")
+    assert num_before <= 3 + 8 + 3
+    assert {1} == {answer.num_terminal for answer in answers.values()}
+
+
+def test_base_model_is_answered_when_every_slot_is_in_use(engine: Engine, reader: GatedReader) -> None:
+    """A request that needs no slot passes one that waits for a slot, however long that one has waited."""
+    reader.open()
+    engine.prefetch([A, B])
+    drain(engine, {})
+    answers: dict[str, Answer] = {}
+    for request in (ask("a", PROMPT, A, max_tokens=40), ask("b", PROMPT, B, max_tokens=40)):
+        collect(engine.submit(request), answers)
+    collect(engine.step(), answers)
+    collect(engine.submit(ask("c", PROMPT, C)), answers)
+    for index in range(10):
+        collect(engine.submit(ask(f"base{index}", PROMPT, max_tokens=1)), answers)
+        collect(engine.step(), answers)
+
+    assert "c" not in answers
+    assert {"length"} == {answers[f"base{index}"].finish_reason for index in range(9)}
+    drain(engine, answers)
+    assert answers["c"].num_terminal == 1
 
 
 def test_others_go_on_when_a_version_is_being_loaded(engine: Engine, reader: GatedReader) -> None:
@@ -196,6 +225,79 @@ def test_prefetch_loads_as_many_as_fit_when_it_is_given_more(engine: Engine, rea
     assert engine.residency.resident == {A: 0, B: 0}
 
 
+def test_load_failure_costs_nobody_a_slot_when_all_slots_are_taken(engine: Engine, reader: GatedReader) -> None:
+    """Another version is evicted only for weights that are there."""
+    reader.open()
+    run_to_end(engine, ask("a", PROMPT, A), ask("b", PROMPT, B))
+    reader.failing.add(C)
+    run_to_end(engine, ask("c", PROMPT, C))
+    assert engine.residency.resident == {A: 0, B: 0}
+    assert engine.residency.stats.num_evictions == 0
+
+
+def test_load_failure_is_not_inherited_when_a_request_comes_after_it(engine: Engine, reader: GatedReader) -> None:
+    """Who comes after the failure has the version read again, even in the same step; who waited gets the reason."""
+    reader.failing.add(A)
+    answers: dict[str, Answer] = {}
+    collect(engine.submit(ask("early", PROMPT, A)), answers)
+    reader.finish_loads(engine)
+    reader.failing.clear()
+
+    collect(engine.submit(ask("late", PROMPT, A)), answers)
+
+    assert answers["early"].finish_reason == "adapter_failed"
+    reader.open()
+    drain(engine, answers)
+    assert answers["late"].finish_reason == "length"
+
+
+def test_versions_are_read_when_requests_are_queued(engine: Engine, reader: GatedReader, small: Bench) -> None:
+    """With every row in use, the versions of waiting requests are on the host before it is their turn."""
+    reader.open()
+    engine.prefetch([A, B])
+    drain(engine, {})
+    for index in range(small.runner.cache.num_rows):
+        engine.submit(ask(f"long{index}", PROMPT, A, max_tokens=60))
+    engine.step()
+    assert engine.num_running == small.runner.cache.num_rows
+    engine.submit(ask("c", PROMPT, C))
+    engine.submit(ask("d", PROMPT, D))
+    wait_for_loads(engine)
+    engine.step()
+
+    reader.failing |= {C, D}  # nothing is read any more: what is answered was on the host
+
+    answers: dict[str, Answer] = {}
+    drain(engine, answers)
+    assert {"length"} == {answers[name].finish_reason for name in ("c", "d")}
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+def test_unloaded_version_is_loaded_again_when_it_is_asked_for(
+    in_use: bool, engine: Engine, reader: GatedReader, small: Bench, reference_answers: Reference
+) -> None:
+    """A running request keeps its slot to its last token; a later one gets a slot of its own; both answer right."""
+    reader.open()
+    first, second = ask("first", PROMPT, A, max_tokens=8), ask("second", PROMPT, A, max_tokens=8)
+    answers: dict[str, Answer] = {}
+    collect(engine.submit(first), answers)
+    wait_for_loads(engine)
+    collect(engine.step(), answers)
+    if not in_use:
+        drain(engine, answers)
+
+    engine.residency.unload(A)
+
+    assert engine.residency.resident == {}
+    collect(engine.submit(second), answers)
+    drain(engine, answers)
+    eos = small.base.tokenizer.eos_token_id
+    for request in (first, second):
+        assert expected_tokens(reference_answers, request, eos)[0] == answers[request.id].tokens
+    assert engine.residency.stats.num_loads == 2
+    assert engine.residency.resident == {A: 0}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 PROMPTS = ["x", "hello there", "a prompt that takes more than one chunk"]
@@ -233,7 +335,8 @@ class EngineMachine(RuleBasedStateMachine):
         """A request comes."""
         name = f"r{len(self.requests)}"
         self.requests[name] = (prompt, digest, max_tokens)
-        if digest in self.reader.failing:
+        # A load that failed before the files were restored is noticed later, by whoever waits for it then.
+        if digest in self.reader.failing or digest in self.engine.residency._reads:
             self.may_fail.add(name)
         collect(self.engine.submit(ask(name, prompt, digest, max_tokens=max_tokens)), self.answers)
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from server.engine.core import EngineTimings
+from server.engine.pacing import PrefillPacer
 from server.engine.scheduler import Engine
 from tests.support.engine import (
     RECIPES,
     Answer,
     Bench,
     Reference,
+    SetClock,
     TokenText,
     ask,
     collect,
@@ -179,6 +183,79 @@ def test_cancel_releases_the_version_when_the_request_runs(engine: Engine) -> No
     assert engine.is_idle
 
 
+def test_deadline_ends_running_and_waiting_requests_when_its_time_has_come(
+    bench: Bench, reference_answers: Reference
+) -> None:
+    """At the next step each late request has its one event, its place is free, and the others go on undisturbed."""
+    clock = SetClock()
+    rows = bench.runner.cache.num_rows
+    engine = bench.engine(max_prefill_tokens=256, clock=clock)
+    answers: dict[str, Answer] = {}
+    requests = [replace(ask(f"r{index}", PROMPT, max_tokens=6), timeout_s=60 + index) for index in range(rows + 2)]
+    requests[rows] = replace(requests[rows], timeout_s=60)
+    requests[rows + 1] = replace(requests[rows + 1], timeout_s=None)
+    for request in requests:
+        collect(engine.submit(request), answers)
+    collect(engine.step(), answers)
+    clock.now += 59.9
+    collect(engine.step(), answers)
+    assert (rows, 2) == (engine.num_running, engine.num_waiting)
+
+    clock.now += 0.1
+    collect(engine.step(), answers)
+
+    late = ["r0", f"r{rows}"]
+    assert (rows, 0) == (engine.num_running, engine.num_waiting), "who waited behind them has the place"
+    assert late == sorted(name for name, answer in answers.items() if answer.finish_reason == "deadline")
+    drain(engine, answers)
+    engine.close()
+    assert {"the answer was not finished within its 60 seconds"} == {answers[name].error for name in late}
+    assert {1} == {answer.num_terminal for answer in answers.values()}
+    eos = bench.base.tokenizer.eos_token_id
+    for request in requests:
+        if request.id not in late:
+            assert expected_tokens(reference_answers, request, eos)[0] == answers[request.id].tokens
+
+
+def test_client_is_charged_for_what_it_used_when_its_answer_ends_early(own_bench: Callable[..., Bench]) -> None:
+    """Of two clients the one that asked for much and took little is next, before one that used more than that."""
+    engine = own_bench(max_batch=1).engine()
+    for name, prompt, max_tokens in (("ann0", "x", 90), ("ann1", "x", 1), ("bob0", PROMPT, 1), ("bob1", PROMPT, 1)):
+        engine.submit(replace(ask(name, prompt, max_tokens=max_tokens), client=name[:3]))
+    engine.step()
+    engine.cancel("ann0")
+    answers: dict[str, Answer] = {}
+    drain(engine, answers)
+    engine.close()
+    assert ["bob0", "ann1", "bob1"] == list(answers)
+
+
+def test_queue_time_comes_with_the_first_event_when_a_request_has_waited(bench: Bench) -> None:
+    """It is measured from submission to the place in the batch, and told once while the answer runs."""
+    clock = SetClock()
+    engine = bench.engine(clock=clock)
+    engine.submit(ask("r", "x", max_tokens=3))
+    engine.submit(ask("gone", "x"))
+    clock.now += 5
+    assert [5] == [event.queued_s for event in engine.cancel("gone")]
+    events = [event for _ in range(3) for event in engine.step()]
+    engine.close()
+    assert [5, None, 5] == [event.queued_s for event in events]
+
+
+def test_timings_tell_steps_apart_when_some_have_prefill(engine: Engine) -> None:
+    """One entry a step that computed, handed out once; a load has an entry with its outcome."""
+    run_to_end(engine, ask("r", "x" * 20, max_tokens=4))
+    timings = engine.take_timings()
+    assert [True, True, False, False, False] == [step.has_prefill for step in timings.steps]
+    assert all(step.seconds > 0 for step in timings.steps)
+    run_to_end(engine, ask("a", "x", FIRST, max_tokens=1), ask("b", "x", "f" * 64, max_tokens=1))
+    loads = {load.digest: load for load in engine.take_timings().loads}
+    assert {FIRST: True, "f" * 64: False} == {digest: load.is_loaded for digest, load in loads.items()}
+    assert all(load.seconds > 0 for load in loads.values())
+    assert EngineTimings() == engine.take_timings()
+
+
 @pytest.mark.parametrize("extra", [1, 1000])
 def test_submit_ends_in_an_event_when_prompt_and_answer_do_not_fit(extra: int, engine: Engine, bench: Bench) -> None:
     """A request that is longer than a row is answered at once and never queued."""
@@ -252,9 +329,8 @@ def test_failure_does_not_tell_the_exceptions_text_when_the_model_raises(own_ben
 
 
 def _poison(bench: Bench, slot: int) -> None:
-    rank = bench.runner.slots.max_rank
     for layer in slotted_layers(bench.base.model).values():
-        layer.stacked_a[(slot - 1) * rank : slot * rank] = float("nan")
+        layer.slot_weights(slot)[0].fill_(float("nan"))
 
 
 def test_nan_in_a_slot_fails_only_its_own_requests_when_others_run_beside_it(
@@ -331,11 +407,10 @@ def test_text_is_streamed_token_by_token_when_nothing_is_held_back(engine: Engin
     assert [event.finish_reason for event in events] == [None, None, None, "length"]
 
 
-def test_warm_up_leaves_answers_alone_when_it_is_repeated(bench: Bench, engine: Engine) -> None:
-    """Warming up writes to a row that no request reads from."""
-    before = run_to_end(engine, ask("r", PROMPT))["r"]
-    bench.runner.warm_up()
-    assert before == run_to_end(engine, ask("r", PROMPT))["r"]
+def test_warm_up_leaves_nothing_in_the_cache_when_it_ran(own_bench: Callable[..., Bench]) -> None:
+    """The token that it computes is gone before the first request."""
+    bench = own_bench(max_batch=1)
+    assert 0 == sum(int(tensor.count_nonzero()) for tensor in bench.runner.cache.keys + bench.runner.cache.values)
     assert bench.runner.device == torch.device("cpu")
 
 
@@ -358,3 +433,16 @@ def test_next_request_is_answered_when_two_left_nan_in_one_step(
     eos = bench.base.tokenizer.eos_token_id
     for request in requests:
         assert expected_tokens(reference_answers, request, eos)[0] == answers[request.id].tokens
+
+
+def test_pace_is_not_learned_from_a_step_when_it_failed(own_bench: Callable[..., Bench]) -> None:
+    """A pass that raises at once is fast, and says nothing about what a prompt costs."""
+    bench = own_bench(max_batch=1)
+    engine = bench.engine(max_prefill_tokens=64)
+    engine._pacer = PrefillPacer(max_tokens=64, max_stall_s=1e-9)
+    _FailingStep(bench.base.model)
+    run_to_end(engine, ask("failed", "x" * 40))
+    unknown = engine._pacer.budget(is_anybody_decoding=True)
+    run_to_end(engine, ask("good", "x" * 40, max_tokens=1))
+    engine.close()
+    assert (64, 16) == (unknown, engine._pacer.budget(is_anybody_decoding=True))

@@ -64,6 +64,20 @@ def test_pieces_join_to_the_decoded_whole_when_tokens_are_arbitrary(ids: list[in
     assert TOKENIZER.decode(ids, skip_special_tokens=True) == "".join(pieces) + rest
 
 
+def test_character_comes_whole_when_broken_bytes_precede_it() -> None:
+    """Three bytes that begin nothing, then a character of three: only its own bytes make it."""
+    continuation, start = TOKENIZER.encode("ࡡ")[-1], TOKENIZER.encode("ࡡ")[0]
+    pieces, rest, _ = _stream([continuation] * 3 + [start, continuation, continuation])
+    assert "\ufffd" * 3 + "ࡡ" == "".join(pieces) + rest
+
+
+def test_broken_characters_are_shown_when_there_are_many() -> None:
+    """A model that writes nonsense for ever does not hold its answer back for ever."""
+    broken = TOKENIZER.encode("ࡡ")[-1]
+    pieces, _, _ = _stream([broken] * 200)
+    assert len("".join(pieces)) >= 200 - 3
+
+
 @given(LETTERS, st.text(alphabet="abñ😀", min_size=1, max_size=4))
 def test_text_is_cut_before_the_stop_string_when_there_is_one(text: str, stop: str) -> None:
     """The output is what stands before the first occurrence, or everything if there is none."""

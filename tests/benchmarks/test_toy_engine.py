@@ -1,0 +1,43 @@
+"""The toy engine keeps to the engine's interface: the API in one process runs over it as over the real one."""
+
+from __future__ import annotations
+
+import inspect
+from typing import cast
+
+from benchmarks.toy_engine import ToyEngine
+from server.api import _obey
+from server.engine.scheduler import Engine
+from server.messages import CancelCommand, EngineStatus, SubmitCommand
+from tests.support.engine import ask
+
+
+def test_toy_engine_answers_in_full_when_driven_as_the_worker_does() -> None:
+    """One token a step for everybody, one finish reason each, then idle."""
+    toy = cast("Engine", ToyEngine())
+    for name, count in (("a", 2), ("b", 3)):
+        assert [] == _obey(toy, SubmitCommand("epoch", ask(name, "hello", max_tokens=count)), "epoch")
+    status = EngineStatus.of(toy, "epoch")
+    assert (2, 0) == (status.num_running, status.num_waiting)
+    steps = []
+    while not toy.is_idle:
+        steps.append([(event.request_id, event.completion_tokens, event.finish_reason) for event in toy.step()])
+    assert [[("a", 1, None), ("b", 1, None)], [("a", 2, "length"), ("b", 2, None)], [("b", 3, "length")]] == steps
+
+
+def test_toy_engine_ends_a_request_when_it_is_cancelled() -> None:
+    """Once, and nothing happens the second time."""
+    toy = cast("Engine", ToyEngine())
+    toy.submit(ask("a", "hello", max_tokens=9))
+    (event,) = _obey(toy, CancelCommand("a"), "epoch")
+    assert ("cancelled", []) == (event.finish_reason, _obey(toy, CancelCommand("a"), "epoch"))
+    assert toy.is_idle
+
+
+def test_toy_engine_has_what_the_worker_loop_calls_when_compared() -> None:
+    """Every method that both have takes the same arguments."""
+    names = ("submit", "cancel", "step", "take_timings", "close")
+    for name in names:
+        assert list(inspect.signature(getattr(Engine, name)).parameters) == list(
+            inspect.signature(getattr(ToyEngine, name)).parameters
+        )
