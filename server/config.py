@@ -46,6 +46,9 @@ class ServeSettings(SettingsSection):
     native_kernels: bool = Field(
         True, description="Compile the decode step's inner loops for this CPU at the first start, if it has a compiler."
     )
+    capture_decode: bool = Field(
+        True, description="Capture decode steps as CUDA graphs at the start; without effect on a CPU."
+    )
     max_waiting: int = Field(256, ge=1, le=100_000, description="Requests in flight before new ones get 429.")
     max_queued_tokens: int = Field(
         200_000,

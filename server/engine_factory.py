@@ -44,6 +44,7 @@ def build_engine(core: CoreSettings, serve: ServeSettings, base: LoadedBase | No
         max_context=serve.max_context,
         cache_tokens=serve.resolved_cache_tokens,
         kernels_folder=core.home / "cache" / "kernels" if serve.native_kernels else None,
+        capture_decode=serve.capture_decode and base.device.type == "cuda",
     )
     runner.warm_up()
     store = ArtifactStore(core.home / "store")

@@ -42,6 +42,10 @@ def serve(
     native_kernels: Annotated[
         bool | None, typer.Option(help="Compile inner loops for this CPU.", show_default="yes")
     ] = None,
+    capture_decode: Annotated[
+        bool | None,
+        typer.Option(help="Capture decode steps as CUDA graphs; without effect on a CPU.", show_default="yes"),
+    ] = None,
     max_waiting: Annotated[
         int | None, typer.Option(help="Requests in flight before new ones get 429.", show_default="256")
     ] = None,
@@ -78,6 +82,7 @@ def serve(
         cache_tokens=cache_tokens,
         threads=threads,
         native_kernels=native_kernels,
+        capture_decode=capture_decode,
         max_waiting=max_waiting,
         max_queued_tokens=max_queued_tokens,
         timeout_s=timeout_s,

@@ -7,7 +7,7 @@ own code does everything but this function, which sees the fresh queries, keys a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from server.engine.cache import KVCache
 from server.engine.kernels import BLOCK_TOKENS, Kernels
 
-__all__ = ["AttentionPlan", "Chunk", "install_attention"]
+__all__ = ["AttentionPlan", "Chunk", "install_attention", "plan_step"]
 
 _IMPLEMENTATION = "hotswap"
 # Pairs of query and key up to which a prompt chunk is attended token by token: torch's fused attention needs about ten
@@ -50,35 +50,59 @@ class _Masking:
     softcap: float | None
 
 
+@dataclass(slots=True)
 class AttentionPlan:
     """Where the tokens of one step belong; made once a step and shared by all layers.
 
-    Tokens in front, `num_single` of them, are attended one by one: those of decoding requests, and with native code
-    those of small prompt chunks too. The chunks behind, `large`, are attended as wholes.
+    Tokens in front, those of `rows`, are attended one by one: those of decoding requests, and with native code those of
+    small prompt chunks too. The chunks behind, `large`, are attended as wholes.
 
     Args:
         cache: Keys and values, modified in place by every layer.
-        chunks: In the order of their tokens; chunks of one token stand in front.
         kernels: Native code for single tokens and for writing; None computes with torch.
+        positions: `[tokens]`, in their requests.
+        blocks: `[tokens]`, where each is written.
+        rows: `[singles]`, in the cache's table.
+        max_length: The most tokens that a single one sees, itself included, or more.
+        large: In the order of their tokens.
     """
 
-    def __init__(self, cache: KVCache, chunks: Sequence[Chunk], kernels: Kernels | None) -> None:
-        device = cache.table.device
-        self.cache = cache
-        self.kernels = kernels
-        singles = list(takewhile(_is_small if kernels else _is_one_token, chunks))
-        self.large = chunks[len(singles) :]
-        self.num_single = sum(chunk.count for chunk in singles)
-        places = [(chunk, chunk.position + offset) for chunk in chunks for offset in range(chunk.count)]
-        self.positions = torch.tensor([position for _, position in places], device=device)  # [tokens]
-        blocks = [chunk.blocks[position // BLOCK_TOKENS] for chunk, position in places]
-        self.blocks = torch.tensor(blocks, dtype=torch.int32, device=device)  # [tokens]
-        self.offsets = (self.positions % BLOCK_TOKENS).int()  # [tokens]
-        rows = [chunk.row for chunk in singles for _ in range(chunk.count)]
-        self.rows = torch.tensor(rows, dtype=torch.int32, device=device)  # [num_single]
-        # [num_single]; each token sees itself and what is before it
+    cache: KVCache
+    kernels: Kernels | None
+    positions: torch.Tensor
+    blocks: torch.Tensor
+    rows: torch.Tensor
+    max_length: int
+    large: Sequence[Chunk] = ()
+    offsets: torch.Tensor = field(init=False)  # [tokens], within their blocks
+    lengths: torch.Tensor = field(init=False)  # [singles]; each token sees itself and what is before it
+
+    def __post_init__(self) -> None:
+        self.offsets = (self.positions % BLOCK_TOKENS).int()
         self.lengths = (self.positions[: self.num_single] + 1).int()
-        self.max_length = max((chunk.end for chunk in singles), default=0)
+
+    @property
+    def num_single(self) -> int:
+        """Tokens that are attended one by one."""
+        return len(self.rows)
+
+
+def plan_step(cache: KVCache, chunks: Sequence[Chunk], kernels: Kernels | None) -> AttentionPlan:
+    """Lay out a step of mixed work; chunks of one token stand in front."""
+    device = cache.table.device
+    singles = list(takewhile(_is_small if kernels else _is_one_token, chunks))
+    places = [(chunk, chunk.position + offset) for chunk in chunks for offset in range(chunk.count)]
+    blocks = [chunk.blocks[position // BLOCK_TOKENS] for chunk, position in places]
+    rows = [chunk.row for chunk in singles for _ in range(chunk.count)]
+    return AttentionPlan(
+        cache,
+        kernels,
+        positions=torch.tensor([position for _, position in places], device=device),
+        blocks=torch.tensor(blocks, dtype=torch.int32, device=device),
+        rows=torch.tensor(rows, dtype=torch.int32, device=device),
+        max_length=max((chunk.end for chunk in singles), default=0),
+        large=chunks[len(singles) :],
+    )
 
 
 def _is_one_token(chunk: Chunk) -> bool:

@@ -17,7 +17,8 @@ class KVCache:
 
     `keys[layer]` is `[blocks, kv_heads, head_dim, BLOCK_TOKENS]`: tokens last, so that one load of a vector serves all
     tokens of a block; `values[layer]` is `[blocks, kv_heads, BLOCK_TOKENS, head_dim]`. A CPU's memory is taken page by
-    page as blocks are first written, a GPU's at once.
+    page as blocks are first written, a GPU's at once. One block and one row of the table more than are asked for are
+    there for tokens that stand for no request: `spare_block` and `spare_row`.
 
     Args:
         config: The model's text config.
@@ -40,12 +41,15 @@ class KVCache:
         layers = range(config.num_hidden_layers)
         # Zeros, not empty: torch's own attention multiplies what lies beyond a request's end by zero, and garbage may
         # be NaN.
-        key_shape = (num_blocks, self.num_kv_heads, head_dim, BLOCK_TOKENS)
-        value_shape = (num_blocks, self.num_kv_heads, BLOCK_TOKENS, head_dim)
+        key_shape = (num_blocks + 1, self.num_kv_heads, head_dim, BLOCK_TOKENS)
+        value_shape = (num_blocks + 1, self.num_kv_heads, BLOCK_TOKENS, head_dim)
         self.keys = [torch.zeros(key_shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.zeros(value_shape, dtype=dtype, device=device) for _ in layers]
+        self.spare_block = num_blocks
+        self.spare_row = num_rows
         # [rows, blocks a row]; the engine's thread writes a row when a request starts
-        self.table = torch.zeros(num_rows, -(-max_tokens // BLOCK_TOKENS), dtype=torch.int32, device=device)
+        self.table = torch.zeros(num_rows + 1, -(-max_tokens // BLOCK_TOKENS), dtype=torch.int32, device=device)
+        self.table[self.spare_row] = self.spare_block
 
     def assign(self, row: int, blocks: Sequence[int]) -> None:
         """Give a row its blocks, in the order of the tokens that they hold."""

@@ -266,9 +266,21 @@ class AdapterSlots:
             return
         selection.segments = [segment for segment in segments if segment.slot]
         if any(decode_slots):
-            device = self._groups[0].a.device
-            own = torch.tensor(decode_slots, device=device)
-            selection.hidden = own[:, None] != torch.arange(1, self.num_slots + 1, device=device)
+            selection.hidden = self._hide_others(torch.tensor(decode_slots, device=self._groups[0].a.device))
+
+    def select_on_device(self, token_slots: torch.Tensor | None) -> None:
+        """Set whose the tokens of the coming step are from `[tokens]` slots on the device, whose values nobody reads.
+
+        None: all are the base model's. Computed by torch, with native kernels or without.
+        """
+        selection = self._selection
+        selection.token_slots = None
+        selection.segments = []
+        selection.hidden = None if token_slots is None else self._hide_others(token_slots)
+
+    def _hide_others(self, token_slots: torch.Tensor) -> torch.Tensor:
+        own = torch.arange(1, self.num_slots + 1, device=token_slots.device)
+        return token_slots[:, None] != own
 
     def _check(self, rank: int, modules: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         if rank > self.max_rank:

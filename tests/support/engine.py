@@ -180,9 +180,14 @@ def make_bench(
     cache_tokens: int | None = None,
     quantisation: str = "none",
     native: bool = True,
+    captured: bool = False,
+    device: str = "cpu",
 ) -> Bench:
-    """Load a tiny base model and prepare it for engines; `native` False computes with torch alone."""
-    base = load_tiny_base(folder, quantisation=quantisation)
+    """Load a tiny base model and prepare it for engines.
+
+    `native` False computes with torch alone; `captured` decodes in the padded steps that CUDA graphs would be made of.
+    """
+    base = load_tiny_base(folder, quantisation=quantisation, device=device)
     runner = ModelRunner(
         base.model,
         num_slots=num_slots,
@@ -191,6 +196,7 @@ def make_bench(
         max_context=max_context,
         cache_tokens=cache_tokens,
         kernels_folder=KERNELS_FOLDER if native else None,
+        capture_decode=captured,
     )
     runner.warm_up()
     return Bench(base, runner, adapters)

@@ -136,14 +136,16 @@ def save_tiny_base(folder: Path, family: str = "llama", *, seed: int = 0) -> Pat
     return folder
 
 
-def load_tiny_base(folder: Path, *, quantisation: str = "none") -> LoadedBase:
+def load_tiny_base(folder: Path, *, quantisation: str = "none", device: str = "cpu") -> LoadedBase:
     """Load a folder with the product's own loader, in float32 unless told otherwise."""
-    return load_base(tiny_settings(folder, quantisation=quantisation))
+    return load_base(tiny_settings(folder, quantisation=quantisation, device=device))
 
 
-def tiny_settings(folder: Path, *, home: Path | None = None, quantisation: str = "none") -> CoreSettings:
-    """Settings that name a tiny base model on the CPU."""
-    return CoreSettings.load(home or folder / "home", base=str(folder), device="cpu", quantisation=quantisation)
+def tiny_settings(
+    folder: Path, *, home: Path | None = None, quantisation: str = "none", device: str = "cpu"
+) -> CoreSettings:
+    """Settings that name a tiny base model, on the CPU unless told otherwise."""
+    return CoreSettings.load(home or folder / "home", base=str(folder), device=device, quantisation=quantisation)
 
 
 def save_random_adapter(

@@ -9,7 +9,7 @@ import torch
 from transformers import AttentionInterface, LlamaConfig
 
 from server.engine import attention
-from server.engine.attention import AttentionPlan, Chunk
+from server.engine.attention import Chunk, plan_step
 from server.engine.cache import KVCache
 from server.engine.kernels import BLOCK_TOKENS, Kernels, load_kernels
 from tests.support.engine import KERNELS_FOLDER, Bench
@@ -124,7 +124,7 @@ def _check(
         value,
         None,
         scaling=head_dim**-0.5,
-        plan=AttentionPlan(cache, decodes + prefills, kernels),
+        plan=plan_step(cache, decodes + prefills, kernels),
         sliding_window=window,
         softcap=cap,
     )
@@ -145,7 +145,7 @@ def test_native_attention_is_near_the_formula_when_numbers_are_bfloat16(bench: B
     cache = _random_cache(4, 2, 64)
     cache.keys[0], cache.values[0] = cache.keys[0].bfloat16(), cache.values[0].bfloat16()
     query, key, value = (torch.randn(1, heads, 1, 64).bfloat16() for heads in (4, 2, 2))
-    plan = AttentionPlan(cache, [_chunk(2, 35, 1)], _kernels(torch.bfloat16))
+    plan = plan_step(cache, [_chunk(2, 35, 1)], _kernels(torch.bfloat16))
 
     output, _ = AttentionInterface()["hotswap"](
         SimpleNamespace(layer_idx=0), query, key, value, None, scaling=0.125, plan=plan
@@ -165,7 +165,7 @@ def test_attention_gives_nan_to_its_own_request_alone_when_a_key_is_nan(native: 
     cache.assign(1, [*BLOCKS[1][:1], *BLOCKS[0][1:]])  # what a former user of the row held is another's by now
     query, key, value = (torch.randn(1, heads, 2, 8) for heads in (4, 2, 2))
     chunks = [_chunk(0, 40, 1), _chunk(1, 7, 1)]
-    plan = AttentionPlan(cache, chunks, _kernels() if native else None)
+    plan = plan_step(cache, chunks, _kernels() if native else None)
     output, _ = AttentionInterface()["hotswap"](
         SimpleNamespace(layer_idx=0), query, key, value, None, scaling=1.0, plan=plan
     )

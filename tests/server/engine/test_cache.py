@@ -16,10 +16,10 @@ def _cache(config: LlamaConfig = CONFIG, dtype: torch.dtype = torch.float32) -> 
 
 
 def test_cache_is_zero_when_it_is_made() -> None:
-    """Keys have their tokens last, values their head dimension; nothing holds garbage."""
+    """Keys have their tokens last, values their head dimension; a spare block is there; nothing holds garbage."""
     cache = _cache()
-    assert [(5, 2, 8, BLOCK_TOKENS)] * 3 == [tuple(tensor.shape) for tensor in cache.keys]
-    assert [(5, 2, BLOCK_TOKENS, 8)] * 3 == [tuple(tensor.shape) for tensor in cache.values]
+    assert [(6, 2, 8, BLOCK_TOKENS)] * 3 == [tuple(tensor.shape) for tensor in cache.keys]
+    assert [(6, 2, BLOCK_TOKENS, 8)] * 3 == [tuple(tensor.shape) for tensor in cache.values]
     assert sum(int(tensor.count_nonzero()) for tensor in cache.keys + cache.values) == 0
 
 
@@ -27,15 +27,15 @@ def test_cache_takes_head_dim_from_the_config_when_it_names_one() -> None:
     """Qwen3's heads are wider than hidden size by heads."""
     config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, head_dim=16)
     cache = _cache(config, torch.bfloat16)
-    assert tuple(cache.keys[0].shape) == (5, 4, 16, BLOCK_TOKENS)
+    assert (6, 4, 16, BLOCK_TOKENS) == tuple(cache.keys[0].shape)
     assert torch.bfloat16 == cache.values[0].dtype
 
 
 def test_assign_writes_one_row_of_the_table_when_a_request_starts() -> None:
-    """A row has room for the longest request; the others are left alone."""
+    """A row has room for the longest request; the others are left alone, and the spare one names the spare block."""
     cache = _cache()
     cache.assign(1, [4, 2])
-    assert [[0, 0, 0], [4, 2, 0], [0, 0, 0]] == cache.table.tolist()
+    assert [[0, 0, 0], [4, 2, 0], [0, 0, 0], [5, 5, 5]] == cache.table.tolist()
 
 
 def test_clear_zeroes_the_named_blocks_when_a_request_failed() -> None:
@@ -45,4 +45,4 @@ def test_clear_zeroes_the_named_blocks_when_a_request_failed() -> None:
         tensor.fill_(float("nan"))
     cache.clear([3, 0])
     for tensor in cache.keys + cache.values:
-        assert [True, False, False, True, False] == [bool((block == 0).all()) for block in tensor]
+        assert [True, False, False, True, False, False] == [bool((block == 0).all()) for block in tensor]

@@ -54,17 +54,20 @@ def _run_staggered(bench: Bench, requests: list[GenerationRequest]) -> dict[str,
     return answers
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+@pytest.mark.parametrize(
+    ("native", "captured"), [(True, False), (False, False), (False, True)], ids=["native", "torch", "captured"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mixed_batch_gives_the_tokens_of_generate_when_adapters_and_lengths_differ(
     family: str,
     native: bool,
+    captured: bool,
     tiny_folders: dict[str, Path],
     adapter_folders: dict[str, dict[str, Path]],
     references: Callable[[str], Reference],
 ) -> None:
     """Five versions, prompts of 1 to 56 tokens read in chunks of 7, late joins and early leaves change no token."""
-    bench = make_bench(tiny_folders[family], adapter_folders[family], max_batch=6, native=native)
+    bench = make_bench(tiny_folders[family], adapter_folders[family], max_batch=6, native=native, captured=captured)
     reference = references(family)
     requests = _requests()
     eos = bench.base.tokenizer.eos_token_id
