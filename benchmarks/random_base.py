@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 __all__ = ["SHAPES", "save_random_base"]
 
 # Source of llama-3-8b: the config that Meta published with the model; the Llama 3 report (arXiv 2407.21783), table 3.
-SHAPES: dict[str, dict[str, int | float]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
         "vocab_size": 128_256,
         "hidden_size": 4096,

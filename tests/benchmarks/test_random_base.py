@@ -25,7 +25,7 @@ def test_random_base_answers_when_it_was_written(tmp_path: Path) -> None:
 
 def test_llama_3_has_eight_thousand_million_weights_when_counted() -> None:
     """The shape is the one that it says: 8.03 billion, as published."""
-    shape = {name: int(value) for name, value in SHAPES["llama-3-8b"].items()}
+    shape = SHAPES["llama-3-8b"]
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     key_value = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
     layer = 2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * inner + 2 * hidden
