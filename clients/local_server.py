@@ -33,7 +33,12 @@ class LocalServer:
     """A running server: where it listens, and the process that is the parent of its others."""
 
     url: str
-    pid: int
+    process: subprocess.Popen[bytes]
+
+    @property
+    def pid(self) -> int:
+        """Of the parent process."""
+        return self.process.pid
 
 
 @contextlib.contextmanager
@@ -70,7 +75,7 @@ def started_server(
     try:
         url = f"http://127.0.0.1:{port}"
         asyncio.run(_wait_until_ready(url, process, log))
-        yield LocalServer(url, process.pid)
+        yield LocalServer(url, process)
     finally:
         _stop(process)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import math
 import multiprocessing as mp
 import os
 import queue as queues
@@ -195,6 +196,7 @@ def build_server(
         healthcheck_path="/litserve-health",
         restart_workers=True,
     )
+    server.uvicorn_graceful_timeout = math.ceil(serve.drain_s)
     app: FastAPI = server.app
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in _HIDDEN_PATHS]
     app.include_router(router)

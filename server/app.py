@@ -7,11 +7,9 @@ import contextlib
 import json
 import os
 import signal
-import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import FrameType
 
 import structlog
 from fastapi import FastAPI
@@ -27,6 +25,7 @@ from adapters.store import ArtifactStore
 from server.api import EngineBuilder, LitServeTransport, RoutesSpec, build_server, guard_processes, wrap_lifespan
 from server.chat import ChatService
 from server.config import ServeSettings
+from server.draining import Drain, stop_on_signals
 from server.engine.families import SUPPORTED_FAMILIES
 from server.engine_client import EngineClient
 from server.engine_factory import build_engine, find_pinned
@@ -43,7 +42,7 @@ _log = structlog.get_logger(__name__)
 
 
 def serve(core: CoreSettings, settings: ServeSettings, build: EngineBuilder = build_engine) -> None:
-    """Serve until SIGTERM or Ctrl+C; running answers get 30 seconds (LitServe's grace) to finish.
+    """Serve until SIGTERM or Ctrl+C; running answers get `settings.drain_s` seconds to finish.
 
     `build` makes the engine in the worker; the benchmark of the shell around it gives a toy.
 
@@ -56,17 +55,17 @@ def serve(core: CoreSettings, settings: ServeSettings, build: EngineBuilder = bu
     ArtifactStore(core.home / "store").sweep()
     _check_pinned(core, settings)
     stopping = guard_processes()
+    drain = Drain(settings.drain_s)
 
     def configure_app(app: FastAPI, spec: RoutesSpec) -> None:
         app.title = "Hotswap"
         app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
         app.add_middleware(RequestIdMiddleware)
         install_error_handlers(app)
-        wrap_lifespan(app, lambda started: _running_services(started, spec, core, settings))
+        wrap_lifespan(app, lambda started: _running_services(started, spec, core, settings, drain))
 
     server = build_server(core, settings, router, configure_app, build)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _interrupt_parent(os.getpid(), stopping))
+    stop_on_signals(drain, stopping)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     server.run(
         host=settings.host,
@@ -80,7 +79,7 @@ def serve(core: CoreSettings, settings: ServeSettings, build: EngineBuilder = bu
 
 @asynccontextmanager
 async def _running_services(
-    app: FastAPI, spec: RoutesSpec, core: CoreSettings, settings: ServeSettings
+    app: FastAPI, spec: RoutesSpec, core: CoreSettings, settings: ServeSettings, drain: Drain
 ) -> AsyncIterator[None]:
     """Build one API process's parts after LitServe has forked it, and run the engine's client beside the routes."""
     registry = _open_registry(core)
@@ -98,12 +97,14 @@ async def _running_services(
     app.state.services = Services(registry, experiments, engine, chat, metrics)
     listening = asyncio.create_task(engine.run())
     listening.add_done_callback(_end_if_crashed)
+    draining = asyncio.create_task(drain.serve(engine))
     try:
         yield
     finally:
-        listening.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await listening
+        for task in (draining, listening):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
         registry.database.close()
 
 
@@ -140,21 +141,6 @@ def _fit_base(settings: ServeSettings, base_folder: Path) -> ServeSettings:
     _log.warning("context_lowered", configured=settings.max_context, base_model_allows=positions)
     limits = {"max_context": positions, "max_tokens": min(settings.max_tokens, positions // 2)}
     return settings.model_copy(update=limits)
-
-
-def _interrupt_parent(parent: int, stopping: threading.Event) -> Callable[[int, FrameType | None], None]:
-    """A handler that turns SIGTERM, which process managers send, into what LitServe shuts down in good order on.
-
-    The API process is forked with it, has a handler of its own while it serves, and must not raise when uvicorn repeats
-    the signal at the end.
-    """
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == parent:
-            stopping.set()
-            raise KeyboardInterrupt
-
-    return handle
 
 
 def _open_registry(core: CoreSettings) -> Registry:

@@ -63,6 +63,13 @@ class ServeSettings(SettingsSection):
         allow_inf_nan=False,
         description="Seconds an answer may take, from the queue to its end.",
     )
+    drain_s: float = Field(
+        30.0,
+        ge=0,
+        le=3600,
+        allow_inf_nan=False,
+        description="Seconds that running answers get to end after SIGTERM or Ctrl+C.",
+    )
     max_body_bytes: int = Field(2_000_000, ge=1000, le=1_000_000_000, description="Largest request body.")
     host_cache_mb: int = Field(
         1024, ge=0, le=1_048_576, description="Megabytes of host memory for adapters that lost their slot; 0 is off."

@@ -22,6 +22,7 @@ __all__ = ["EngineClient", "Transport"]
 _log = structlog.get_logger(__name__)
 
 _CHECK_EVERY_S = 0.5
+_DRAIN_CHECK_EVERY_S = 0.05
 # A step with long prompts may take seconds on a busy machine; a worker that is silent for longer is taken for stuck.
 _SILENCE_LIMIT_S = 60.0
 
@@ -71,11 +72,19 @@ class EngineClient:
         self._num_tokens = 0
         self._status: EngineStatus | None = None
         self._last_heard = 0.0
+        self._why_closed: str | None = None
 
     @property
     def status(self) -> EngineStatus | None:
         """What the worker said last; None while there is no worker."""
         return self._status
+
+    @property
+    def why_unavailable(self) -> str | None:
+        """Why no request is taken; None if they are."""
+        if self._status is None:
+            return "the engine is starting; try again shortly"
+        return self._why_closed
 
     @property
     def num_in_flight(self) -> int:
@@ -95,16 +104,28 @@ class EngineClient:
 
         Raises:
             OverloadedError: there is no room for all of them, or for their tokens; nothing was accepted.
-            EngineUnavailableError: there is no worker; nothing was accepted.
+            EngineUnavailableError: there is no worker, or no more requests are taken; nothing was accepted.
         """
-        if self._status is None:
-            raise EngineUnavailableError("the engine is starting; try again shortly")
+        if why := self.why_unavailable:
+            raise EngineUnavailableError(why)
+        assert self._status is not None, "otherwise it would say why"
         self._check_load(requests)
         events: _Events = asyncio.Queue()
         for request in requests:
             self._in_flight[request.id] = _InFlight(request.num_tokens, events)
             self._num_tokens += request.num_tokens
         return self._follow([SubmitCommand(self._status.epoch, request) for request in requests], events)
+
+    async def drain(self, reason: str, *, limit_s: float) -> None:
+        """Take no more requests, for `reason`; wait for those in flight, and end what is not answered in time."""
+        self._why_closed = reason
+        _log.info("draining", num_requests=self.num_in_flight, limit_s=limit_s)
+        deadline = time.monotonic() + limit_s
+        while self._in_flight and time.monotonic() < deadline:
+            await asyncio.sleep(_DRAIN_CHECK_EVERY_S)
+        if self._in_flight:
+            _log.warning("drain_cut_short", num_requests=self.num_in_flight)
+            self._end_all(reason)
 
     def _check_load(self, requests: Sequence[GenerationRequest]) -> None:
         num_in_flight = len(self._in_flight)
@@ -187,6 +208,9 @@ class EngineClient:
         """End every request in flight with an error, and take no more until a worker speaks."""
         _log.error("engine_lost", reason=reason, num_requests=len(self._in_flight))
         self._status = None
+        self._end_all(reason)
+
+    def _end_all(self, reason: str) -> None:
         for events in {id(entry.events): entry.events for entry in self._in_flight.values()}.values():
             events.put_nowait(EngineUnavailableError(reason))
 

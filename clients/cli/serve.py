@@ -53,6 +53,9 @@ def serve(
         int | None, typer.Option(help="Tokens in flight before new requests get 429.", show_default="200000")
     ] = None,
     timeout_s: Annotated[float | None, typer.Option(help="Seconds an answer may take.", show_default="600")] = None,
+    drain_s: Annotated[
+        float | None, typer.Option(help="Seconds that running answers get after SIGTERM.", show_default="30")
+    ] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="Largest request body.", show_default="2000000")] = None,
     host_cache_mb: Annotated[
         int | None, typer.Option(help="Host memory for adapters that lost their slot; 0 is off.", show_default="1024")
@@ -86,6 +89,7 @@ def serve(
         max_waiting=max_waiting,
         max_queued_tokens=max_queued_tokens,
         timeout_s=timeout_s,
+        drain_s=drain_s,
         max_body_bytes=max_body_bytes,
         host_cache_mb=host_cache_mb,
         pinned=pinned or None,  # Typer gives an empty list for a flag that was not given

@@ -26,10 +26,11 @@ async def health() -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(services: CurrentServices, response: Response) -> dict[str, Any]:
-    """The engine is up and takes requests; 503 otherwise."""
+    """The engine is up and takes requests; 503 while it starts and while the server stops."""
     status = services.engine.status
-    if status is None:
-        raise EngineUnavailableError("the engine is starting")
+    if why := services.engine.why_unavailable:
+        raise EngineUnavailableError(why)
+    assert status is not None, "otherwise it would say why"
     response.headers["cache-control"] = "no-store"
     return {
         "status": "ready",
