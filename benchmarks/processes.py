@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["cpu_seconds", "has_proc", "process_tree", "resident_bytes"]
+__all__ = ["cpu_seconds", "has_proc", "open_files", "process_tree", "resident_bytes"]
 
 _PROC = Path("/proc")
 _PARENT, _USER_TICKS, _SYSTEM_TICKS = 1, 11, 12  # fields of /proc/PID/stat behind the name (man 5 proc, from field 3)
@@ -35,6 +35,11 @@ def resident_bytes(pid: int) -> int:
     """Memory of a process that is in RAM, shared pages included."""
     pages = int((_PROC / str(pid) / "statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def open_files(pid: int) -> int:
+    """Files, pipes and sockets that a process has open."""
+    return len(list((_PROC / str(pid) / "fd").iterdir()))
 
 
 def _ticks(fields: list[str]) -> tuple[int, ...]:
