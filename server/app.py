@@ -35,6 +35,7 @@ from server.metrics import Metrics
 from server.observe import RequestIdMiddleware, configure_logging
 from server.routes import router
 from server.services import Services
+from server.tracing import check_tracing, exported_traces
 
 __all__ = ["serve"]
 
@@ -54,6 +55,8 @@ def serve(core: CoreSettings, settings: ServeSettings, build: EngineBuilder = bu
     settings = _fit_base(settings, pull_base(core.base, core.home))
     ArtifactStore(core.home / "store").sweep()
     _check_pinned(core, settings)
+    if settings.traces:
+        check_tracing()
     stopping = guard_processes()
     drain = Drain(settings.drain_s)
 
@@ -99,7 +102,8 @@ async def _running_services(
     listening.add_done_callback(_end_if_crashed)
     draining = asyncio.create_task(drain.serve(engine))
     try:
-        yield
+        with exported_traces() if settings.traces else contextlib.nullcontext():
+            yield
     finally:
         for task in (draining, listening):
             task.cancel()

@@ -33,6 +33,7 @@ from server.logprobs import LogprobsWriter
 from server.metrics import Metrics
 from server.schema_check import SchemaChecker
 from server.schemas import ChatRequest
+from server.tracing import trace_answer
 
 __all__ = ["Answer", "ChatCall", "ChatService"]
 
@@ -248,6 +249,7 @@ class ChatService:
             error=call.error,
         )
         self._metrics.count_answer(exposure, per_token_s=_time_per_token(call))
+        trace_answer(exposure, operation="chat")
         await asyncio.to_thread(self._experiments.record_exposure, exposure)
         _log.info(
             "chat_answered",

@@ -77,6 +77,7 @@ class ServeSettings(SettingsSection):
     pinned: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Aliases whose versions at the start are loaded then and keep their slots."
     )
+    traces: bool = Field(False, description="Send OpenTelemetry spans, one an answer; OTEL_* variables say where to.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 
     @field_validator("pinned", mode="before")

@@ -63,6 +63,9 @@ def serve(
     pinned: Annotated[
         list[str] | None, typer.Option(help="Alias that is loaded at the start and keeps its slot; may be repeated.")
     ] = None,
+    traces: Annotated[
+        bool | None, typer.Option(help="Send OpenTelemetry spans, one an answer.", show_default="no")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
     home: HomeOption = None,
     base: BaseOption = None,
@@ -93,6 +96,7 @@ def serve(
         max_body_bytes=max_body_bytes,
         host_cache_mb=host_cache_mb,
         pinned=pinned or None,  # Typer gives an empty list for a flag that was not given
+        traces=traces,
         log_level=log_level,
     )
     _announce(core, settings)
