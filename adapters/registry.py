@@ -51,6 +51,10 @@ class Registry:
         """The same registry on somebody's behalf: what the actor may not see does not exist in it."""
         return Registry(self.database.acting_for(actor), self.store)
 
+    def can_see(self, name: str) -> bool:
+        """Whether an alias of this name, or the base model, may exist for whoever the registry acts for."""
+        return self.database.actor.can_see(name)
+
     def publish(
         self, source: Path, manifest: Manifest, *, alias: str, promote: bool = True
     ) -> tuple[NumberedVersion, bool]:

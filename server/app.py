@@ -21,12 +21,14 @@ from adapters.base_model import load_tokenizer
 from adapters.database import open_database
 from adapters.errors import BaseModelError
 from adapters.experiments import ExperimentService
+from adapters.keys import KeyService
 from adapters.registry import Registry
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
 from server.api import EngineBuilder, LitServeTransport, RoutesSpec, build_server, guard_processes, wrap_lifespan
+from server.auth import AuthMiddleware
 from server.chat import ChatService
-from server.config import ServeSettings
+from server.config import ServeSettings, check_bind
 from server.engine.families import SUPPORTED_FAMILIES
 from server.engine_client import EngineClient
 from server.engine_factory import build_engine, find_pinned
@@ -49,9 +51,10 @@ def serve(core: CoreSettings, settings: ServeSettings, build: EngineBuilder = bu
 
     Raises:
         BaseModelError: the base model can't be fetched or is not supported.
-        ConfigurationError: a pinned alias does not exist.
+        ConfigurationError: a pinned alias does not exist, or others could reach the server and there are no API keys.
     """
     configure_logging(settings.log_level)
+    _check_bind(core, settings)
     settings = _fit_base(settings, pull_base(core.base, core.home))
     ArtifactStore(core.home / "store").sweep()
     _check_pinned(core, settings)
@@ -60,6 +63,7 @@ def serve(core: CoreSettings, settings: ServeSettings, build: EngineBuilder = bu
     def configure_app(app: FastAPI, spec: RoutesSpec) -> None:
         app.title = "Hotswap"
         app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
+        app.add_middleware(AuthMiddleware, is_loopback=settings.is_loopback)
         app.add_middleware(RequestIdMiddleware)
         install_error_handlers(app)
         wrap_lifespan(app, lambda started: _running_services(started, spec, core, settings))
@@ -95,7 +99,7 @@ async def _running_services(
     metrics.watch(engine)
     tokenizer = load_tokenizer(pull_base(core.base, core.home))
     chat = ChatService(registry, experiments, engine, tokenizer, settings, metrics)
-    app.state.services = Services(registry, experiments, engine, chat, metrics)
+    app.state.services = Services(registry, experiments, engine, chat, metrics, KeyService(registry.database))
     listening = asyncio.create_task(engine.run())
     listening.add_done_callback(_end_if_crashed)
     try:
@@ -112,6 +116,12 @@ def _end_if_crashed(task: asyncio.Task[None]) -> None:
     if not task.cancelled():
         _log.critical("engine_listener_crashed", exc_info=task.exception())
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _check_bind(core: CoreSettings, settings: ServeSettings) -> None:
+    registry = _open_registry(core)
+    check_bind(settings, KeyService(registry.database).list())
+    registry.database.close()
 
 
 def _check_pinned(core: CoreSettings, settings: ServeSettings) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from adapters.errors import EngineUnavailableError
 from adapters.records import NumberedVersion
 from adapters.registry import Registry
+from server.auth import needs, open_to_all
+from server.engine_client import EngineClient
 from server.services import CurrentServices
 
 __all__ = ["router"]
@@ -18,16 +20,17 @@ __all__ = ["router"]
 router = APIRouter()
 
 
-@router.get("/health")
+@router.get("/health", dependencies=[open_to_all()])
 async def health() -> dict[str, str]:
     """The API process is alive; it says nothing about the engine."""
     return {"status": "ok"}
 
 
-@router.get("/ready")
-async def ready(services: CurrentServices, response: Response) -> dict[str, Any]:
+@router.get("/ready", dependencies=[open_to_all()])
+async def ready(request: Request, response: Response) -> dict[str, Any]:
     """The engine is up and takes requests; 503 otherwise."""
-    status = services.engine.status
+    engine: EngineClient = request.app.state.services.engine  # nobody has to say who they are
+    status = engine.status
     if status is None:
         raise EngineUnavailableError("the engine is starting")
     response.headers["cache-control"] = "no-store"
@@ -35,12 +38,12 @@ async def ready(services: CurrentServices, response: Response) -> dict[str, Any]
         "status": "ready",
         "running": status.num_running,
         "waiting": status.num_waiting,
-        "in_flight": services.engine.num_in_flight,
+        "in_flight": engine.num_in_flight,
         "resident_versions": list(status.resident),
     }
 
 
-@router.get("/metrics")
+@router.get("/metrics", dependencies=[needs("admin")])
 async def metrics(services: CurrentServices) -> Response:
     """Everything that is measured, in Prometheus' text format."""
     status = services.engine.status
