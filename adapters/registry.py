@@ -171,6 +171,7 @@ class Registry:
             if parsed.number is not None or parsed.digest_prefix is not None:
                 found = _find_version(session, parsed)
                 return Binding(parsed.alias, "version", found.version.digest, found.number)
+            _get_alias(session, parsed.alias)  # an experiment must not answer for an alias that the actor can't see
             if experiment := find_running(session, parsed.alias):
                 arm = assign_arm(load_arms(session, experiment.id), experiment.salt, unit)
                 return Binding(parsed.alias, "experiment", arm.digest, arm.number, experiment.id, arm.name)

@@ -200,12 +200,12 @@ async def _note_use(keys: KeyService, key_id: str) -> None:
 
 
 def _bearer_of(headers: Headers) -> str | None:
-    """The secret after `Bearer`; another scheme's credentials count as given, and are no secret of ours."""
+    """The secret after `Bearer`; credentials of another scheme count as given, and as wrong."""
     value = headers.get("authorization")
     if value is None:
         return None
     scheme, _, secret = value.partition(" ")
-    return secret.strip() if scheme.lower() == "bearer" else value
+    return secret.strip() if scheme.lower() == "bearer" else ""
 
 
 def _check_not_foreign(headers: Headers) -> None:

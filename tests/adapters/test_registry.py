@@ -581,6 +581,7 @@ def test_hidden_alias_is_refused_in_the_words_for_an_absent_one_when_an_actor_is
     """By every act and every way to name it; nothing else that is hidden is named either."""
     hidden = publish_text(registry, "hidden", alias="medical")
     publish_text(registry, "more", alias="medical")
+    ExperimentService(registry.database).create("medical", [("A", "v1", 50), ("B", "v2", 50)])
     publish_text(registry, "one", alias="legal")
     limited = registry.acting_for(Actor("key-1", aliases=frozenset({"legal"})))
     for suffix in ("", "@v1", "@v9", f"@{hidden.version.digest[:12]}"):
