@@ -29,6 +29,7 @@ from server.api import EngineBuilder, LitServeTransport, RoutesSpec, build_serve
 from server.auth import AuthMiddleware
 from server.chat import ChatService
 from server.config import ServeSettings, check_bind
+from server.draining import drain_before_exit
 from server.engine.families import SUPPORTED_FAMILIES
 from server.engine_client import EngineClient
 from server.engine_factory import build_engine, find_pinned
@@ -45,7 +46,7 @@ _log = structlog.get_logger(__name__)
 
 
 def serve(core: CoreSettings, settings: ServeSettings, build: EngineBuilder = build_engine) -> None:
-    """Serve until SIGTERM or Ctrl+C; running answers get 30 seconds (LitServe's grace) to finish.
+    """Serve until SIGTERM or Ctrl+C; running answers then get 25 seconds to finish, and requests that come a 503.
 
     `build` makes the engine in the worker; the benchmark of the shell around it gives a toy.
 
@@ -102,6 +103,7 @@ async def _running_services(
     app.state.services = Services(registry, experiments, engine, chat, metrics, KeyService(registry.database))
     listening = asyncio.create_task(engine.run())
     listening.add_done_callback(_end_if_crashed)
+    drain_before_exit(engine)
     try:
         yield
     finally:

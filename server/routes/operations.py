@@ -8,7 +8,6 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
-from adapters.errors import EngineUnavailableError
 from adapters.records import NumberedVersion
 from adapters.registry import Registry
 from server.auth import needs, open_to_all
@@ -30,9 +29,9 @@ async def health() -> dict[str, str]:
 async def ready(request: Request, response: Response) -> dict[str, Any]:
     """The engine is up and takes requests; 503 otherwise."""
     engine: EngineClient = request.app.state.services.engine  # nobody has to say who they are
+    engine.check_available()
     status = engine.status
-    if status is None:
-        raise EngineUnavailableError("the engine is starting")
+    assert status is not None, "just checked"
     response.headers["cache-control"] = "no-store"
     return {
         "status": "ready",

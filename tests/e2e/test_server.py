@@ -15,7 +15,7 @@ import pytest
 
 from clients.http import HotswapClient
 from clients.load import LoadRequest, LoadResult, run_load
-from clients.local_server import running_server
+from clients.local_server import running_server, started_server
 from tests.e2e.conftest import Home, make_home
 
 _MESSAGE = {"role": "user", "content": "x"}
@@ -259,3 +259,25 @@ def test_key_opens_a_server_that_others_can_reach_until_it_is_revoked(
     assert f"key={key_id}" in written
     assert "API keys    web (chat)" in written
     assert secret[16:] not in written
+
+
+def test_running_answers_end_well_when_the_server_is_told_to_end(tmp_path: Path, tiny_folders: dict[str, Path]) -> None:
+    """SIGTERM: the stream goes on to its end, new requests get 503 meanwhile, and the exit code is 0."""
+    home = make_home(tmp_path / "home", tiny_folders["llama"], HOTSWAP_QUANTISATION="none")
+    body = {"model": "base", "messages": [_MESSAGE], "n": 8, "max_tokens": 400, "ignore_eos": True}
+    with started_server(home.environment, home.path / "server.log") as server:
+        chat = f"{server.url}/v1/chat/completions"
+        with httpx.stream("POST", chat, json={**body, "stream": True}, timeout=60) as stream:
+            pieces = stream.iter_text()
+            text = next(pieces)
+            os.kill(server.pid, signal.SIGTERM)
+            while httpx.get(f"{server.url}/ready").status_code == 200:
+                pass
+            refused = httpx.post(chat, json=body)
+            text += "".join(pieces)
+        ended = os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
+    assert (503, "engine_unavailable") == (refused.status_code, refused.json()["error"]["code"])
+    assert text.endswith("data: [DONE]\n\n")
+    assert 8 == text.count('"finish_reason": "length"')
+    assert ended is not None
+    assert (os.CLD_EXITED, 0) == (ended.si_code, ended.si_status)
