@@ -53,7 +53,10 @@ def needs(scope: KeyScope) -> SecurityParam:
 
 
 def open_to_all() -> DependsParam:
-    """Declare that a route asks for no key, no Host and no Origin: `dependencies=[open_to_all()]`."""
+    """Declare that a route asks for no key, no Host and no Origin: `dependencies=[open_to_all()]`.
+
+    Nobody is known to be calling there, so that such a route can't have `CurrentServices`.
+    """
     return Depends(_anybody)  # type: ignore[no-any-return]  # FastAPI types it as what it injects
 
 

@@ -44,12 +44,10 @@ def test_key_is_recognised_when_its_secret_is_given(keys: KeyService) -> None:
 def test_database_holds_no_secret_when_a_key_is_made(keys: KeyService) -> None:
     """Whoever reads the file, the audit log included, can't call the server."""
     _, secret = keys.create("web", scopes=["chat"])
-    folder = keys.database.engine.url.database
-    assert folder is not None
     with keys.database.engine.connect() as connection:
         dump = "\n".join(connection.connection.driver_connection.iterdump())  # type: ignore[union-attr]
     assert "web" in dump
-    assert secret.rsplit("-", 1)[-1] not in dump
+    assert secret[16:] not in dump
     assert secret[-20:] not in dump
 
 

@@ -16,7 +16,6 @@ from fastapi import APIRouter, FastAPI
 
 from adapters.audit import AuditLog
 from adapters.records import SCOPES, KeyLimits, Scope
-from adapters.registry import Registry
 from adapters.tables import ApiKeyRow
 from server.api import build_server
 from server.auth import AuthMiddleware, RouteAccess, needs, read_access
@@ -26,7 +25,7 @@ from server.messages import SubmitCommand
 from server.observe import RequestIdMiddleware
 from server.routes import router
 from server.services import CurrentServices
-from tests.support.engine import RECIPES, Bench, Site, on_site
+from tests.support.engine import RECIPES, Site, on_site
 from tests.support.tiny import tiny_settings
 
 FIRST, SECOND, THIRD, *_ = RECIPES
@@ -520,9 +519,7 @@ def _with_openai(site: Site, secret: str, scenario: Callable[[openai.AsyncOpenAI
     return on_site(site, run)
 
 
-def test_openai_client_raises_its_own_errors_when_a_key_does_not_suffice(
-    bench: Bench, registry: Registry, site: Site
-) -> None:
+def test_openai_client_raises_its_own_errors_when_a_key_does_not_suffice(site: Site) -> None:
     """Wrong key, missing scope, hidden alias, used-up limit: each has a class of its own in the SDK."""
     site.publish("legal", FIRST)
     _, admin = site.keys.create("ops", scopes=["admin"])
