@@ -1,4 +1,5 @@
 # CPU:  docker build -t hotswap .            docker run -p 8000:8000 -v hotswap:/home/hotswap/.hotswap hotswap
+#       It listens on all addresses, so it needs a key first: docker run -v hotswap:/home/hotswap/.hotswap hotswap keys create NAME
 # GPU:  the same image with `docker run --gpus all`: torch's build for CUDA from the package index is the default one.
 # A smaller CPU-only image: docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu -t hotswap .
 FROM python:3.11-slim AS build

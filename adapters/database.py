@@ -6,6 +6,7 @@ import fcntl
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +18,53 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from sqlalchemy.orm import Session, sessionmaker
 
 from adapters.errors import ConfigurationError
+from adapters.records import COMMAND_LINE, Actor
 
-__all__ = ["Database", "open_database"]
+__all__ = ["Database", "actor_of", "open_database"]
 
 _MIGRATIONS_DIR = Path(__file__).parent / "migrations"
 _BUSY_TIMEOUT_MS = 10_000
+_ACTOR = "actor"  # in `Session.info`
 
 
 class Database:
-    """A migrated database; hands out sessions. Safe to share between threads, not across a fork."""
+    """A migrated database; hands out sessions. Safe to share between threads, not across a fork.
 
-    def __init__(self, engine: Engine) -> None:
+    Every session knows on whose behalf it works, so that what hides names from an actor, and what writes the audit log,
+    need no word from the callers between.
+    """
+
+    def __init__(self, engine: Engine, actor: Actor = COMMAND_LINE) -> None:
         self.engine = engine
+        self.actor = actor
         self._readers = sessionmaker(engine, expire_on_commit=False)
         self._writers = sessionmaker(engine.execution_options(writes=True), expire_on_commit=False)
 
+    def acting_for(self, actor: Actor) -> Database:
+        """The same database on somebody's behalf; closing either closes both."""
+        view = copy(self)
+        view.actor = actor
+        return view
+
     def read(self) -> Session:
         """A session for reading; use it in a `with` block."""
-        return self._readers()
+        return self._readers(info={_ACTOR: self.actor})
 
     @contextmanager
     def write(self) -> Iterator[Session]:
         """A session in one transaction: all of it is committed at the end of the block, or none of it."""
-        with self._writers.begin() as session:
+        with self._writers(info={_ACTOR: self.actor}) as session, session.begin():
             yield session
 
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+
+
+def actor_of(session: Session) -> Actor:
+    """On whose behalf a session works."""
+    actor: Actor = session.info[_ACTOR]
+    return actor
 
 
 def open_database(url: str) -> Database:

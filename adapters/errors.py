@@ -12,10 +12,14 @@ HotswapError
 |     |- AdapterConfigError         adapter_config.json asks for something unsupported
 |     |- AdapterWeightsError        tensors missing, misshapen, not finite or without effect
 |- NotFoundError                no such alias, version, experiment, response or base model
+|- AuthenticationError          an API key is required, and none or an invalid one was given
+|- PermissionDeniedError        the API key is valid, but does not allow this
+|- ForeignPageError             without API keys, a request that did not plainly come from this machine
 |- ConflictError                the request is fine, the present state forbids it
 |- IntegrityError               a stored file is not what its manifest says
 |- BaseModelError               the base model can't be fetched, read or supported
 |- OverloadedError              the queue is full: try again later
+|  |- RateLimitError               the API key has used up what it may take: try again later
 |- EngineUnavailableError       the engine is starting, draining or has died
 |- EngineFailureError           a step of the model failed under this request
 |- DeadlineExceededError        the answer was not finished in its time
@@ -27,6 +31,7 @@ __all__ = [
     "AdapterConfigError",
     "AdapterRejectedError",
     "AdapterWeightsError",
+    "AuthenticationError",
     "BaseModelError",
     "ConfigurationError",
     "ConflictError",
@@ -35,14 +40,17 @@ __all__ = [
     "EngineFailureError",
     "EngineUnavailableError",
     "FingerprintMismatchError",
+    "ForeignPageError",
     "HotswapError",
     "IntegrityError",
     "InvalidInputError",
     "InvalidNameError",
     "NotFoundError",
     "OverloadedError",
+    "PermissionDeniedError",
     "PromptTooLongError",
     "RankTooHighError",
+    "RateLimitError",
 ]
 
 
@@ -125,6 +133,18 @@ class NotFoundError(HotswapError):
     """No such alias, version, experiment, response or base model."""
 
 
+class AuthenticationError(HotswapError):
+    """An API key is required, and none or an invalid one was given."""
+
+
+class PermissionDeniedError(HotswapError):
+    """The API key is valid, but does not allow this."""
+
+
+class ForeignPageError(HotswapError):
+    """A server without API keys answers this machine alone, and the request did not plainly come from it."""
+
+
 class ConflictError(HotswapError):
     """The request is well formed, but the present state forbids it."""
 
@@ -147,6 +167,10 @@ class OverloadedError(HotswapError):
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class RateLimitError(OverloadedError):
+    """The API key has used up what it may take in a minute, or at once; nothing was started."""
 
 
 class EngineUnavailableError(HotswapError):

@@ -13,9 +13,10 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError as SqlIntegrityError
 from sqlalchemy.orm import Session
 
-from adapters.database import Database
+from adapters.audit import record_act
+from adapters.database import Database, actor_of
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
-from adapters.records import Arm, Experiment, Exposure, Feedback, parse_model_name
+from adapters.records import Actor, Arm, Experiment, Exposure, Feedback, parse_model_name
 from adapters.statistics import Interval, MeanEstimate, difference_interval, mean_interval
 from adapters.tables import (
     AliasRow,
@@ -76,6 +77,10 @@ class ExperimentService:
     def __init__(self, database: Database) -> None:
         self.database = database
 
+    def acting_for(self, actor: Actor) -> ExperimentService:
+        """The same service on somebody's behalf: what the actor may not see does not exist in it."""
+        return ExperimentService(self.database.acting_for(actor))
+
     def create(self, alias: str, arms: list[tuple[str, str, float]], *, salt: str | None = None) -> Experiment:
         """Start splitting an alias between pinned versions.
 
@@ -100,7 +105,7 @@ class ExperimentService:
         )
         try:
             with self.database.write() as session:
-                if session.get(AliasRow, alias) is None:
+                if session.get(AliasRow, alias) is None or not actor_of(session).can_see(alias):
                     raise NotFoundError(f"there is no adapter {alias!r}")
                 session.add(row)
                 session.flush()
@@ -116,6 +121,8 @@ class ExperimentService:
                             weight=weight,
                         )
                     )
+                shares = {name: f"{version}={weight:g}" for name, version, weight in arms}
+                record_act(session, "start_experiment", row.id, alias=alias, arms=shares)
         except SqlIntegrityError:
             raise ConflictError(f"an experiment is running on {alias!r} already; stop it first") from None
         return self.get(row.id)
@@ -127,6 +134,7 @@ class ExperimentService:
             if row.state == "stopped":
                 raise ConflictError(f"experiment {row.id} is stopped already")
             row.state, row.stopped_at = "stopped", utc_now()
+            record_act(session, "stop_experiment", row.id, alias=row.alias)
             return _to_experiment(session, row)
 
     def get(self, name: str) -> Experiment:
@@ -142,7 +150,7 @@ class ExperimentService:
         """All experiments, newest first."""
         with self.database.read() as session:
             rows = session.scalars(select(ExperimentRow).order_by(ExperimentRow.created_at.desc())).all()
-            return [_to_experiment(session, row) for row in rows]
+            return [_to_experiment(session, row) for row in rows if actor_of(session).can_see(row.alias)]
 
     def record_exposure(self, exposure: Exposure) -> None:
         """Write one exposure; once this returns, a kill of this process doesn't lose it."""
@@ -176,7 +184,8 @@ class ExperimentService:
             NotFoundError: no response has this id.
         """
         with self.database.write() as session:
-            if session.get(ExposureRow, feedback.response_id) is None:
+            exposure = session.get(ExposureRow, feedback.response_id)
+            if exposure is None or not actor_of(session).can_see(exposure.alias):
                 raise NotFoundError(f"there is no response {feedback.response_id!r}")
             session.merge(
                 FeedbackRow(
@@ -263,7 +272,7 @@ def _find_row(session: Session, name: str) -> ExperimentRow:
     if row is None:
         statement = select(ExperimentRow).where(ExperimentRow.alias == name).order_by(ExperimentRow.created_at.desc())
         row = session.scalars(statement.limit(1)).first()
-    if row is None:
+    if row is None or not actor_of(session).can_see(row.alias):
         raise NotFoundError(f"there is no experiment {name!r}: expected an id or an alias that has one")
     return row
 

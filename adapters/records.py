@@ -9,22 +9,30 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from adapters.errors import InvalidNameError
 
 __all__ = [
     "BASE_MODEL_NAME",
+    "COMMAND_LINE",
+    "SCOPES",
+    "Actor",
     "AdapterVersion",
     "Alias",
     "AliasChange",
+    "ApiKey",
     "Arm",
+    "AuditAction",
+    "AuditEntry",
     "Binding",
     "Experiment",
     "Exposure",
     "Feedback",
+    "KeyLimits",
     "ModelName",
     "NumberedVersion",
+    "Scope",
     "check_alias_name",
     "parse_model_name",
 ]
@@ -37,6 +45,19 @@ _DIGEST_PATTERN = re.compile(r"[0-9a-f]{8,64}")
 
 Route = Literal["base", "alias", "version", "experiment"]
 ChangeAction = Literal["publish", "promote", "rollback"]
+Scope = Literal["chat", "feedback", "train", "adapters", "experiments", "admin"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+AuditAction = Literal[
+    "publish",
+    "import",
+    "promote",
+    "rollback",
+    "remove",
+    "start_experiment",
+    "stop_experiment",
+    "create_key",
+    "revoke_key",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +173,65 @@ class Feedback:
     metric: str
     value: float
     comment: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLimits:
+    """What a key may take; None is no limit. Tokens are those of prompts and answers."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    max_concurrent: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key to the server, without its secret. `aliases` None means that it may use all of them."""
+
+    id: str
+    name: str
+    scopes: tuple[Scope, ...]
+    aliases: tuple[str, ...] | None
+    created_at: datetime
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    last_used_at: datetime | None = None
+    limits: KeyLimits = field(default_factory=KeyLimits)
+
+    def is_valid(self, now: datetime) -> bool:
+        """Whether the key opens anything at this moment."""
+        return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """On whose behalf the database is read or written: an API key's id, `local`, or `command line`.
+
+    `aliases` None means that it sees all of them; to others those that are not named don't exist.
+    """
+
+    id: str
+    request_id: str | None = None
+    aliases: frozenset[str] | None = None
+
+    def can_see(self, alias: str) -> bool:
+        """Whether an alias of this name exists as far as this actor is concerned."""
+        return self.aliases is None or alias in self.aliases
+
+
+COMMAND_LINE = Actor("command line")
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEntry:
+    """One administrative act: who did what to which name, and the HTTP request that asked for it, if one did."""
+
+    acted_at: datetime
+    actor: str
+    action: AuditAction
+    subject: str
+    detail: Mapping[str, Any]
+    request_id: str | None
 
 
 @dataclass(frozen=True, slots=True)

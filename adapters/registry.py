@@ -13,15 +13,18 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from adapters.assignment import assign_arm
-from adapters.database import Database
-from adapters.errors import ConflictError, NotFoundError
+from adapters.audit import record_act
+from adapters.database import Database, actor_of
+from adapters.errors import ConflictError, NotFoundError, PermissionDeniedError
 from adapters.experiments import find_running, load_arms
 from adapters.manifest import Manifest
 from adapters.records import (
     BASE_MODEL_NAME,
+    Actor,
     AdapterVersion,
     Alias,
     AliasChange,
+    AuditAction,
     Binding,
     ChangeAction,
     ModelName,
@@ -44,6 +47,14 @@ class Registry:
         self.database = database
         self.store = store
 
+    def acting_for(self, actor: Actor) -> Registry:
+        """The same registry on somebody's behalf: what the actor may not see does not exist in it."""
+        return Registry(self.database.acting_for(actor), self.store)
+
+    def can_see(self, name: str) -> bool:
+        """Whether an alias of this name, or the base model, may exist for whoever the registry acts for."""
+        return self.database.actor.can_see(name)
+
     def publish(
         self, source: Path, manifest: Manifest, *, alias: str, promote: bool = True
     ) -> tuple[NumberedVersion, bool]:
@@ -60,8 +71,13 @@ class Registry:
 
         Returns:
             The version, and whether the alias points to it afterwards.
+
+        Raises:
+            PermissionDeniedError: the actor is limited to other aliases.
         """
         check_alias_name(alias)
+        if not self.database.actor.can_see(alias):
+            raise PermissionDeniedError(f"this API key may not publish under {alias!r}")
         with self.store.held():
             digest, size_bytes = self.store.add(source, manifest)
             with self.database.write() as session:
@@ -71,7 +87,10 @@ class Registry:
                 row = session.get_one(AliasRow, alias)
                 if row.number is None or (promote and find_running(session, alias) is None):
                     _move(session, row, number, "publish")
-                return _load_numbered(session, alias, number), row.number == number
+                published, is_live = _load_numbered(session, alias, number), row.number == number
+                action: AuditAction = "import" if manifest.source == "imported" else "publish"
+                record_act(session, action, published.label, digest=digest, is_live=is_live)
+                return published, is_live
 
     def promote(self, name: str) -> Alias:
         """Point an alias to one of its versions: `legal@v2`.
@@ -87,7 +106,9 @@ class Registry:
                 raise ConflictError(f"say which version to promote, for example {parsed.alias}@v1")
             target = _find_version(session, parsed)
             self.store.verify(target.version.digest)
-            _move(session, _movable_alias(session, parsed.alias), target.number, "promote")
+            row = _movable_alias(session, parsed.alias)
+            record_act(session, "promote", parsed.alias, from_number=row.number, to_number=target.number)
+            _move(session, row, target.number, "promote")
             return _load_alias(session, parsed.alias)
 
     def rollback(self, alias: str) -> Alias:
@@ -104,6 +125,7 @@ class Registry:
             if len(trail) < 2:
                 raise ConflictError(f"{alias!r} has no earlier version to roll back to")
             self.store.verify(_load_numbered(session, alias, trail[-2]).version.digest)
+            record_act(session, "rollback", alias, from_number=row.number, to_number=trail[-2])
             _move(session, row, trail[-2], "rollback")
             return _load_alias(session, alias)
 
@@ -123,6 +145,8 @@ class Registry:
             with self.database.write() as session:
                 targets = _detach(session, parsed)
                 orphans = _drop_versions(session, targets)
+                digests = {target.label: target.version.digest for target in targets}
+                record_act(session, "remove", name, digests=digests)
             for digest in orphans:
                 self.store.remove(digest)
         return [target.label for target in targets]
@@ -138,13 +162,16 @@ class Registry:
             InvalidNameError: the name breaks the grammar.
             NotFoundError: no such alias or version.
         """
-        if model == BASE_MODEL_NAME:
+        if model == BASE_MODEL_NAME and self.database.actor.can_see(model):
             return Binding(BASE_MODEL_NAME, "base")
-        parsed = parse_model_name(model)
         with self.database.read() as session:
+            if model == BASE_MODEL_NAME:
+                raise _absent(session, model)
+            parsed = parse_model_name(model)
             if parsed.number is not None or parsed.digest_prefix is not None:
                 found = _find_version(session, parsed)
                 return Binding(parsed.alias, "version", found.version.digest, found.number)
+            _get_alias(session, parsed.alias)  # an experiment must not answer for an alias that the actor can't see
             if experiment := find_running(session, parsed.alias):
                 arm = assign_arm(load_arms(session, experiment.id), experiment.salt, unit)
                 return Binding(parsed.alias, "experiment", arm.digest, arm.number, experiment.id, arm.name)
@@ -174,12 +201,12 @@ class Registry:
     def versions(self, alias: str) -> list[NumberedVersion]:
         """An alias's versions in the order of their numbers; empty if there is no such alias."""
         with self.database.read() as session:
-            return _list_versions(session, alias)
+            return _list_versions(session, alias) if actor_of(session).can_see(alias) else []
 
     def history(self, alias: str) -> list[AliasChange]:
         """Every move of an alias, oldest first."""
         with self.database.read() as session:
-            rows = _changes(session, alias)
+            rows = _changes(session, alias) if actor_of(session).can_see(alias) else []
             return [AliasChange(r.alias, _action(r), r.from_number, r.to_number, r.changed_at) for r in rows]
 
 
@@ -253,10 +280,16 @@ def _movable_alias(session: Session, alias: str) -> AliasRow:
 
 def _get_alias(session: Session, alias: str) -> AliasRow:
     row = session.get(AliasRow, alias)
-    if row is None or row.number is None:
-        known = ", ".join([BASE_MODEL_NAME, *_alias_names(session)][:_MAX_NAMES_SHOWN])
-        raise NotFoundError(f"there is no adapter {alias!r}; known: {known}")
+    if row is None or row.number is None or not actor_of(session).can_see(alias):
+        raise _absent(session, alias)
     return row
+
+
+def _absent(session: Session, alias: str) -> NotFoundError:
+    """The same words for a name that does not exist and for one that the actor may not see."""
+    names = [BASE_MODEL_NAME] if actor_of(session).can_see(BASE_MODEL_NAME) else []
+    known = ", ".join([*names, *_alias_names(session)][:_MAX_NAMES_SHOWN])
+    return NotFoundError(f"there is no adapter {alias!r}; known: {known or 'none'}")
 
 
 def _pointed_to(row: AliasRow) -> int:
@@ -266,7 +299,7 @@ def _pointed_to(row: AliasRow) -> int:
 
 def _alias_names(session: Session) -> list[str]:
     statement = select(AliasRow.name).where(AliasRow.number.is_not(None)).order_by(AliasRow.name)
-    return list(session.scalars(statement))
+    return [name for name in session.scalars(statement) if actor_of(session).can_see(name)]
 
 
 def _number_of(session: Session, alias: str, digest: str) -> int | None:

@@ -1,4 +1,4 @@
-"""The database's tables. Only `registry` and `experiments` read or write them."""
+"""The database's tables. Only `registry`, `experiments`, `keys` and `audit` read or write them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ __all__ = [
     "AliasChangeRow",
     "AliasRow",
     "AliasVersionRow",
+    "ApiKeyRow",
     "ArmRow",
+    "AuditRow",
     "ExperimentRow",
     "ExposureRow",
     "FeedbackRow",
@@ -153,3 +155,34 @@ class FeedbackRow(Table):
     value: Mapped[float] = mapped_column(Float)
     comment: Mapped[str | None] = mapped_column(String(2000))
     reported_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class ApiKeyRow(Table):
+    """One API key, without its secret: the database holds the secret's hash alone. Rows are never deleted."""
+
+    __tablename__ = "api_keys"
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64))
+    secret_sha256: Mapped[str] = mapped_column(String(64))
+    scopes: Mapped[list[str]] = mapped_column(JSON)
+    aliases: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    last_used_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    requests_per_minute: Mapped[int | None] = mapped_column(Integer)
+    tokens_per_minute: Mapped[int | None] = mapped_column(Integer)
+    max_concurrent: Mapped[int | None] = mapped_column(Integer)
+
+
+class AuditRow(Table):
+    """One administrative act; append-only."""
+
+    __tablename__ = "audit"
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    acted_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    actor: Mapped[str] = mapped_column(String(64))
+    action: Mapped[str] = mapped_column(String(32))
+    subject: Mapped[str] = mapped_column(String(200))
+    detail: Mapped[dict[str, Any]] = mapped_column(JSON)
+    request_id: Mapped[str | None] = mapped_column(String(64))

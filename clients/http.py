@@ -6,6 +6,7 @@ For chat alone any OpenAI client does; this one adds what that lacks.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -13,8 +14,9 @@ from typing import Any, Self
 
 import httpx
 
-__all__ = ["ApiError", "ChatAnswer", "HotswapClient"]
+__all__ = ["API_KEY_VARIABLE", "ApiError", "ChatAnswer", "HotswapClient"]
 
+API_KEY_VARIABLE = "HOTSWAP_API_KEY"
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
@@ -46,13 +48,21 @@ class HotswapClient:
 
     Args:
         base_url: Where the server listens, without `/v1`.
+        api_key: What the server asks for; if not given, the environment's `HOTSWAP_API_KEY`, if that is set.
     """
 
-    def __init__(self, base_url: str) -> None:
+    def __init__(self, base_url: str, *, api_key: str | None = None) -> None:
+        api_key = os.environ.get(API_KEY_VARIABLE) if api_key is None else api_key
         limits = httpx.Limits(max_connections=None)
         # A proxy of the environment can't reach this machine's own addresses.
         is_local = httpx.URL(base_url).host in _LOCAL_HOSTS
-        self._http = httpx.AsyncClient(base_url=base_url, timeout=_TIMEOUT, limits=limits, trust_env=not is_local)
+        self._http = httpx.AsyncClient(
+            base_url=base_url,
+            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=_TIMEOUT,
+            limits=limits,
+            trust_env=not is_local,
+        )
 
     async def __aenter__(self) -> Self:
         """Return the client."""

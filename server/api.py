@@ -60,6 +60,7 @@ _IDLE_WAIT_S = 0.2
 _GUARD_INTERVAL_S = 0.5
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _HEARTBEAT_S = 1.0
+_END_S = 5  # what the end of an API process may take after it has drained
 _HIDDEN_PATHS = frozenset({"/", "/info", "/litserve-health"})
 
 
@@ -196,7 +197,7 @@ def build_server(
         healthcheck_path="/litserve-health",
         restart_workers=True,
     )
-    server.uvicorn_graceful_timeout = math.ceil(serve.drain_s)
+    server.uvicorn_graceful_timeout = math.ceil(serve.drain_s) + _END_S
     app: FastAPI = server.app
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in _HIDDEN_PATHS]
     app.include_router(router)

@@ -7,9 +7,11 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import FrameType
 
 import structlog
 from fastapi import FastAPI
@@ -19,13 +21,15 @@ from adapters.base_model import load_tokenizer
 from adapters.database import open_database
 from adapters.errors import BaseModelError
 from adapters.experiments import ExperimentService
+from adapters.keys import KeyService
 from adapters.registry import Registry
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
 from server.api import EngineBuilder, LitServeTransport, RoutesSpec, build_server, guard_processes, wrap_lifespan
+from server.auth import AuthMiddleware
 from server.chat import ChatService
-from server.config import ServeSettings
-from server.draining import Drain, stop_on_signals
+from server.config import ServeSettings, check_bind
+from server.draining import drain_before_exit
 from server.engine.families import SUPPORTED_FAMILIES
 from server.engine_client import EngineClient
 from server.engine_factory import build_engine, find_pinned
@@ -49,26 +53,28 @@ def serve(core: CoreSettings, settings: ServeSettings, build: EngineBuilder = bu
 
     Raises:
         BaseModelError: the base model can't be fetched or is not supported.
-        ConfigurationError: a pinned alias does not exist.
+        ConfigurationError: a pinned alias does not exist, or others could reach the server and there are no API keys.
     """
     configure_logging(settings.log_level)
+    _check_bind(core, settings)
     settings = _fit_base(settings, pull_base(core.base, core.home))
     ArtifactStore(core.home / "store").sweep()
     _check_pinned(core, settings)
     if settings.traces:
         check_tracing()
     stopping = guard_processes()
-    drain = Drain(settings.drain_s)
 
     def configure_app(app: FastAPI, spec: RoutesSpec) -> None:
         app.title = "Hotswap"
         app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
+        app.add_middleware(AuthMiddleware, is_loopback=settings.is_loopback)
         app.add_middleware(RequestIdMiddleware)
         install_error_handlers(app)
-        wrap_lifespan(app, lambda started: _running_services(started, spec, core, settings, drain))
+        wrap_lifespan(app, lambda started: _running_services(started, spec, core, settings))
 
     server = build_server(core, settings, router, configure_app, build)
-    stop_on_signals(drain, stopping)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt_parent(os.getpid(), stopping))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     server.run(
         host=settings.host,
@@ -82,7 +88,7 @@ def serve(core: CoreSettings, settings: ServeSettings, build: EngineBuilder = bu
 
 @asynccontextmanager
 async def _running_services(
-    app: FastAPI, spec: RoutesSpec, core: CoreSettings, settings: ServeSettings, drain: Drain
+    app: FastAPI, spec: RoutesSpec, core: CoreSettings, settings: ServeSettings
 ) -> AsyncIterator[None]:
     """Build one API process's parts after LitServe has forked it, and run the engine's client beside the routes."""
     registry = _open_registry(core)
@@ -97,18 +103,17 @@ async def _running_services(
     metrics.watch(engine)
     tokenizer = load_tokenizer(pull_base(core.base, core.home))
     chat = ChatService(registry, experiments, engine, tokenizer, settings, metrics)
-    app.state.services = Services(registry, experiments, engine, chat, metrics)
+    app.state.services = Services(registry, experiments, engine, chat, metrics, KeyService(registry.database))
     listening = asyncio.create_task(engine.run())
     listening.add_done_callback(_end_if_crashed)
-    draining = asyncio.create_task(drain.serve(engine))
+    drain_before_exit(engine, limit_s=settings.drain_s)
     try:
         with exported_traces() if settings.traces else contextlib.nullcontext():
             yield
     finally:
-        for task in (draining, listening):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        listening.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await listening
         registry.database.close()
 
 
@@ -117,6 +122,12 @@ def _end_if_crashed(task: asyncio.Task[None]) -> None:
     if not task.cancelled():
         _log.critical("engine_listener_crashed", exc_info=task.exception())
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _check_bind(core: CoreSettings, settings: ServeSettings) -> None:
+    registry = _open_registry(core)
+    check_bind(settings, KeyService(registry.database).list())
+    registry.database.close()
 
 
 def _check_pinned(core: CoreSettings, settings: ServeSettings) -> None:
@@ -145,6 +156,21 @@ def _fit_base(settings: ServeSettings, base_folder: Path) -> ServeSettings:
     _log.warning("context_lowered", configured=settings.max_context, base_model_allows=positions)
     limits = {"max_context": positions, "max_tokens": min(settings.max_tokens, positions // 2)}
     return settings.model_copy(update=limits)
+
+
+def _interrupt_parent(parent: int, stopping: threading.Event) -> Callable[[int, FrameType | None], None]:
+    """A handler that turns SIGTERM, which process managers send, into what LitServe shuts down in good order on.
+
+    The API process is forked with it, has a handler of its own while it serves, and must not raise when uvicorn repeats
+    the signal at the end.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == parent:
+            stopping.set()
+            raise KeyboardInterrupt
+
+    return handle
 
 
 def _open_registry(core: CoreSettings) -> Registry:

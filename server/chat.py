@@ -25,6 +25,7 @@ from adapters.errors import (
 from adapters.experiments import ExperimentService
 from adapters.records import Binding, Exposure
 from adapters.registry import Registry
+from server.callers import Caller, Meter
 from server.config import ServeSettings
 from server.engine.core import EngineEvent, GenerationRequest
 from server.engine_client import EngineClient
@@ -64,6 +65,7 @@ class ChatCall:
     answers: dict[str, Answer]  # by the engine's request id
     created: int
     started: float
+    meter: Meter
     first_token: float | None = None
     queued_s: float | None = None
     finish_reason: str | None = None
@@ -114,12 +116,15 @@ class ChatService:
         """Seconds that an answer may take in the engine at most."""
         return self._settings.timeout_s
 
-    async def accept(self, body: ChatRequest, *, request_id: str, timeout_s: float | None = None) -> ChatCall:
+    async def accept(
+        self, body: ChatRequest, *, request_id: str, caller: Caller, timeout_s: float | None = None
+    ) -> ChatCall:
         """Bind the request to a version and render its prompt. The binding holds to the last token.
 
         Args:
             body: What the client sent.
             request_id: Names the request in the engine and in the answer.
+            caller: Who asks; aliases that its key may not use don't exist.
             timeout_s: Seconds that the answer may take in the engine; None is the server's own limit.
 
         Raises:
@@ -129,8 +134,9 @@ class ChatService:
             OverloadedError: too many JSON schemas are being checked.
         """
         unit, unit_source = _unit_of(body, request_id)
+        registry = self._registry.acting_for(caller.actor(request_id))
         try:
-            binding = await asyncio.to_thread(self._registry.resolve, body.model, unit=unit)
+            binding = await asyncio.to_thread(registry.resolve, body.model, unit=unit)
         except (NotFoundError, InvalidNameError) as error:
             raise InvalidNameError(str(error), param="model") from None
         self._metrics.name_binding(binding)
@@ -151,12 +157,14 @@ class ChatService:
                     prompt,
                     binding.digest,
                     sampling,
+                    client=caller.client,
                     timeout_s=self._settings.timeout_s if timeout_s is None else timeout_s,
                 ),
                 body.n,
             ),
             created=int(time.time()),
             started=time.monotonic(),
+            meter=caller.meter,
             headers=_headers(binding),
         )
 
@@ -166,6 +174,7 @@ class ChatService:
         If one answer fails, the request fails and the others are cancelled.
 
         Raises:
+            RateLimitError: the key's tokens are used up; nothing was started and no exposure is written.
             OverloadedError, EngineUnavailableError: not accepted; nothing was started and no exposure is written.
             EngineUnavailableError: the worker died under this request.
             AdapterRejectedError: the version can't be loaded; says why.
@@ -173,7 +182,7 @@ class ChatService:
             EngineFailureError: the model failed under this request.
             DeadlineExceededError: the answer was not finished in its time.
         """
-        events = self._engine.generate(*(answer.generation for answer in call.answers.values()))
+        events = self._admit(call)
         try:
             async for event in events:
                 self._note(call, event)
@@ -192,6 +201,14 @@ class ChatService:
                 await events.aclose()  # first of all: the engine computes until it is told
             finally:
                 await self._record(call)
+
+    def _admit(self, call: ChatCall) -> AsyncGenerator[EngineEvent]:
+        call.meter.take_prompt(call.prompt_tokens)
+        try:
+            return self._engine.generate(*(answer.generation for answer in call.answers.values()))
+        except HotswapError:
+            call.meter.return_prompt(call.prompt_tokens)
+            raise
 
     def _render(self, body: ChatRequest) -> tuple[int, ...]:
         messages = [{"role": message.role, "content": message.text} for message in body.messages]
@@ -232,6 +249,7 @@ class ChatService:
         """Write the call's exposure unless that was done; not to be stopped by whoever waits for it."""
         if not call.is_recorded:
             call.is_recorded = True
+            call.meter.take_answer(call.completion_tokens)
             await asyncio.shield(self._write_exposure(call))
 
     async def _write_exposure(self, call: ChatCall) -> None:

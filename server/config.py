@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
+from adapters.errors import ConfigurationError
+from adapters.records import ApiKey
 from adapters.settings import SettingsSection
 
-__all__ = ["ServeSettings"]
+__all__ = ["ServeSettings", "check_bind"]
 
 _DEFAULT_CACHE_TOKENS = 32_768
 
@@ -23,7 +27,7 @@ class ServeSettings(SettingsSection):
 
     host: Literal["127.0.0.1", "0.0.0.0", "::"] = Field(  # noqa: S104 - the user's choice, loopback by default
         "127.0.0.1",
-        description="Address to listen on. There are no API keys yet: anything but loopback is open to all.",
+        description="Address to listen on; anything but loopback takes an API key.",
     )
     port: int = Field(8000, ge=1024, le=65535, description="Port to listen on.")
     slots: int = Field(8, ge=1, le=256, description="Adapters on the device at once, besides the base model.")
@@ -112,6 +116,11 @@ class ServeSettings(SettingsSection):
         return self
 
     @property
+    def is_loopback(self) -> bool:
+        """Whether the server can be reached from this machine alone."""
+        return self.host == "127.0.0.1"
+
+    @property
     def resolved_cache_tokens(self) -> int:
         """What is set; otherwise room for 32,768 tokens, or for one longest request where that is more."""
         return max(_DEFAULT_CACHE_TOKENS, self.max_context) if self.cache_tokens is None else self.cache_tokens
@@ -126,3 +135,18 @@ class ServeSettings(SettingsSection):
         # macOS has no affinity.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return max(1, cores - 1) if self.threads is None else self.threads
+
+
+def check_bind(settings: ServeSettings, keys: Iterable[ApiKey]) -> None:
+    """Refuse to listen where others can reach the server while there is no valid key to tell them apart by.
+
+    Raises:
+        ConfigurationError: the host is not loopback, and no key is valid.
+    """
+    now = datetime.now(UTC)
+    if not settings.is_loopback and not any(key.is_valid(now) for key in keys):
+        raise ConfigurationError(
+            f"setting serve.host: {settings.host} can be reached from other machines, and there is no valid API key; "
+            "make one first (hotswap keys create NAME), or listen on 127.0.0.1",
+            param="host",
+        )

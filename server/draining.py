@@ -1,80 +1,59 @@
-"""An orderly end: the parent process asks, the API process answers what runs, and says when it has.
+"""What the API process does when it is told to end: it answers what is running before it stops listening.
 
-The two share flags that the API process inherits when it is forked.
+A listening socket that nobody serves would make clients wait: the parent holds it too, so connections are taken by the
+kernel until the last process is gone. So uvicorn, which stops serving at once, hears of the signal last.
 """
 
 from __future__ import annotations
 
 import asyncio
-import multiprocessing as mp
-import os
 import signal
-import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 from server.engine_client import EngineClient
 
-__all__ = ["Drain", "stop_on_signals"]
-
-_CHECK_EVERY_S = 0.1
-_MARGIN_S = 2.0  # for ending what the limit cut short
+__all__ = ["drain_before_exit"]
 
 
-class Drain:
-    """The flags: whether an API process serves, whether it shall stop, whether it has nothing left to answer."""
+def drain_before_exit(engine: EngineClient, *, limit_s: float) -> None:
+    """Put off what SIGTERM and SIGINT do until the requests in flight have ended. Call it from the main thread's loop.
 
-    def __init__(self, limit_s: float) -> None:
-        self.limit_s = limit_s
-        context = mp.get_context("fork")
-        self._serving = context.Event()
-        self._asked = context.Event()
-        self._done = context.Event()
-
-    async def serve(self, engine: EngineClient) -> None:
-        """In the API process: wait until the parent asks, then drain the engine's client."""
-        self._serving.set()
-        try:
-            while not self._asked.is_set():
-                await asyncio.sleep(_CHECK_EVERY_S)
-            await engine.drain("the server is stopping", limit_s=self.limit_s)
-        finally:
-            self._done.set()
-
-    @property
-    def is_serving(self) -> bool:
-        """Whether there is an API process that can be asked."""
-        return self._serving.is_set()
-
-    def ask_and_wait(self) -> None:
-        """In the parent: ask, and wait until it is done, or should be."""
-        self._asked.set()
-        self._done.wait(self.limit_s + _MARGIN_S)
-
-
-def stop_on_signals(drain: Drain, stopping: threading.Event) -> None:
-    """Drain on SIGTERM, which process managers send, and on Ctrl+C; the next signal ends the server without delay.
-
-    LitServe shuts down in good order on KeyboardInterrupt. The API process is forked with these handlers, has others
-    while it serves, and must not raise when uvicorn repeats the signal at the end.
+    The same signal again doesn't wait; the other one changes nothing, since Ctrl+C is followed by the parent's SIGTERM.
     """
-    handle = _handler(os.getpid(), drain, stopping)
+    loop = asyncio.get_running_loop()
+    drains: set[asyncio.Task[None]] = set()  # the event loop keeps no reference of its own
+
+    def begin(end: Callable[[], object]) -> None:
+        if not drains:
+            drains.add(loop.create_task(_drain_then(engine, limit_s, end)))
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle)
+        previous = signal.getsignal(number)
+        assert callable(previous), "uvicorn handles both while it serves"
+        signal.signal(number, _put_off(previous, begin, loop))
 
 
-def _handler(parent: int, drain: Drain, stopping: threading.Event) -> Callable[[int, FrameType | None], None]:
-    def drain_and_end() -> None:
-        drain.ask_and_wait()
-        os.kill(parent, signal.SIGINT)  # comes back to the handler, in the main thread
+def _put_off(
+    previous: Callable[[int, FrameType | None], Any],
+    begin: Callable[[Callable[[], object]], None],
+    loop: asyncio.AbstractEventLoop,
+) -> Callable[[int, FrameType | None], None]:
+    times = 0
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != parent:
-            return
-        if stopping.is_set() or not drain.is_serving:
-            stopping.set()
-            raise KeyboardInterrupt
-        stopping.set()
-        threading.Thread(target=drain_and_end, name="drain", daemon=True).start()
+        nonlocal times
+        times += 1
+        if times > 1:
+            previous(number, frame)
+        else:
+            # A handler may interrupt the loop anywhere, so what it starts is left to the loop.
+            loop.call_soon_threadsafe(begin, lambda: previous(number, None))
 
     return handle
+
+
+async def _drain_then(engine: EngineClient, limit_s: float, end: Callable[[], object]) -> None:
+    await engine.drain(limit_s=limit_s)
+    end()

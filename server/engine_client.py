@@ -22,9 +22,9 @@ __all__ = ["EngineClient", "Transport"]
 _log = structlog.get_logger(__name__)
 
 _CHECK_EVERY_S = 0.5
-_DRAIN_CHECK_EVERY_S = 0.05
 # A step with long prompts may take seconds on a busy machine; a worker that is silent for longer is taken for stuck.
 _SILENCE_LIMIT_S = 60.0
+_DRAIN_CHECK_S = 0.05
 
 
 class Transport(Protocol):
@@ -72,7 +72,7 @@ class EngineClient:
         self._num_tokens = 0
         self._status: EngineStatus | None = None
         self._last_heard = 0.0
-        self._why_closed: str | None = None
+        self._is_draining = False
 
     @property
     def status(self) -> EngineStatus | None:
@@ -80,11 +80,9 @@ class EngineClient:
         return self._status
 
     @property
-    def why_unavailable(self) -> str | None:
-        """Why no request is taken; None if they are."""
-        if self._status is None:
-            return "the engine is starting; try again shortly"
-        return self._why_closed
+    def is_draining(self) -> bool:
+        """Whether no more requests are taken because the server is about to end."""
+        return self._is_draining
 
     @property
     def num_in_flight(self) -> int:
@@ -104,11 +102,10 @@ class EngineClient:
 
         Raises:
             OverloadedError: there is no room for all of them, or for their tokens; nothing was accepted.
-            EngineUnavailableError: there is no worker, or no more requests are taken; nothing was accepted.
+            EngineUnavailableError: there is no worker, or the server is about to end; nothing was accepted.
         """
-        if why := self.why_unavailable:
-            raise EngineUnavailableError(why)
-        assert self._status is not None, "otherwise it would say why"
+        self.check_available()
+        assert self._status is not None, "just checked"
         self._check_load(requests)
         events: _Events = asyncio.Queue()
         for request in requests:
@@ -116,16 +113,23 @@ class EngineClient:
             self._num_tokens += request.num_tokens
         return self._follow([SubmitCommand(self._status.epoch, request) for request in requests], events)
 
-    async def drain(self, reason: str, *, limit_s: float) -> None:
-        """Take no more requests, for `reason`; wait for those in flight, and end what is not answered in time."""
-        self._why_closed = reason
-        _log.info("draining", num_requests=self.num_in_flight, limit_s=limit_s)
+    def check_available(self) -> None:
+        """Raise EngineUnavailableError, with the reason, if requests are not taken at present."""
+        if self._is_draining:
+            raise EngineUnavailableError("the server is shutting down; try again shortly")
+        if self._status is None:
+            raise EngineUnavailableError("the engine is starting; try again shortly")
+
+    async def drain(self, *, limit_s: float) -> None:
+        """Take no more requests, and return when those in flight have ended; after `limit_s` they end in an error."""
+        self._is_draining = True
         deadline = time.monotonic() + limit_s
+        _log.info("draining", num_requests=len(self._in_flight))
         while self._in_flight and time.monotonic() < deadline:
-            await asyncio.sleep(_DRAIN_CHECK_EVERY_S)
+            await asyncio.sleep(_DRAIN_CHECK_S)
         if self._in_flight:
-            _log.warning("drain_cut_short", num_requests=self.num_in_flight)
-            self._end_all(reason)
+            _log.warning("drain_cut_short", num_requests=len(self._in_flight), limit_s=limit_s)
+            self._end_all("the server is shutting down")
 
     def _check_load(self, requests: Sequence[GenerationRequest]) -> None:
         num_in_flight = len(self._in_flight)

@@ -20,7 +20,7 @@ from server.schemas import error_body
 if TYPE_CHECKING:
     from server.services import Services
 
-__all__ = ["ANSWERS", "Answer", "count_error", "describe_error", "install_error_handlers"]
+__all__ = ["ANSWERS", "Answer", "answer_error", "count_error", "describe_error", "install_error_handlers"]
 
 _log = structlog.get_logger(__name__)
 
@@ -54,10 +54,14 @@ ANSWERS: dict[type[core.HotswapError], Answer] = {
     core.AdapterConfigError: Answer(500, "server_error", "adapter_config_unsupported"),
     core.AdapterWeightsError: Answer(500, "server_error", "adapter_weights_invalid"),
     core.NotFoundError: Answer(404, "invalid_request_error", "not_found"),
+    core.AuthenticationError: Answer(401, "invalid_request_error", "invalid_api_key"),
+    core.PermissionDeniedError: Answer(403, "invalid_request_error", "insufficient_scope"),
+    core.ForeignPageError: Answer(403, "invalid_request_error", "forbidden_origin"),
     core.ConflictError: Answer(409, "invalid_request_error", "conflict"),
     core.IntegrityError: Answer(500, "server_error", "integrity_error", is_public=False),
     core.BaseModelError: Answer(500, "server_error", "base_model_error", is_public=False),
     core.OverloadedError: Answer(429, "rate_limit_error", "overloaded", should_retry=True),
+    core.RateLimitError: Answer(429, "rate_limit_error", "rate_limit_exceeded", should_retry=True),
     core.EngineUnavailableError: Answer(503, "server_error", "engine_unavailable", should_retry=True),
     core.EngineFailureError: Answer(500, "server_error", "engine_failure"),
     # The time was the server's to keep, so not 408. Clients would retry a 504 at once, and the same request that took
@@ -77,10 +81,27 @@ def describe_error(error: core.HotswapError) -> tuple[Answer, dict[str, Any]]:
 
 def install_error_handlers(app: FastAPI) -> None:
     """Make every error of every route leave in the envelope."""
-    app.add_exception_handler(core.HotswapError, _answer_known)
+    app.add_exception_handler(core.HotswapError, answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid_body)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(Exception, _answer_unknown)
+
+
+async def answer_error(request: Request, error: Exception) -> JSONResponse:
+    """The answer to one of our own errors; for a route's errors FastAPI calls it, middleware has to."""
+    assert isinstance(error, core.HotswapError)
+    answer, body = describe_error(error)
+    count_error(request, answer.code)
+    headers = {} if answer.should_retry is None else {"x-should-retry": str(answer.should_retry).lower()}
+    if isinstance(error, core.OverloadedError):
+        headers["retry-after"] = str(error.retry_after_s)
+    elif answer.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    elif answer.status == 503:
+        headers["retry-after"] = str(_RETRY_SOON_S)
+    if answer.status == 500:
+        _log.error("request_failed", path=request.url.path, error=str(error), kind=type(error).__name__)
+    return JSONResponse(body, status_code=answer.status, headers=headers)
 
 
 def count_error(request: Request, code: str) -> None:
@@ -88,20 +109,6 @@ def count_error(request: Request, code: str) -> None:
     services: Services | None = getattr(request.app.state, "services", None)
     if services is not None:
         services.metrics.count_error(code, getattr(request.state, "binding", None))
-
-
-async def _answer_known(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, core.HotswapError)
-    answer, body = describe_error(error)
-    count_error(request, answer.code)
-    headers = {} if answer.should_retry is None else {"x-should-retry": str(answer.should_retry).lower()}
-    if isinstance(error, core.OverloadedError):
-        headers["retry-after"] = str(error.retry_after_s)
-    elif answer.status == 503:
-        headers["retry-after"] = str(_RETRY_SOON_S)
-    if answer.status == 500:
-        _log.error("request_failed", path=request.url.path, error=str(error), kind=type(error).__name__)
-    return JSONResponse(body, status_code=answer.status, headers=headers)
 
 
 async def _answer_invalid_body(request: Request, error: Exception) -> JSONResponse:

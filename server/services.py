@@ -1,19 +1,23 @@
-"""What a route may use, joined once per API process by `app`."""
+"""What a route may use, joined once per API process by `app`, on behalf of whoever calls."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from fastapi import Depends, Request
 
 from adapters.experiments import ExperimentService
+from adapters.keys import KeyService
 from adapters.registry import Registry
+from server.auth import caller_of
+from server.callers import Caller
 from server.chat import ChatService
 from server.engine_client import EngineClient
 from server.metrics import Metrics
+from server.observe import request_id_of
 
-__all__ = ["CurrentServices", "Services"]
+__all__ = ["CurrentCaller", "CurrentServices", "Services"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +29,21 @@ class Services:
     engine: EngineClient
     chat: ChatService
     metrics: Metrics
+    keys: KeyService
 
 
-def _services(request: Request) -> Services:
+CurrentCaller = Annotated[Caller, Depends(caller_of)]
+
+
+def _services(request: Request, caller: CurrentCaller) -> Services:
+    """The parts, acting for the caller: aliases that its key may not use don't exist, and its acts bear its name."""
     services: Services = request.app.state.services
-    return services
+    actor = caller.actor(request_id_of(request.scope))
+    return replace(
+        services,
+        registry=services.registry.acting_for(actor),
+        experiments=services.experiments.acting_for(actor),
+    )
 
 
 CurrentServices = Annotated[Services, Depends(_services)]

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from fastapi import FastAPI
 
+from adapters.records import SCOPES
 from adapters.settings import CoreSettings, SettingsSection
 from clients.cli.main import app
+from server.auth import read_access
 from server.config import ServeSettings
+from server.routes import router
 from server.schemas import ChatRequest
 from training.config import TrainSettings
 
@@ -52,6 +56,20 @@ def test_every_setting_is_a_flag_when_its_command_is_read(command: str, section:
     group = typer.main.get_command(app)
     flags = {parameter.name for parameter in group.commands[command].params}  # type: ignore[attr-defined]
     assert set(section.model_fields) - flags == set()
+
+
+def test_security_page_names_every_scope_and_route_when_compared() -> None:
+    """Each route stands in the row of the scope that it declares; each scope has a row."""
+    app = FastAPI()
+    app.include_router(router)
+    page = (_ROOT / "docs/security.md").read_text()
+    rows = {line.split("|")[1].strip(" `"): line for line in page.splitlines() if line.startswith("| ")}
+    assert set(SCOPES) <= set(rows)
+    routes = read_access(app)
+    assert len(routes) >= 10
+    for route in routes:
+        for name in ["open to all"] if route.is_open else route.scopes:
+            assert f"{route.path}`" in rows[name], (route.path, name)
 
 
 def test_readme_names_every_command_when_compared() -> None:

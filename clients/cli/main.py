@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clients.cli import adapters, base, bench, chat, demo, doctor, experiments, serve, train
+from clients.cli import adapters, audit, base, bench, chat, demo, doctor, experiments, keys, serve, train
 
 __all__ = ["app", "main"]
 
@@ -25,6 +25,8 @@ app.command("chat")(chat.chat)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(experiments.app, name="experiments")
 app.add_typer(base.app, name="base")
+app.add_typer(keys.app, name="keys")
+app.command("audit")(audit.audit)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
 

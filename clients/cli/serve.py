@@ -10,16 +10,20 @@ from clients.cli.options import BaseOption, DeviceOption, HomeOption, load_core,
 from clients.cli.output import error_console
 
 if TYPE_CHECKING:
+    from adapters.records import ApiKey
     from adapters.settings import CoreSettings
     from server.config import ServeSettings
 
 __all__ = ["serve"]
 
 _MAX_ALIASES_SHOWN = 12
+_MAX_KEYS_SHOWN = 8
 
 
 def serve(
-    host: Annotated[str | None, typer.Option(help="127.0.0.1, 0.0.0.0 or ::.", show_default="127.0.0.1")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="127.0.0.1, or with an API key 0.0.0.0 or ::.", show_default="127.0.0.1")
+    ] = None,
     port: Annotated[int | None, typer.Option(help="Port.", show_default="8000")] = None,
     slots: Annotated[int | None, typer.Option(help="Adapters on the device at once.", show_default="8")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Requests computed at once.", show_default="32")] = None,
@@ -106,15 +110,31 @@ def serve(
 
 
 def _announce(core: CoreSettings, settings: ServeSettings) -> None:
+    from adapters.keys import KeyService
+    from server.config import check_bind
+
     registry = open_registry(core.home)
     names = [alias.current.label for alias in registry.aliases()]
+    keys = KeyService(registry.database).list()
     registry.database.close()
+    check_bind(settings, keys)
     shown = ", ".join(names[:_MAX_ALIASES_SHOWN]) + (" ..." if len(names) > _MAX_ALIASES_SHOWN else "")
     url = f"http://{'127.0.0.1' if settings.host != '::' else '[::1]'}:{settings.port}"
     error_console.print(f"Hotswap on {url}/v1 (home {core.home})")
     error_console.print(f"  base model  {core.base}, {core.quantisation}, device {core.device}")
     error_console.print(f"  adapters    {shown or 'none yet: hotswap train NAME --data FILE.jsonl'}")
-    if settings.host != "127.0.0.1":
-        error_console.print("  [bold]open[/bold]        no API keys yet: whoever reaches this port may use it")
+    error_console.print(f"  API keys    {_describe_keys(keys)}", markup=False)
     error_console.print(f'  try         hotswap chat {names[0].split("@")[0] if names else "base"} "Hello" --url {url}')
+    if keys:
+        error_console.print("              (with HOTSWAP_API_KEY set to a key's secret)")
     error_console.print("Loading the base model; GET /ready answers 200 when it is up. Ctrl+C stops.")
+
+
+def _describe_keys(keys: list[ApiKey]) -> str:
+    from datetime import UTC, datetime
+
+    if not keys:
+        return "none: open to this machine alone; make one with: hotswap keys create NAME"
+    names = [f"{key.name} ({', '.join(key.scopes)})" for key in keys if key.is_valid(datetime.now(UTC))]
+    shown = ", ".join(names[:_MAX_KEYS_SHOWN]) + (" ..." if len(names) > _MAX_KEYS_SHOWN else "")
+    return shown or "all expired or revoked, so nobody is let in; make one with: hotswap keys create NAME"

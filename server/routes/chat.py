@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from adapters.errors import EngineFailureError, HotswapError
+from server.auth import needs
 from server.chat import Answer, ChatCall
 from server.engine.core import EngineEvent
 from server.errors import count_error, describe_error
@@ -18,20 +19,23 @@ from server.limits import TIMEOUT_HEADER, read_timeout
 from server.logprobs import LogprobsWriter
 from server.observe import request_id_of
 from server.schemas import ChatRequest, chat_choice, chat_chunk, chat_completion, usage_body
-from server.services import CurrentServices
+from server.services import CurrentCaller, CurrentServices
 
 __all__ = ["router"]
 
-router = APIRouter()
+router = APIRouter(dependencies=[needs("chat")])
 _T = TypeVar("_T")
 _CLIENT_CLOSED_REQUEST = 499  # nginx's number for it; nobody is left to read it
 
 
 @router.post("/v1/chat/completions")
-async def create_chat_completion(body: ChatRequest, request: Request, services: CurrentServices) -> Response:
+async def create_chat_completion(
+    body: ChatRequest, request: Request, services: CurrentServices, caller: CurrentCaller
+) -> Response:
     """Answer a conversation with the version that `model` names."""
     timeout_s = read_timeout(request.headers.get(TIMEOUT_HEADER), limit_s=services.chat.timeout_s)
-    call = await services.chat.accept(body, request_id=request_id_of(request.scope), timeout_s=timeout_s)
+    request_id = request_id_of(request.scope)
+    call = await services.chat.accept(body, request_id=request_id, caller=caller, timeout_s=timeout_s)
     request.state.binding = call.binding  # for the count of errors
     events = services.chat.generate(call)
     logprobs = services.chat.logprobs if body.logprobs else None

@@ -7,12 +7,13 @@ import asyncio
 from fastapi import APIRouter
 
 from adapters.records import Feedback
+from server.auth import needs
 from server.schemas import FeedbackRequest
 from server.services import CurrentServices
 
 __all__ = ["router"]
 
-router = APIRouter()
+router = APIRouter(dependencies=[needs("feedback")])
 
 
 @router.post("/v1/feedback")

@@ -11,11 +11,12 @@ from fastapi import APIRouter
 from adapters.errors import InvalidNameError
 from adapters.records import BASE_MODEL_NAME
 from adapters.registry import Registry
+from server.auth import needs
 from server.services import CurrentServices
 
 __all__ = ["router"]
 
-router = APIRouter()
+router = APIRouter(dependencies=[needs("chat")])
 
 
 @router.get("/v1/models")
@@ -34,7 +35,7 @@ async def retrieve_model(name: str, services: CurrentServices) -> dict[str, Any]
 
 
 def _models(registry: Registry) -> list[dict[str, Any]]:
-    models = [_model(BASE_MODEL_NAME, None, parent=None)]
+    models = [_model(BASE_MODEL_NAME, None, parent=None)] if registry.can_see(BASE_MODEL_NAME) else []
     for alias in registry.aliases():
         models.append(_model(alias.name, alias.updated_at, parent=alias.current.label))
         models += [

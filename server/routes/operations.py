@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
-from adapters.errors import EngineUnavailableError
 from adapters.records import NumberedVersion
 from adapters.registry import Registry
+from server.auth import needs, open_to_all
+from server.engine_client import EngineClient
 from server.services import CurrentServices
 
 __all__ = ["router"]
@@ -18,30 +19,30 @@ __all__ = ["router"]
 router = APIRouter()
 
 
-@router.get("/health")
+@router.get("/health", dependencies=[open_to_all()])
 async def health() -> dict[str, str]:
     """The API process is alive; it says nothing about the engine."""
     return {"status": "ok"}
 
 
-@router.get("/ready")
-async def ready(services: CurrentServices, response: Response) -> dict[str, Any]:
-    """The engine is up and takes requests; 503 while it starts and while the server stops."""
-    status = services.engine.status
-    if why := services.engine.why_unavailable:
-        raise EngineUnavailableError(why)
-    assert status is not None, "otherwise it would say why"
+@router.get("/ready", dependencies=[open_to_all()])
+async def ready(request: Request, response: Response) -> dict[str, Any]:
+    """The engine is up and takes requests; 503 otherwise."""
+    engine: EngineClient = request.app.state.services.engine  # nobody has to say who they are
+    engine.check_available()
+    status = engine.status
+    assert status is not None, "just checked"
     response.headers["cache-control"] = "no-store"
     return {
         "status": "ready",
         "running": status.num_running,
         "waiting": status.num_waiting,
-        "in_flight": services.engine.num_in_flight,
+        "in_flight": engine.num_in_flight,
         "resident_versions": list(status.resident),
     }
 
 
-@router.get("/metrics")
+@router.get("/metrics", dependencies=[needs("admin")])
 async def metrics(services: CurrentServices) -> Response:
     """Everything that is measured, in Prometheus' text format."""
     status = services.engine.status

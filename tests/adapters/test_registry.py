@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from adapters.assignment import assign_arm
-from adapters.errors import ConflictError, IntegrityError, InvalidNameError, NotFoundError
+from adapters.errors import ConflictError, IntegrityError, InvalidNameError, NotFoundError, PermissionDeniedError
 from adapters.experiments import ExperimentService
 from adapters.manifest import BaseReference
-from adapters.records import Binding
+from adapters.records import Actor, Binding, Exposure, Feedback
 from adapters.registry import Registry
 from adapters.tables import AliasVersionRow, VersionRow
 from tests.support.kill_points import open_home
@@ -572,3 +572,80 @@ def test_promote_leaves_the_alias_when_the_versions_files_are_damaged(registry: 
     with pytest.raises(IntegrityError, match=r"adapter_model\.safetensors"):
         registry.promote("legal@v2")
     assert "legal@v1" == registry.alias("legal").current.label
+
+
+# What an actor may not see -------------------------------------------------------------------------------------------
+
+
+def test_hidden_alias_is_refused_in_the_words_for_an_absent_one_when_an_actor_is_limited(registry: Registry) -> None:
+    """By every act and every way to name it; nothing else that is hidden is named either."""
+    hidden = publish_text(registry, "hidden", alias="medical")
+    publish_text(registry, "more", alias="medical")
+    ExperimentService(registry.database).create("medical", [("A", "v1", 50), ("B", "v2", 50)])
+    publish_text(registry, "one", alias="legal")
+    limited = registry.acting_for(Actor("key-1", aliases=frozenset({"legal"})))
+    for suffix in ("", "@v1", "@v9", f"@{hidden.version.digest[:12]}"):
+        for act in (
+            limited.find,
+            limited.promote,
+            limited.rollback,
+            limited.remove,
+            limited.alias,
+            lambda name: limited.resolve(name, unit="u"),
+        ):
+            messages = []
+            for alias in ("medical", "nobody"):
+                with pytest.raises((NotFoundError, ConflictError)) as error:
+                    act(alias + suffix)
+                messages.append(str(error.value).replace(alias, "X"))
+            assert messages[0] == messages[1]
+            assert "medical" not in messages[1]
+    assert ["legal"] == [alias.name for alias in limited.aliases()]
+    assert ([], []) == (limited.versions("medical"), limited.history("medical"))
+    assert 2 == len(registry.versions("medical"))
+
+
+def test_base_model_is_hidden_when_an_actor_is_limited_to_aliases(registry: Registry) -> None:
+    """It has to be named like any alias."""
+    publish_text(registry, "one", alias="legal")
+    limited = registry.acting_for(Actor("key-1", aliases=frozenset({"legal"})))
+    with pytest.raises(NotFoundError, match=r"known: legal$"):
+        limited.resolve("base", unit="u")
+    named = registry.acting_for(Actor("key-1", aliases=frozenset({"base"})))
+    assert "base" == named.resolve("base", unit="u").route
+    with pytest.raises(NotFoundError, match=r"known: base$"):
+        named.resolve("legal", unit="u")
+
+
+def test_publish_is_refused_when_an_actor_is_limited_to_other_aliases(registry: Registry) -> None:
+    """Whether the alias exists or not; nothing is stored."""
+    publish_text(registry, "one", alias="medical")
+    limited = registry.acting_for(Actor("key-1", aliases=frozenset({"legal"})))
+    for alias in ("medical", "nobody"):
+        with pytest.raises(PermissionDeniedError, match=f"may not publish under '{alias}'"):
+            publish_text(limited, "two", alias=alias)
+    assert 1 == len(registry.versions("medical"))
+    assert "legal@v1" == publish_text(limited, "two", alias="legal").label
+
+
+def test_experiments_are_hidden_when_an_actor_may_not_see_their_alias(registry: Registry) -> None:
+    """By id and by alias, in reports, lists and feedback."""
+    for content in ("one", "two"):
+        publish_text(registry, content, alias="medical")
+    service = ExperimentService(registry.database)
+    experiment = service.create("medical", [("A", "v1", 50), ("B", "v2", 50)])
+    service.record_exposure(
+        Exposure("r1", Binding("medical", "version", "d", 1), "u", "user", 1, 1, 1.0, 1.0, "stop", None)
+    )
+    limited = service.acting_for(Actor("key-1", aliases=frozenset({"legal"})))
+    for act in (limited.get, limited.report, limited.stop):
+        for name in (experiment.id, "medical"):
+            with pytest.raises(NotFoundError, match="there is no experiment"):
+                act(name)
+    with pytest.raises(NotFoundError, match="there is no adapter 'medical'"):
+        limited.create("medical", [("A", "v1", 50), ("B", "v2", 50)])
+    with pytest.raises(NotFoundError, match="there is no response 'r1'"):
+        limited.record_feedback(Feedback("r1", "ok", 1.0))
+    assert [] == limited.list()
+    assert [experiment] == service.list()
+    service.record_feedback(Feedback("r1", "ok", 1.0))

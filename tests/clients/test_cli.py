@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from adapters.errors import HotswapError
+from adapters.errors import ConfigurationError, HotswapError
 from clients.cli.main import app
 from tests.support.tiny import save_random_adapter
 
@@ -145,3 +145,71 @@ def test_training_reports_bad_data_before_it_loads_anything_when_a_line_is_wrong
     data.write_text('{"messages": [{"role": "user", "content": 1}]}\n')
     with pytest.raises(HotswapError, match=r"bad\.jsonl:1: field messages\[0\]\.content"):
         shell.text("train", "legal", "--data", str(data))
+
+
+def test_key_is_printed_once_when_it_is_made(shell: Shell) -> None:
+    """The secret alone goes to standard output, so that a script can keep it; lists don't have it."""
+    assert [] == shell.json("keys", "list")
+    options = [
+        "--scope",
+        "chat",
+        "--scope",
+        "feedback",
+        "--alias",
+        "legal",
+        "--expires",
+        "30d",
+        "--max-concurrent",
+        "3",
+    ]
+    secret = shell.text("keys", "create", "[/web]", *options).strip()
+    (key,) = shell.json("keys", "list")
+    assert secret.startswith(f"hs-{key['id'].removeprefix('key-')}-")
+    assert (["chat", "feedback"], ["legal"], 3) == (key["scopes"], key["aliases"], key["limits"]["max_concurrent"])
+    listed = shell.text("keys", "list")
+    assert "valid" in listed
+    assert "[/web]" in listed
+    assert secret[16:] not in listed + json.dumps(key)
+
+
+def test_key_may_chat_alone_when_no_scope_is_given(shell: Shell) -> None:
+    """The least that is of use; the secret is in the JSON document too."""
+    made = shell.json("keys", "create", "web")
+    assert ["chat"] == made["key"]["scopes"]
+    assert made["key"]["aliases"] is None
+    assert made["secret"].startswith("hs-")
+
+
+def test_key_is_shown_as_revoked_when_it_was(shell: Shell) -> None:
+    """It stays in the list."""
+    key = shell.json("keys", "create", "web")["key"]
+    assert shell.json("keys", "revoke", key["id"])["revoked_at"] is not None
+    assert "revoked" in shell.text("keys", "list")
+    with pytest.raises(HotswapError, match=r"revoked at .* already"):
+        shell.text("keys", "revoke", key["id"])
+
+
+def test_audit_shows_what_the_command_line_did_when_asked(shell: Shell) -> None:
+    """Newest first, by whom and to what."""
+    shell.json("adapters", "promote", "legal@v1")
+    key = shell.json("keys", "create", "web")["key"]
+    entries = shell.json("audit")
+    assert [
+        ("create_key", key["id"]),
+        ("promote", "legal"),
+        ("import", "legal@v2"),
+        ("import", "legal@v1"),
+    ] == [(entry["action"], entry["subject"]) for entry in entries]
+    assert {"command line"} == {entry["actor"] for entry in entries}
+    assert entries[:1] == shell.json("audit", "--limit", "1")
+    printed = shell.text("audit")
+    assert "create key" in printed
+    assert key["id"] in printed
+
+
+def test_serve_says_what_to_do_when_others_could_reach_it_without_keys(shell: Shell) -> None:
+    """It ends before it says that it serves."""
+    result = CliRunner().invoke(app, ["serve", "--host", "0.0.0.0"], env=shell.environment)
+    assert isinstance(result.exception, ConfigurationError)
+    assert "hotswap keys create NAME" in str(result.exception)
+    assert "Hotswap on" not in result.output

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -230,3 +231,31 @@ def test_bad_bodies_are_answered_in_the_envelope_when_sent(tiny_server: str) -> 
         assert set(error) == {"message", "type", "param", "code"}
         if field:
             assert error["param"] == field
+
+
+def test_key_opens_a_server_that_others_can_reach_until_it_is_revoked(
+    tmp_path: Path, tiny_folders: dict[str, Path]
+) -> None:
+    """Refused to start without one; then the SDK and the command line get in with it, and nobody without."""
+    home = make_home(tmp_path / "home", tiny_folders["llama"], HOTSWAP_QUANTISATION="none")
+    refused = home.try_run("serve", "--host", "0.0.0.0")
+    assert (1, True) == (refused.returncode, "hotswap keys create NAME" in refused.stderr)
+    made = home.run("keys", "create", "web")
+    secret, key_id = made["secret"], made["key"]["id"]
+    log = home.path / "server.log"
+    with running_server(home.environment, log, "--host", "0.0.0.0") as url:
+        with pytest.raises(openai.AuthenticationError):
+            _ask(url, "base")
+        with_key = _client(url).with_options(api_key=secret)
+        assert "base" in [model.id for model in with_key.models.list()]
+        chat = ("chat", "base", "Hello", "--url", url, "--max-tokens", "3")
+        assert "invalid_api_key" in httpx.get(f"{url}/v1/models").text
+        assert 1 == home.try_run(*chat).returncode
+        assert "base" == replace(home, environment=home.environment | {"HOTSWAP_API_KEY": secret}).run(*chat)["version"]
+        home.run("keys", "revoke", key_id)
+        with pytest.raises(openai.AuthenticationError, match="was revoked"):
+            with_key.models.list()
+    written = log.read_text()
+    assert f"key={key_id}" in written
+    assert "API keys    web (chat)" in written
+    assert secret[16:] not in written

@@ -55,8 +55,8 @@ def test_running_stream_ends_in_an_error_when_the_drain_takes_too_long(home: Hom
             server.process.terminate()
             *_, last = _events(lines)
         assert 0 == server.process.wait(60)
-    assert "the server is stopping" == last["error"]["message"]
-    assert ["the server is stopping"] == [row.error for row in _exposures(home)]
+    assert "the server is shutting down" == last["error"]["message"]
+    assert ["the server is shutting down"] == [row.error for row in _exposures(home)]
 
 
 def test_server_ends_at_once_when_nothing_runs(home: Home) -> None:

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from adapters.errors import InvalidNameError, PromptTooLongError
+from server.callers import Caller
 from server.chat import ChatCall
 from server.schemas import ChatRequest
 from tests.support.engine import RECIPES, Site, on_site
@@ -19,7 +20,9 @@ FIRST, SECOND, *_ = RECIPES
 def _accept(site: Site, **fields: Any) -> ChatCall:
     body = {"model": "base", "messages": [{"role": "user", "content": "hi"}], **fields}
     services = site.app.state.services
-    call: ChatCall = asyncio.run(services.chat.accept(ChatRequest.model_validate(body), request_id="id1"))
+    call: ChatCall = asyncio.run(
+        services.chat.accept(ChatRequest.model_validate(body), request_id="id1", caller=Caller.local())
+    )
     return call
 
 
@@ -88,7 +91,7 @@ def test_exposure_is_written_when_the_last_event_is_seen(site: Site) -> None:
     async def scenario(http: httpx.AsyncClient) -> None:
         chat = site.app.state.services.chat
         body = ChatRequest.model_validate({"model": "legal", "messages": [{"role": "user", "content": "hi"}]})
-        call = await chat.accept(body, request_id="id1")
+        call = await chat.accept(body, request_id="id1", caller=Caller.local())
         async for event in chat.generate(call):
             assert (event.finish_reason is not None) == bool(site.exposures())
 

@@ -72,7 +72,9 @@ def _with_openai(site: Site, scenario: Any) -> Any:
         transport = httpx2.ASGITransport(app=site.app)
         async with (
             httpx2.AsyncClient(transport=transport) as own,
-            openai.AsyncOpenAI(api_key="none", base_url="http://test/v1", http_client=own, max_retries=0) as client,
+            openai.AsyncOpenAI(
+                api_key="none", base_url="http://localhost/v1", http_client=own, max_retries=0
+            ) as client,
         ):
             return await scenario(client)
 

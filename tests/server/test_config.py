@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from adapters.database import Database
 from adapters.errors import ConfigurationError
-from server.config import ServeSettings
+from adapters.keys import KeyService
+from adapters.records import ApiKey
+from server.config import ServeSettings, check_bind
 
 
 def test_settings_are_the_defaults_when_nothing_is_given(tmp_path: Path) -> None:
@@ -77,3 +80,31 @@ def test_settings_are_refused_when_the_file_has_an_unknown_key(tmp_path: Path) -
     (tmp_path / "hotswap.toml").write_text("[serve]\nprot = 2001\n")
     with pytest.raises(ConfigurationError, match="prot"):
         ServeSettings.load(tmp_path)
+
+
+def _keys(database: Database, *, is_valid: bool) -> list[ApiKey]:
+    service = KeyService(database)
+    key, _ = service.create("web", scopes=["chat"])
+    if not is_valid:
+        service.revoke(key.id)
+    return service.list()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_bind_is_refused_when_others_can_reach_it_and_no_key_is_valid(
+    host: str, tmp_path: Path, database: Database
+) -> None:
+    """The error says what to do; a revoked key is as good as none."""
+    settings = ServeSettings.load(tmp_path, host=host)
+    for keys in ([], _keys(database, is_valid=False)):
+        with pytest.raises(ConfigurationError, match=rf"serve\.host: {host} .*hotswap keys create NAME") as error:
+            check_bind(settings, keys)
+        assert "host" == error.value.param
+    check_bind(settings, _keys(database, is_valid=True))
+
+
+def test_bind_is_taken_when_it_is_loopback(tmp_path: Path) -> None:
+    """No key is needed where only this machine can call."""
+    settings = ServeSettings.load(tmp_path)
+    check_bind(settings, [])
+    assert settings.is_loopback

@@ -26,10 +26,12 @@ from adapters.base_model import LoadedBase
 from adapters.chat_template import render_prompt
 from adapters.errors import AdapterWeightsError, NotFoundError
 from adapters.experiments import ExperimentService
+from adapters.keys import KeyService
 from adapters.manifest import BaseReference
 from adapters.records import NumberedVersion
 from adapters.registry import Registry
 from adapters.tables import ExposureRow
+from server.auth import AuthMiddleware
 from server.chat import ChatService
 from server.config import ServeSettings
 from server.engine.core import EngineEvent, GenerationRequest, SamplingParams
@@ -415,6 +417,7 @@ class Site:
     base: LoadedBase
     adapters: dict[str, Path]
     settings: ServeSettings
+    keys: KeyService
 
     @classmethod
     def build(
@@ -440,13 +443,15 @@ class Site:
         )
         metrics.watch(client)
         experiments = ExperimentService(registry.database)
+        keys = KeyService(registry.database)
         chat = ChatService(registry, experiments, client, make_tokenizer(), settings, metrics)
         app = FastAPI()
+        app.add_middleware(AuthMiddleware, is_loopback=True)
         app.add_middleware(RequestIdMiddleware)
         install_error_handlers(app)
         app.include_router(router)
-        app.state.services = Services(registry, experiments, client, chat, metrics)
-        return cls(app, registry, experiments, engine, transport, client, bench.base, bench.adapters, settings)
+        app.state.services = Services(registry, experiments, client, chat, metrics, keys)
+        return cls(app, registry, experiments, engine, transport, client, bench.base, bench.adapters, settings, keys)
 
     def publish(
         self, alias: str, adapter: str, *, promote: bool = True, reference: BaseReference | None = None
@@ -475,7 +480,7 @@ def on_site(site: Site, scenario: Callable[[httpx.AsyncClient], Awaitable[Result
             await asyncio.sleep(0)
         transport = httpx.ASGITransport(app=site.app, raise_app_exceptions=False)
         try:
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
                 return await scenario(http)
         finally:
             if listening is not None:
@@ -503,9 +508,9 @@ class Exchange:
             "path": path,
             "raw_path": path.encode(),
             "query_string": b"",
-            "headers": [(b"content-type", b"application/json"), (b"host", b"test")],
+            "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
             "client": ("127.0.0.1", 1),
-            "server": ("test", 80),
+            "server": ("localhost", 80),
             "root_path": "",
         }
 

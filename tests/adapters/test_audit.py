@@ -1,0 +1,115 @@
+"""The audit log: every administrative act leaves a row, in the act's own transaction, under the name of who did it."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from adapters.audit import AuditLog
+from adapters.errors import HotswapError
+from adapters.experiments import ExperimentService
+from adapters.keys import KeyService
+from adapters.manifest import ADAPTER_WEIGHTS_FILE
+from adapters.records import Actor, AuditAction, AuditEntry
+from adapters.registry import Registry
+from tests.support.versions import PLAIN_MANIFEST, publish_text, write_files
+
+HALVES = [("A", "v1", 50.0), ("B", "v2", 50.0)]
+
+
+def _log(registry: Registry) -> list[AuditEntry]:
+    return AuditLog(registry.database).list(limit=100)
+
+
+def _acts(registry: Registry) -> list[tuple[str, str]]:
+    """Oldest first."""
+    return [(entry.action, entry.subject) for entry in reversed(_log(registry))]
+
+
+def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
+    """Once each, with what it was done to; every kind of act is met."""
+    publish_text(registry, "one")
+    trained = PLAIN_MANIFEST.model_copy(update={"source": "trained"})
+    source = write_files(registry.store.root.parent / "trained", "two")
+    registry.publish(source, trained, alias="legal", promote=False)
+    registry.promote("legal@v2")
+    registry.rollback("legal")
+    experiments = ExperimentService(registry.database)
+    experiment = experiments.create("legal", HALVES)
+    experiments.stop("legal")
+    registry.remove("legal@v2")
+    keys = KeyService(registry.database)
+    key, _ = keys.create("web", scopes=["chat"])
+    keys.revoke(key.id)
+    acts = _acts(registry)
+    assert [
+        ("import", "legal@v1"),
+        ("publish", "legal@v2"),
+        ("promote", "legal"),
+        ("rollback", "legal"),
+        ("start_experiment", experiment.id),
+        ("stop_experiment", experiment.id),
+        ("remove", "legal@v2"),
+        ("create_key", key.id),
+        ("revoke_key", key.id),
+    ] == acts
+    assert set(get_args(AuditAction)) == {action for action, _ in acts}
+
+
+def test_rows_say_what_an_operator_asks_when_they_are_read(registry: Registry) -> None:
+    """From where to where an alias moved, which content was removed, what a key may do."""
+    one, two = (publish_text(registry, content) for content in ("one", "two"))
+    registry.promote("legal@v1")
+    registry.remove("legal@v2")
+    KeyService(registry.database).create("web", scopes=["chat"], aliases=["legal"])
+    key, removed, promoted, published, _ = _log(registry)
+    assert {"name": "web", "scopes": ["chat"], "aliases": ["legal"]} == key.detail
+    assert {"digests": {"legal@v2": two.version.digest}} == removed.detail
+    assert {"from_number": 2, "to_number": 1} == promoted.detail
+    assert {"digest": two.version.digest, "is_live": True} == published.detail
+    assert one.version.digest != two.version.digest
+
+
+def test_row_names_the_actor_when_somebody_acts_over_http(registry: Registry) -> None:
+    """The key and the request; without either it was the command line."""
+    publish_text(registry, "one")
+    registry.acting_for(Actor("key-1", "req_2")).promote("legal@v1")
+    service = ExperimentService(registry.database).acting_for(Actor("local", "req_3"))
+    publish_text(registry, "two")
+    service.create("legal", HALVES)
+    assert [
+        ("command line", None),
+        ("key-1", "req_2"),
+        ("command line", None),
+        ("local", "req_3"),
+    ] == [(entry.actor, entry.request_id) for entry in reversed(_log(registry))]
+
+
+def test_no_row_is_left_when_the_act_is_refused(registry: Registry) -> None:
+    """The log tells what was done, so what was rolled back is not in it."""
+    version = publish_text(registry, "one").version
+    publish_text(registry, "two")
+    before = _acts(registry)
+    weights = registry.store.folder(version.digest) / ADAPTER_WEIGHTS_FILE
+    weights.write_text("other")
+    experiments = ExperimentService(registry.database)
+    for act in (
+        lambda: registry.promote("legal@v1"),  # damaged
+        lambda: registry.rollback("legal"),  # the same
+        lambda: registry.promote("legal@v9"),
+        lambda: registry.remove("legal@v2"),  # pointed to
+        lambda: experiments.create("legal", [("A", "v1", 50.0), ("B", "v9", 50.0)]),
+        lambda: experiments.stop("legal"),
+        lambda: KeyService(registry.database).revoke("key-nobody"),
+    ):
+        with pytest.raises(HotswapError):
+            act()
+    assert before == _acts(registry)
+
+
+def test_list_gives_the_latest_when_it_is_limited(registry: Registry) -> None:
+    """Newest first."""
+    for content in ("one", "two", "three"):
+        publish_text(registry, content)
+    assert ["legal@v3", "legal@v2"] == [entry.subject for entry in AuditLog(registry.database).list(limit=2)]
