@@ -11,12 +11,14 @@ HotswapError
 |     |- RankTooHighError           does not fit the slots
 |     |- AdapterConfigError         adapter_config.json asks for something unsupported
 |     |- AdapterWeightsError        tensors missing, misshapen, not finite or without effect
+|     |- AdapterManifestError       manifest.json is none, or that of other files
 |- NotFoundError                no such alias, version, experiment, response or base model
 |- ConflictError                the request is fine, the present state forbids it
 |- IntegrityError               a stored file is not what its manifest says
 |- BaseModelError               the base model can't be fetched, read or supported
 |- OverloadedError              the queue is full: try again later
 |- EngineUnavailableError       the engine is starting, draining or has died
+|- AdapterLoadError             a published version can't be served; the reason is in the message
 |- EngineFailureError           a step of the model failed under this request
 |- DeadlineExceededError        the answer was not finished in its time
 """
@@ -25,6 +27,8 @@ from __future__ import annotations
 
 __all__ = [
     "AdapterConfigError",
+    "AdapterLoadError",
+    "AdapterManifestError",
     "AdapterRejectedError",
     "AdapterWeightsError",
     "BaseModelError",
@@ -121,6 +125,10 @@ class AdapterWeightsError(AdapterRejectedError):
     """Tensors are missing, misshapen, not finite or without effect."""
 
 
+class AdapterManifestError(AdapterRejectedError):
+    """manifest.json is not a manifest, or describes other files than those beside it."""
+
+
 class NotFoundError(HotswapError):
     """No such alias, version, experiment, response or base model."""
 
@@ -151,6 +159,14 @@ class OverloadedError(HotswapError):
 
 class EngineUnavailableError(HotswapError):
     """The engine is starting, draining or has died."""
+
+
+class AdapterLoadError(HotswapError):
+    """A published version that a request names can't be loaded; nothing is wrong with the request."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.param = "model"
 
 
 class EngineFailureError(HotswapError):

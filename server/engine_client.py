@@ -15,7 +15,16 @@ import structlog
 
 from adapters.errors import EngineUnavailableError, OverloadedError
 from server.engine.core import EngineEvent, GenerationRequest
-from server.messages import CancelCommand, EngineMessage, EngineStatus, SubmitCommand
+from server.engine.residency import Residence
+from server.messages import (
+    CancelCommand,
+    Command,
+    EngineMessage,
+    EngineStatus,
+    PinCommand,
+    SubmitCommand,
+    UnloadCommand,
+)
 
 __all__ = ["EngineClient", "Transport"]
 
@@ -29,7 +38,7 @@ _SILENCE_LIMIT_S = 60.0
 class Transport(Protocol):
     """The line to the engine worker."""
 
-    async def send(self, command: SubmitCommand | CancelCommand) -> None:
+    async def send(self, command: Command) -> None:
         """Send one command."""
 
     async def receive(self) -> list[EngineMessage]:
@@ -71,6 +80,7 @@ class EngineClient:
         self._num_tokens = 0
         self._status: EngineStatus | None = None
         self._last_heard = 0.0
+        self._residency: dict[str, Residence] = {}
 
     @property
     def status(self) -> EngineStatus | None:
@@ -86,6 +96,25 @@ class EngineClient:
     def num_tokens_in_flight(self) -> int:
         """Prompt and max_tokens of those requests."""
         return self._num_tokens
+
+    @property
+    def residency(self) -> dict[str, Residence]:
+        """Where versions were about a second ago, by digest; what is nowhere but in the store is not listed."""
+        return self._residency
+
+    async def set_pinned(self, digests: tuple[str, ...]) -> None:
+        """Tell the worker which versions keep their slots; it forgets them when it dies."""
+        await self._transport.send(PinCommand(digests))
+
+    async def unload(self, digest: str) -> None:
+        """Tell the worker to free a version's slot once its last request has ended.
+
+        Raises:
+            EngineUnavailableError: there is no worker.
+        """
+        if self._status is None:
+            raise EngineUnavailableError("the engine is starting; try again shortly")
+        await self._transport.send(UnloadCommand(digest))
 
     def generate(self, *requests: GenerationRequest) -> AsyncGenerator[EngineEvent]:
         """Accept requests together and return their events, to be iterated at once.
@@ -163,6 +192,8 @@ class EngineClient:
             _log.info("engine_ready", pid=message.status.pid, epoch=message.status.epoch)
         self._status = message.status
         self._last_heard = time.monotonic()
+        if message.residency is not None:
+            self._residency = {residence.digest: residence for residence in message.residency}
         if self._on_message is not None:
             self._on_message(message)
         for event in message.events:
@@ -187,6 +218,7 @@ class EngineClient:
         """End every request in flight with an error, and take no more until a worker speaks."""
         _log.error("engine_lost", reason=reason, num_requests=len(self._in_flight))
         self._status = None
+        self._residency = {}
         for events in {id(entry.events): entry.events for entry in self._in_flight.values()}.values():
             events.put_nowait(EngineUnavailableError(reason))
 

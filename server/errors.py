@@ -48,11 +48,13 @@ ANSWERS: dict[type[core.HotswapError], Answer] = {
     core.ConfigurationError: Answer(500, "server_error", "configuration_error", is_public=False),
     core.DataError: Answer(400, "invalid_request_error", "invalid_data"),
     core.PromptTooLongError: Answer(400, "invalid_request_error", "context_length_exceeded"),
-    core.AdapterRejectedError: Answer(500, "server_error", "adapter_rejected"),
-    core.FingerprintMismatchError: Answer(500, "server_error", "fingerprint_mismatch"),
-    core.RankTooHighError: Answer(500, "server_error", "rank_too_high"),
-    core.AdapterConfigError: Answer(500, "server_error", "adapter_config_unsupported"),
-    core.AdapterWeightsError: Answer(500, "server_error", "adapter_weights_invalid"),
+    core.AdapterRejectedError: Answer(400, "invalid_request_error", "adapter_invalid"),
+    core.FingerprintMismatchError: Answer(400, "invalid_request_error", "fingerprint_mismatch"),
+    core.RankTooHighError: Answer(400, "invalid_request_error", "rank_too_high"),
+    core.AdapterConfigError: Answer(400, "invalid_request_error", "adapter_config_unsupported"),
+    core.AdapterWeightsError: Answer(400, "invalid_request_error", "adapter_weights_invalid"),
+    core.AdapterManifestError: Answer(400, "invalid_request_error", "adapter_manifest_invalid"),
+    core.AdapterLoadError: Answer(500, "server_error", "adapter_rejected"),
     core.NotFoundError: Answer(404, "invalid_request_error", "not_found"),
     core.ConflictError: Answer(409, "invalid_request_error", "conflict"),
     core.IntegrityError: Answer(500, "server_error", "integrity_error", is_public=False),
@@ -117,8 +119,8 @@ async def _answer_invalid_body(request: Request, error: Exception) -> JSONRespon
 
 
 def _field_path(location: Sequence[int | str]) -> str | None:
-    """The field's path as a client wrote it: without "body" and without pydantic's names for the members of a union."""
-    parts = [str(part) for part in location if part != "body" and not re.search(r"[\[-]", str(part))]
+    """The field's path as a client wrote it, without "body" or "query" and pydantic's names for a union's members."""
+    parts = [str(part) for part in location[1:] if not re.search(r"[\[-]", str(part))]
     return ".".join(part for part in parts if part not in ("str", "bool", "float")) or None
 
 

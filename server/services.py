@@ -12,6 +12,8 @@ from adapters.registry import Registry
 from server.chat import ChatService
 from server.engine_client import EngineClient
 from server.metrics import Metrics
+from server.pins import PinKeeper
+from server.uploads import AdapterUploads
 
 __all__ = ["CurrentServices", "Services"]
 
@@ -25,6 +27,8 @@ class Services:
     engine: EngineClient
     chat: ChatService
     metrics: Metrics
+    pins: PinKeeper
+    uploads: AdapterUploads
 
 
 def _services(request: Request) -> Services:

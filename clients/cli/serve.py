@@ -50,6 +50,9 @@ def serve(
     ] = None,
     timeout_s: Annotated[float | None, typer.Option(help="Seconds an answer may take.", show_default="600")] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="Largest request body.", show_default="2000000")] = None,
+    max_adapter_bytes: Annotated[
+        int | None, typer.Option(help="Largest upload of an adapter.", show_default="1000000000")
+    ] = None,
     host_cache_mb: Annotated[
         int | None, typer.Option(help="Host memory for adapters that lost their slot; 0 is off.", show_default="1024")
     ] = None,
@@ -82,6 +85,7 @@ def serve(
         max_queued_tokens=max_queued_tokens,
         timeout_s=timeout_s,
         max_body_bytes=max_body_bytes,
+        max_adapter_bytes=max_adapter_bytes,
         host_cache_mb=host_cache_mb,
         pinned=pinned or None,  # Typer gives an empty list for a flag that was not given
         log_level=log_level,
