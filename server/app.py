@@ -34,6 +34,7 @@ from server.errors import install_error_handlers
 from server.limits import BodyLimitMiddleware
 from server.metrics import Metrics
 from server.observe import RequestIdMiddleware, configure_logging
+from server.openapi import describe_api
 from server.pins import PinKeeper
 from server.routes import router
 from server.services import Services
@@ -60,7 +61,7 @@ def serve(core: CoreSettings, settings: ServeSettings, build: EngineBuilder = bu
     stopping = guard_processes()
 
     def configure_app(app: FastAPI, spec: RoutesSpec) -> None:
-        app.title = "Hotswap"
+        describe_api(app)
         app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes, larger=_larger_bodies(settings))
         app.add_middleware(RequestIdMiddleware)
         install_error_handlers(app)

@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from adapters import errors as core
 from server.observe import request_id_of
@@ -128,7 +129,21 @@ async def _answer_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     count_error(request, f"http_{error.status_code}")
     body = error_body(f"{error.detail}: {request.method} {request.url.path}", kind="invalid_request_error")
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    answer = JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    if error.status_code == 405:
+        answer.headers["allow"] = ", ".join(sorted(_methods_of(request)))
+    return answer
+
+
+def _methods_of(request: Request) -> set[str]:
+    """Every method that the path takes: Starlette names those of the first route alone."""
+    scope = {"type": "http", "path": request.url.path, "root_path": "", "headers": []}
+    found: set[str] = set()
+    for route in request.app.routes:
+        for method in getattr(route, "methods", None) or ():
+            if route.matches({**scope, "method": method})[0] is Match.FULL:
+                found.add(method)
+    return found
 
 
 async def _answer_unknown(request: Request, error: Exception) -> JSONResponse:

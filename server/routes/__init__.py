@@ -8,4 +8,4 @@ __all__ = ["router"]
 
 router = APIRouter()
 for topic in (chat, models, adapters, experiments, operations):
-    router.include_router(topic.router)
+    router.include_router(topic.router, tags=[topic.__name__.rpartition(".")[2]])

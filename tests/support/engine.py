@@ -44,6 +44,7 @@ from server.errors import install_error_handlers
 from server.messages import Command, EngineMessage, EngineStatus
 from server.metrics import Metrics
 from server.observe import RequestIdMiddleware
+from server.openapi import describe_api
 from server.pins import PinKeeper
 from server.routes import router
 from server.services import Services
@@ -441,6 +442,7 @@ class Site:
         app.add_middleware(RequestIdMiddleware)
         install_error_handlers(app)
         app.include_router(router)
+        describe_api(app)
         pins = PinKeeper(
             PinService(registry.database), client, always=settings.pinned, max_versions=engine.num_slots - 1
         )
