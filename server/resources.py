@@ -15,6 +15,7 @@ from adapters.manifest import Manifest
 __all__ = [
     "ALIAS_PATTERN",
     "EXPERIMENT_PATTERN",
+    "VERSION_PATTERN",
     "AdapterDetail",
     "AdapterObject",
     "AfterNumber",
@@ -61,7 +62,7 @@ AfterNumber = Annotated[int, Query(ge=0, le=2**31 - 1, description="The number t
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class PromoteRequest(_Body):

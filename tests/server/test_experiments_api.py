@@ -80,6 +80,7 @@ def test_start_is_409_when_another_experiment_runs_on_the_alias(site: Site) -> N
         ({"arms": [ARMS[0]] * 2}, 400, "arms"),
         ({"arms": [ARMS[0], {**ARMS[1], "weight": 60}]}, 400, "arms"),
         ({"arms": [ARMS[0], {**ARMS[1], "weight": 0}]}, 400, "arms.1.weight"),
+        ({"arms": [ARMS[0], {**ARMS[1], "weight": "50"}]}, 400, "arms.1.weight"),
         ({"arms": [ARMS[0], {**ARMS[1], "version": "2"}]}, 400, "arms.1.version"),
         ({"arms": ARMS * 9}, 400, "arms"),
         ({"alias": "LEGAL"}, 400, "alias"),
