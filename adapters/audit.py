@@ -15,10 +15,15 @@ __all__ = ["AuditLog", "record_act"]
 
 
 class AuditLog:
-    """Reads what was done."""
+    """What was done."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
+
+    def record(self, action: AuditAction, subject: str) -> None:
+        """Add an act that changes nothing in the database."""
+        with self.database.write() as session:
+            record_act(session, action, subject)
 
     def list(self, *, limit: int) -> list[AuditEntry]:
         """The latest acts, newest first."""

@@ -11,6 +11,7 @@ HotswapError
 |     |- RankTooHighError           does not fit the slots
 |     |- AdapterConfigError         adapter_config.json asks for something unsupported
 |     |- AdapterWeightsError        tensors missing, misshapen, not finite or without effect
+|     |- AdapterManifestError       manifest.json is none, or that of other files
 |- NotFoundError                no such alias, version, experiment, response or base model
 |- AuthenticationError          an API key is required, and none or an invalid one was given
 |- PermissionDeniedError        the API key is valid, but does not allow this
@@ -21,6 +22,7 @@ HotswapError
 |- OverloadedError              the queue is full: try again later
 |  |- RateLimitError               the API key has used up what it may take: try again later
 |- EngineUnavailableError       the engine is starting, draining or has died
+|- AdapterLoadError             a published version can't be served; the reason is in the message
 |- EngineFailureError           a step of the model failed under this request
 |- DeadlineExceededError        the answer was not finished in its time
 """
@@ -29,6 +31,8 @@ from __future__ import annotations
 
 __all__ = [
     "AdapterConfigError",
+    "AdapterLoadError",
+    "AdapterManifestError",
     "AdapterRejectedError",
     "AdapterWeightsError",
     "AuthenticationError",
@@ -129,6 +133,10 @@ class AdapterWeightsError(AdapterRejectedError):
     """Tensors are missing, misshapen, not finite or without effect."""
 
 
+class AdapterManifestError(AdapterRejectedError):
+    """manifest.json is not a manifest, or describes other files than those beside it."""
+
+
 class NotFoundError(HotswapError):
     """No such alias, version, experiment, response or base model."""
 
@@ -175,6 +183,14 @@ class RateLimitError(OverloadedError):
 
 class EngineUnavailableError(HotswapError):
     """The engine is starting, draining or has died."""
+
+
+class AdapterLoadError(HotswapError):
+    """A published version that a request names can't be loaded; nothing is wrong with the request."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.param = "model"
 
 
 class EngineFailureError(HotswapError):

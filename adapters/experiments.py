@@ -8,8 +8,9 @@ from __future__ import annotations
 import secrets
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import islice
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.exc import IntegrityError as SqlIntegrityError
 from sqlalchemy.orm import Session
 
@@ -146,11 +147,18 @@ class ExperimentService:
         with self.database.read() as session:
             return _to_experiment(session, _find_row(session, name))
 
-    def list(self) -> list[Experiment]:
-        """All experiments, newest first."""
+    def list(self, *, after: str | None = None, limit: int | None = None) -> list[Experiment]:
+        """The experiments behind one with a given id, at most `limit`, newest first; all if neither is given.
+
+        Raises:
+            NotFoundError: `after` is no experiment.
+        """
+        newest_first = select(ExperimentRow).order_by(ExperimentRow.created_at.desc(), ExperimentRow.id)
         with self.database.read() as session:
-            rows = session.scalars(select(ExperimentRow).order_by(ExperimentRow.created_at.desc())).all()
-            return [_to_experiment(session, row) for row in rows if actor_of(session).can_see(row.alias)]
+            if after is not None:
+                newest_first = newest_first.where(_is_behind(_find_row(session, after)))
+            rows = (row for row in session.scalars(newest_first) if actor_of(session).can_see(row.alias))
+            return [_to_experiment(session, row) for row in islice(rows, limit)]
 
     def record_exposure(self, exposure: Exposure) -> None:
         """Write one exposure; once this returns, a kill of this process doesn't lose it."""
@@ -265,6 +273,12 @@ def _find_pinned(session: Session, alias: str, version: str) -> tuple[int, str]:
         if row.number == name.number or (name.digest_prefix and row.digest.startswith(name.digest_prefix)):
             return row.number, row.digest
     raise NotFoundError(f"{alias!r} has no version {version!r}")
+
+
+def _is_behind(row: ExperimentRow) -> ColumnElement[bool]:
+    """Whether another row stands behind this one where the newest is the first."""
+    is_older = ExperimentRow.created_at < row.created_at
+    return is_older | ((ExperimentRow.created_at == row.created_at) & (ExperimentRow.id > row.id))
 
 
 def _find_row(session: Session, name: str) -> ExperimentRow:

@@ -14,7 +14,13 @@ from adapters.adapter_files import (
     read_weights_bytes,
 )
 from adapters.base_files import compute_fingerprint, public_name, pull_base
-from adapters.errors import AdapterConfigError, ConflictError, FingerprintMismatchError
+from adapters.errors import (
+    AdapterConfigError,
+    AdapterManifestError,
+    ConflictError,
+    FingerprintMismatchError,
+    IntegrityError,
+)
 from adapters.manifest import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
@@ -88,23 +94,31 @@ def _check(
     )
     if not os.path.lexists(folder / MANIFEST_FILE):
         return contents, made
-    manifest = read_manifest(folder)
+    manifest = _read_manifest(folder)
     if manifest.base.fingerprint != base.fingerprint:
         raise FingerprintMismatchError(adapter=manifest.base.fingerprint, base=base.fingerprint)
-    _check_manifest(folder, manifest, made, contents)
+    _check_manifest(manifest, made, contents)
     return contents, manifest
 
 
-def _check_manifest(folder: Path, manifest: Manifest, made: Manifest, contents: dict[str, bytearray]) -> None:
+def _read_manifest(folder: Path) -> Manifest:
+    try:
+        return read_manifest(folder)
+    except IntegrityError as error:
+        # In the store that would be damage; here it is what somebody gave us, and they are told.
+        raise AdapterManifestError(str(error)) from None
+
+
+def _check_manifest(manifest: Manifest, made: Manifest, contents: dict[str, bytearray]) -> None:
     for name, content in contents.items():
         expected = manifest.files[name].sha256 if name in manifest.files else "no such file"
         if (found := hashlib.sha256(content).hexdigest()) != expected:
-            raise AdapterConfigError(
-                f"{folder / name} is not the file of its manifest (expected sha256 {expected}, found {found}); "
+            raise AdapterManifestError(
+                f"{name} is not the file of its manifest (expected sha256 {expected}, found {found}); "
                 f"to import it as a new adapter, delete {MANIFEST_FILE} first"
             )
     if (manifest.rank, manifest.alpha) != (made.rank, made.alpha):
-        raise AdapterConfigError(
+        raise AdapterManifestError(
             f"{MANIFEST_FILE} says rank {manifest.rank} and alpha {manifest.alpha:g}, "
             f"the adapter has rank {made.rank} and alpha {made.alpha:g}"
         )

@@ -101,12 +101,12 @@ def hash_file(path: Path) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a folder's manifest.
+    """Read a folder's manifest. Messages don't name the folder: it may be a temporary one of an upload.
 
     Raises:
         IntegrityError: there is none, or it is not a manifest of this format.
     """
-    return parse_manifest(read_manifest_bytes(folder), folder / MANIFEST_FILE)
+    return parse_manifest(read_manifest_bytes(folder), Path(MANIFEST_FILE))
 
 
 def read_manifest_bytes(folder: Path) -> bytearray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from adapters.assignment import assign_arm
@@ -33,9 +33,9 @@ from adapters.records import (
     parse_model_name,
 )
 from adapters.store import ArtifactStore
-from adapters.tables import AliasChangeRow, AliasRow, AliasVersionRow, VersionRow, utc_now
+from adapters.tables import AliasChangeRow, AliasRow, AliasVersionRow, PinRow, VersionRow, utc_now
 
-__all__ = ["Registry"]
+__all__ = ["Registry", "find_version"]
 
 _MAX_NAMES_SHOWN = 20
 
@@ -104,7 +104,7 @@ class Registry:
         with self.database.write() as session:
             if parsed.number is None and parsed.digest_prefix is None:
                 raise ConflictError(f"say which version to promote, for example {parsed.alias}@v1")
-            target = _find_version(session, parsed)
+            target = find_version(session, parsed)
             self.store.verify(target.version.digest)
             row = _movable_alias(session, parsed.alias)
             record_act(session, "promote", parsed.alias, from_number=row.number, to_number=target.number)
@@ -169,24 +169,24 @@ class Registry:
                 raise _absent(session, model)
             parsed = parse_model_name(model)
             if parsed.number is not None or parsed.digest_prefix is not None:
-                found = _find_version(session, parsed)
+                found = find_version(session, parsed)
                 return Binding(parsed.alias, "version", found.version.digest, found.number)
             _get_alias(session, parsed.alias)  # an experiment must not answer for an alias that the actor can't see
             if experiment := find_running(session, parsed.alias):
                 arm = assign_arm(load_arms(session, experiment.id), experiment.salt, unit)
                 return Binding(parsed.alias, "experiment", arm.digest, arm.number, experiment.id, arm.name)
-            current = _find_version(session, parsed)
+            current = find_version(session, parsed)
             return Binding(parsed.alias, "alias", current.version.digest, current.number)
 
     def find(self, name: str) -> NumberedVersion:
         """The version that a name stands for; an alias alone stands for the one that it points to."""
         with self.database.read() as session:
-            return _find_version(session, parse_model_name(name))
+            return find_version(session, parse_model_name(name))
 
-    def aliases(self) -> list[Alias]:
-        """All aliases in the order of their names."""
+    def aliases(self, *, after: str = "", limit: int | None = None) -> list[Alias]:
+        """The aliases behind a name, at most `limit`, in the order of their names; all of them if neither is given."""
         with self.database.read() as session:
-            names = _alias_names(session)
+            names = _alias_names(session, after=after, limit=limit)
             return [_load_alias(session, name) for name in names]
 
     def alias(self, name: str) -> Alias:
@@ -198,15 +198,20 @@ class Registry:
         with self.database.read() as session:
             return _load_alias(session, name)
 
-    def versions(self, alias: str) -> list[NumberedVersion]:
-        """An alias's versions in the order of their numbers; empty if there is no such alias."""
-        with self.database.read() as session:
-            return _list_versions(session, alias) if actor_of(session).can_see(alias) else []
+    def versions(self, alias: str, *, after: int = 0, limit: int | None = None) -> list[NumberedVersion]:
+        """An alias's versions behind a number, at most `limit`, in the order of their numbers.
 
-    def history(self, alias: str) -> list[AliasChange]:
-        """Every move of an alias, oldest first."""
+        Empty if there is no such alias.
+        """
         with self.database.read() as session:
-            rows = _changes(session, alias) if actor_of(session).can_see(alias) else []
+            is_seen = actor_of(session).can_see(alias)
+            return _list_versions(session, alias, after=after, limit=limit) if is_seen else []
+
+    def history(self, alias: str, *, after: int = 0, limit: int | None = None) -> list[AliasChange]:
+        """The moves of an alias, oldest first, without the first `after` ones and at most `limit`."""
+        with self.database.read() as session:
+            is_seen = actor_of(session).can_see(alias)
+            rows = _changes(session, alias, after=after, limit=limit) if is_seen else []
             return [AliasChange(r.alias, _action(r), r.from_number, r.to_number, r.changed_at) for r in rows]
 
 
@@ -252,8 +257,9 @@ def _detach(session: Session, name: ModelName) -> list[NumberedVersion]:
     row = _movable_alias(session, name.alias)
     if name.number is None and name.digest_prefix is None:
         row.number, row.updated_at = None, utc_now()
+        session.execute(delete(PinRow).where(PinRow.alias == name.alias))
         return _list_versions(session, name.alias)
-    target = _find_version(session, name)
+    target = find_version(session, name)
     if target.number == row.number:
         raise ConflictError(f"{name.alias!r} points to v{row.number}; promote another version first")
     return [target]
@@ -262,6 +268,7 @@ def _detach(session: Session, name: ModelName) -> list[NumberedVersion]:
 def _drop_versions(session: Session, targets: list[NumberedVersion]) -> list[str]:
     for target in targets:
         session.delete(session.get_one(AliasVersionRow, (target.alias, target.number)))
+        session.execute(delete(PinRow).where(PinRow.alias == target.alias, PinRow.number == target.number))
     session.flush()
     orphans = []
     for digest in {target.version.digest for target in targets}:
@@ -297,9 +304,10 @@ def _pointed_to(row: AliasRow) -> int:
     return row.number
 
 
-def _alias_names(session: Session) -> list[str]:
-    statement = select(AliasRow.name).where(AliasRow.number.is_not(None)).order_by(AliasRow.name)
-    return [name for name in session.scalars(statement) if actor_of(session).can_see(name)]
+def _alias_names(session: Session, *, after: str = "", limit: int | None = None) -> list[str]:
+    statement = select(AliasRow.name).where(AliasRow.number.is_not(None), AliasRow.name > after)
+    names = (name for name in session.scalars(statement.order_by(AliasRow.name)) if actor_of(session).can_see(name))
+    return list(itertools.islice(names, limit))
 
 
 def _number_of(session: Session, alias: str, digest: str) -> int | None:
@@ -307,7 +315,12 @@ def _number_of(session: Session, alias: str, digest: str) -> int | None:
     return session.scalar(statement)
 
 
-def _find_version(session: Session, name: ModelName) -> NumberedVersion:
+def find_version(session: Session, name: ModelName) -> NumberedVersion:
+    """The version that a parsed name stands for; an alias alone stands for the one that it points to.
+
+    Raises:
+        NotFoundError: no such alias or version.
+    """
     row = _get_alias(session, name.alias)
     if name.digest_prefix is None:
         return _load_numbered(session, name.alias, name.number or _pointed_to(row))
@@ -326,12 +339,13 @@ def _load_numbered(session: Session, alias: str, number: int) -> NumberedVersion
     return NumberedVersion(alias, number, _to_version(session.get_one(VersionRow, row.digest)))
 
 
-def _list_versions(session: Session, alias: str) -> list[NumberedVersion]:
+def _list_versions(session: Session, alias: str, *, after: int = 0, limit: int | None = None) -> list[NumberedVersion]:
     statement = (
         select(AliasVersionRow.number, VersionRow)
         .join(VersionRow, VersionRow.digest == AliasVersionRow.digest)
-        .where(AliasVersionRow.alias == alias)
+        .where(AliasVersionRow.alias == alias, AliasVersionRow.number > after)
         .order_by(AliasVersionRow.number)
+        .limit(limit)
     )
     return [NumberedVersion(alias, number, _to_version(row)) for number, row in session.execute(statement)]
 
@@ -348,10 +362,10 @@ def _load_alias(session: Session, name: str) -> Alias:
     )
 
 
-def _changes(session: Session, alias: str) -> list[AliasChangeRow]:
-    return list(
-        session.scalars(select(AliasChangeRow).where(AliasChangeRow.alias == alias).order_by(AliasChangeRow.id))
-    )
+def _changes(session: Session, alias: str, *, after: int = 0, limit: int | None = None) -> list[AliasChangeRow]:
+    statement = select(AliasChangeRow).where(AliasChangeRow.alias == alias).order_by(AliasChangeRow.id)
+    # SQLite has no OFFSET without a LIMIT; SQLAlchemy fills one in.
+    return list(session.scalars(statement.offset(after).limit(limit)))
 
 
 def _action(row: AliasChangeRow) -> ChangeAction:

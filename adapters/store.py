@@ -85,7 +85,7 @@ class ArtifactStore:
             NotFoundError: no such version.
             IntegrityError: a file is missing or differs; names it and both hashes.
         """
-        manifest = self._read_manifest(digest)
+        manifest = self.read_manifest(digest)
         for name, expected in manifest.files.items():
             path = self.folder(digest) / name
             _check_hash(digest, name, expected, hash_file(path) if path.is_file() else _MISSING)
@@ -100,7 +100,7 @@ class ArtifactStore:
             NotFoundError: no such version.
             IntegrityError: a file is missing or differs; names it and both hashes.
         """
-        manifest = self._read_manifest(digest)
+        manifest = self.read_manifest(digest)
         contents = {}
         for name, expected in manifest.files.items():
             path = self.folder(digest) / name
@@ -161,7 +161,13 @@ class ArtifactStore:
             finally:
                 shutil.rmtree(folder)
 
-    def _read_manifest(self, digest: str) -> Manifest:
+    def read_manifest(self, digest: str) -> Manifest:
+        """A version's manifest, checked against the digest; the other files are not looked at.
+
+        Raises:
+            NotFoundError: no such version.
+            IntegrityError: it hashes to something else.
+        """
         folder = self.folder(digest)
         content = read_manifest_bytes(folder)
         # The stored bytes, not the parsed manifest: a later field with a default must not change old versions' names.

@@ -18,6 +18,7 @@ __all__ = [
     "ExperimentRow",
     "ExposureRow",
     "FeedbackRow",
+    "PinRow",
     "Table",
     "VersionRow",
     "utc_now",
@@ -89,6 +90,15 @@ class AliasChangeRow(Table):
     from_number: Mapped[int | None] = mapped_column(Integer)
     to_number: Mapped[int] = mapped_column(Integer)
     changed_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class PinRow(Table):
+    """A version that every server keeps in a slot. `number` 0 is whichever version the alias points to."""
+
+    __tablename__ = "pins"
+    alias: Mapped[str] = mapped_column(String(63), primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    pinned_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
 
 class ExperimentRow(Table):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 from adapters.settings import CoreSettings
 from server.config import ServeSettings
 from server.engine.core import EngineEvent, EngineTimings, GenerationRequest
+from server.engine.residency import Residence
 from server.engine.scheduler import Engine
 
 __all__ = ["STEP_MS_VARIABLE", "ToyEngine", "build_toy_engine"]
@@ -29,6 +31,13 @@ class ToyResidency:
     """Nothing is ever in a slot."""
 
     resident: dict[str, int] = field(default_factory=dict)
+
+    def report(self) -> tuple[Residence, ...]:
+        """No version is anywhere."""
+        return ()
+
+    def set_pinned(self, digests: Sequence[str]) -> None:
+        """There is nothing to pin."""
 
 
 class ToyEngine:

@@ -1,4 +1,4 @@
-"""What stands in front of Hotswap: a small HTTP client, a load generator, and the command line.
+"""What stands in front of Hotswap: the typed client (`sdk`), a load generator, and the command line.
 
-`http` and `load` speak HTTP only. The command line alone may reach into the home folder: it works without a server.
+All but the command line speak HTTP only; that may reach into the home folder, since it works without a server.
 """

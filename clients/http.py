@@ -1,6 +1,6 @@
-"""A small client for Hotswap's HTTP API: chat with the headers that say what answered, and feedback.
+"""Chat with the headers that say what answered: for the load generator, the demo and the command line.
 
-For chat alone any OpenAI client does; this one adds what that lacks.
+For chat alone any OpenAI client does; for adapters, experiments and feedback there is `clients.sdk`.
 """
 
 from __future__ import annotations
@@ -14,20 +14,13 @@ from typing import Any, Self
 
 import httpx
 
-__all__ = ["API_KEY_VARIABLE", "ApiError", "ChatAnswer", "HotswapClient"]
+from clients.errors import ApiError, error_of, no_answer
+
+__all__ = ["API_KEY_VARIABLE", "ApiError", "ChatAnswer", "HotswapClient", "is_local"]
 
 API_KEY_VARIABLE = "HOTSWAP_API_KEY"
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
-
-
-class ApiError(Exception):
-    """The server answered with an error, or not at all. `status` is 0 where there was no answer."""
-
-    def __init__(self, message: str, *, status: int, code: str | None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
 
 
 @dataclass(slots=True)
@@ -54,14 +47,12 @@ class HotswapClient:
     def __init__(self, base_url: str, *, api_key: str | None = None) -> None:
         api_key = os.environ.get(API_KEY_VARIABLE) if api_key is None else api_key
         limits = httpx.Limits(max_connections=None)
-        # A proxy of the environment can't reach this machine's own addresses.
-        is_local = httpx.URL(base_url).host in _LOCAL_HOSTS
         self._http = httpx.AsyncClient(
             base_url=base_url,
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=_TIMEOUT,
             limits=limits,
-            trust_env=not is_local,
+            trust_env=not is_local(base_url),
         )
 
     async def __aenter__(self) -> Self:
@@ -108,7 +99,7 @@ class HotswapClient:
             async with self._http.stream("POST", "/v1/chat/completions", json=body | options) as response:
                 if response.is_error:
                     await response.aread()
-                    raise _api_error(response)
+                    raise error_of(response)
                 given = _answer_from_headers(response.headers)
                 answer.version, answer.arm, answer.route = given.version, given.arm, given.route
                 async for line in response.aiter_lines():
@@ -117,26 +108,17 @@ class HotswapClient:
                         if text:
                             yield text
         except httpx.TransportError as error:
-            raise _unreachable(error) from None
+            raise no_answer(error) from None
         if answer.finish_reason is None:
             raise ApiError("the stream ended without a finish reason", status=0, code=None)
-
-    async def feedback(self, response_id: str, metric: str, value: float | bool, *, comment: str | None = None) -> None:
-        """Report an outcome for a response.
-
-        Raises:
-            ApiError: no such response, or the server can't be reached.
-        """
-        body = {"id": response_id, "metric": metric, "value": value, "comment": comment}
-        await self._send("POST", "/v1/feedback", body)
 
     async def _send(self, method: str, path: str, body: dict[str, Any]) -> httpx.Response:
         try:
             response = await self._http.request(method, path, json=body)
         except httpx.TransportError as error:
-            raise _unreachable(error) from None
+            raise no_answer(error) from None
         if response.is_error:
-            raise _api_error(response)
+            raise error_of(response)
         return response
 
 
@@ -161,16 +143,6 @@ def _take_chunk(chunk: dict[str, Any], answer: ChatAnswer) -> str:
     return text
 
 
-def _api_error(response: httpx.Response) -> ApiError:
-    try:
-        error = response.json()["error"]
-        return ApiError(error["message"], status=response.status_code, code=error.get("code"))
-    except (ValueError, KeyError, TypeError):
-        return ApiError(f"HTTP {response.status_code}", status=response.status_code, code=None)
-
-
-def _unreachable(error: httpx.TransportError) -> ApiError:
-    reason = str(error) or type(error).__name__
-    address = error.request.url.copy_with(path="/", query=None)
-    message = f"the server at {address} can't be reached (is it running, or still loading its base model?): {reason}"
-    return ApiError(message, status=0, code=None)
+def is_local(url: str) -> bool:
+    """Whether a URL is on this machine, which a proxy of the environment can't reach."""
+    return httpx.URL(url).host in _LOCAL_HOSTS

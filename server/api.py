@@ -32,12 +32,21 @@ from litserve.loops.base import LitLoop
 from litserve.specs.base import LitSpec
 from litserve.utils import LitAPIStatus, LoopResponseType, ResponseBufferItem
 
+from adapters.errors import ConflictError
 from adapters.settings import CoreSettings
 from server.config import ServeSettings
 from server.engine.core import EngineEvent
 from server.engine.scheduler import Engine
 from server.engine_factory import build_engine
-from server.messages import ENGINE_CHANNEL, CancelCommand, EngineMessage, EngineStatus, SubmitCommand
+from server.messages import (
+    ENGINE_CHANNEL,
+    CancelCommand,
+    Command,
+    EngineMessage,
+    EngineStatus,
+    PinCommand,
+    UnloadCommand,
+)
 from server.observe import configure_logging
 
 __all__ = [
@@ -48,6 +57,7 @@ __all__ = [
     "RoutesSpec",
     "build_server",
     "guard_processes",
+    "obey",
     "wrap_lifespan",
 ]
 
@@ -105,16 +115,20 @@ class EngineLoop(LitLoop):  # type: ignore[misc]  # LitServe ships no types
         assert engine is not None, "LitServe calls setup first"
         epoch = secrets.token_hex(4)
         parent = os.getppid()
-        last_sent = 0.0
+        last_sent = last_reported = 0.0
         while os.getppid() == parent:  # a worker without a parent would hold its memory for nobody
             events = [
                 event
                 for command in _take_commands(request_queue, wait=engine.is_idle)
-                for event in _obey(engine, command, epoch)
+                for event in obey(engine, command, epoch)
             ]
             events += engine.step()
             if events or time.monotonic() - last_sent > _HEARTBEAT_S:
-                message = EngineMessage(EngineStatus.of(engine, epoch), tuple(events), engine.take_timings())
+                # Not with every step: a full host cache is a long list, and nobody needs it to the millisecond.
+                is_due = time.monotonic() - last_reported > _HEARTBEAT_S
+                last_reported = time.monotonic() if is_due else last_reported
+                residency = engine.residency.report() if is_due else None
+                message = EngineMessage(EngineStatus.of(engine, epoch), tuple(events), engine.take_timings(), residency)
                 self.put_response(
                     transport, _CONSUMER_ID, ENGINE_CHANNEL, message, LitAPIStatus.OK, LoopResponseType.STREAMING
                 )
@@ -155,7 +169,7 @@ class LitServeTransport:
         self._item = ResponseBufferItem(event=asyncio.Event(), response_queue=deque())
         spec.response_buffer[ENGINE_CHANNEL] = self._item
 
-    async def send(self, command: SubmitCommand | CancelCommand) -> None:
+    async def send(self, command: Command) -> None:
         """Put a command on the worker's queue; it lives in another process, so this leaves the event loop."""
         await asyncio.get_running_loop().run_in_executor(self._sender, self._queue.put, command)
 
@@ -255,9 +269,9 @@ def wrap_lifespan(app: FastAPI, start: Callable[[FastAPI], AbstractAsyncContextM
     app.router.lifespan_context = lifespan
 
 
-def _take_commands(queue: Any, *, wait: bool) -> list[SubmitCommand | CancelCommand]:
+def _take_commands(queue: Any, *, wait: bool) -> list[Command]:
     """All commands on the queue; waits a moment for the first if there is nothing else to do."""
-    commands: list[SubmitCommand | CancelCommand] = []
+    commands: list[Command] = []
     try:
         while True:
             if wait and not commands:
@@ -268,8 +282,23 @@ def _take_commands(queue: Any, *, wait: bool) -> list[SubmitCommand | CancelComm
         return commands
 
 
-def _obey(engine: Engine, command: SubmitCommand | CancelCommand, epoch: str) -> list[EngineEvent]:
+def obey(engine: Engine, command: Command, epoch: str) -> list[EngineEvent]:
+    """Do what one command says; what is returned ends requests. `epoch` is this worker's."""
     if isinstance(command, CancelCommand):
         return engine.cancel(command.request_id)
+    if isinstance(command, PinCommand):
+        engine.residency.set_pinned(command.digests)
+        return []
+    if isinstance(command, UnloadCommand):
+        _unload(engine, command.digest)
+        return []
     # A request that was sent to a worker before this one has been answered with an error when that worker died.
     return engine.submit(command.request) if command.epoch == epoch else []
+
+
+def _unload(engine: Engine, digest: str) -> None:
+    try:
+        engine.residency.unload(digest)
+    except ConflictError as error:
+        # The API refuses to unload what is pinned; somebody was faster with a pin.
+        _log.warning("unload_refused", digest=digest, reason=str(error))

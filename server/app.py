@@ -22,6 +22,7 @@ from adapters.database import open_database
 from adapters.errors import BaseModelError
 from adapters.experiments import ExperimentService
 from adapters.keys import KeyService
+from adapters.pins import PinService
 from adapters.registry import Registry
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
@@ -37,9 +38,12 @@ from server.errors import install_error_handlers
 from server.limits import BodyLimitMiddleware
 from server.metrics import Metrics
 from server.observe import RequestIdMiddleware, configure_logging
+from server.openapi import describe_api
+from server.pins import PinKeeper
 from server.routes import router
 from server.services import Services
 from server.tracing import check_tracing, exported_traces
+from server.uploads import AdapterUploads
 
 __all__ = ["serve"]
 
@@ -65,8 +69,8 @@ def serve(core: CoreSettings, settings: ServeSettings, build: EngineBuilder = bu
     stopping = guard_processes()
 
     def configure_app(app: FastAPI, spec: RoutesSpec) -> None:
-        app.title = "Hotswap"
-        app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
+        describe_api(app)
+        app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes, larger=_larger_bodies(settings))
         app.add_middleware(AuthMiddleware, is_loopback=settings.is_loopback)
         app.add_middleware(RequestIdMiddleware)
         install_error_handlers(app)
@@ -103,24 +107,36 @@ async def _running_services(
     metrics.watch(engine)
     tokenizer = load_tokenizer(pull_base(core.base, core.home))
     chat = ChatService(registry, experiments, engine, tokenizer, settings, metrics)
-    app.state.services = Services(registry, experiments, engine, chat, metrics, KeyService(registry.database))
-    listening = asyncio.create_task(engine.run())
-    listening.add_done_callback(_end_if_crashed)
+    pins = PinKeeper(
+        PinService(registry.database), engine, always=settings.pinned, max_versions=max(0, settings.slots - 1)
+    )
+    uploads = AdapterUploads(core, timeout_s=settings.timeout_s)
+    app.state.services = Services(
+        registry, experiments, engine, chat, metrics, KeyService(registry.database), pins, uploads
+    )
+    tasks = [asyncio.create_task(engine.run()), asyncio.create_task(pins.run())]
+    for task in tasks:
+        task.add_done_callback(_end_if_crashed)
     drain_before_exit(engine, limit_s=settings.drain_s)
     try:
         with exported_traces() if settings.traces else contextlib.nullcontext():
             yield
     finally:
-        listening.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await listening
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         registry.database.close()
+
+
+def _larger_bodies(settings: ServeSettings) -> dict[tuple[str, str], int]:
+    """The routes that take files, by method and path, and how large their bodies may be."""
+    return {("POST", "/v1/adapters"): settings.max_adapter_bytes}
 
 
 def _end_if_crashed(task: asyncio.Task[None]) -> None:
     """Without its listener an API process answers nothing: let the guard end the server instead of hanging."""
     if not task.cancelled():
-        _log.critical("engine_listener_crashed", exc_info=task.exception())
+        _log.critical("background_task_crashed", exc_info=task.exception())
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -13,7 +13,7 @@ import structlog
 
 from adapters.chat_template import render_prompt
 from adapters.errors import (
-    AdapterRejectedError,
+    AdapterLoadError,
     DeadlineExceededError,
     EngineFailureError,
     HotswapError,
@@ -177,7 +177,7 @@ class ChatService:
             RateLimitError: the key's tokens are used up; nothing was started and no exposure is written.
             OverloadedError, EngineUnavailableError: not accepted; nothing was started and no exposure is written.
             EngineUnavailableError: the worker died under this request.
-            AdapterRejectedError: the version can't be loaded; says why.
+            AdapterLoadError: the version can't be loaded; says why.
             InvalidInputError: the model can't follow the form that was asked for.
             EngineFailureError: the model failed under this request.
             DeadlineExceededError: the answer was not finished in its time.
@@ -329,7 +329,7 @@ def _headers(binding: Binding) -> dict[str, str]:
 
 def _raise_failure(event: EngineEvent) -> None:
     if event.finish_reason == "adapter_failed":
-        raise AdapterRejectedError(f"the adapter version can't be served: {event.error}", param="model")
+        raise AdapterLoadError(f"the adapter version can't be served: {event.error}")
     if event.finish_reason == "constraint_failed":
         raise InvalidInputError(event.error or "the answer's form can't be followed", param="response_format")
     if event.finish_reason == "deadline":

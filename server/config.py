@@ -75,11 +75,14 @@ class ServeSettings(SettingsSection):
         description="Seconds that running answers get to end after SIGTERM or Ctrl+C.",
     )
     max_body_bytes: int = Field(2_000_000, ge=1000, le=1_000_000_000, description="Largest request body.")
+    max_adapter_bytes: int = Field(
+        1_000_000_000, ge=1000, le=17_179_869_184, description="Largest upload of an adapter."
+    )
     host_cache_mb: int = Field(
         1024, ge=0, le=1_048_576, description="Megabytes of host memory for adapters that lost their slot; 0 is off."
     )
     pinned: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="Aliases whose versions at the start are loaded then and keep their slots."
+        (), description="Aliases whose versions keep a slot, from the start and wherever the aliases move."
     )
     traces: bool = Field(False, description="Send OpenTelemetry spans, one an answer; OTEL_* variables say where to.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")

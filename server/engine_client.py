@@ -15,7 +15,16 @@ import structlog
 
 from adapters.errors import EngineUnavailableError, OverloadedError
 from server.engine.core import EngineEvent, GenerationRequest
-from server.messages import CancelCommand, EngineMessage, EngineStatus, SubmitCommand
+from server.engine.residency import Residence
+from server.messages import (
+    CancelCommand,
+    Command,
+    EngineMessage,
+    EngineStatus,
+    PinCommand,
+    SubmitCommand,
+    UnloadCommand,
+)
 
 __all__ = ["EngineClient", "Transport"]
 
@@ -30,7 +39,7 @@ _DRAIN_CHECK_S = 0.05
 class Transport(Protocol):
     """The line to the engine worker."""
 
-    async def send(self, command: SubmitCommand | CancelCommand) -> None:
+    async def send(self, command: Command) -> None:
         """Send one command."""
 
     async def receive(self) -> list[EngineMessage]:
@@ -73,6 +82,7 @@ class EngineClient:
         self._status: EngineStatus | None = None
         self._last_heard = 0.0
         self._is_draining = False
+        self._residency: dict[str, Residence] = {}
 
     @property
     def status(self) -> EngineStatus | None:
@@ -93,6 +103,25 @@ class EngineClient:
     def num_tokens_in_flight(self) -> int:
         """Prompt and max_tokens of those requests."""
         return self._num_tokens
+
+    @property
+    def residency(self) -> dict[str, Residence]:
+        """Where versions were about a second ago, by digest; what is nowhere but in the store is not listed."""
+        return self._residency
+
+    async def set_pinned(self, digests: tuple[str, ...]) -> None:
+        """Tell the worker which versions keep their slots; it forgets them when it dies."""
+        await self._transport.send(PinCommand(digests))
+
+    async def unload(self, digest: str) -> None:
+        """Tell the worker to free a version's slot once its last request has ended.
+
+        Raises:
+            EngineUnavailableError: there is no worker.
+        """
+        if self._status is None:
+            raise EngineUnavailableError("the engine is starting; try again shortly")
+        await self._transport.send(UnloadCommand(digest))
 
     def generate(self, *requests: GenerationRequest) -> AsyncGenerator[EngineEvent]:
         """Accept requests together and return their events, to be iterated at once.
@@ -188,6 +217,8 @@ class EngineClient:
             _log.info("engine_ready", pid=message.status.pid, epoch=message.status.epoch)
         self._status = message.status
         self._last_heard = time.monotonic()
+        if message.residency is not None:
+            self._residency = {residence.digest: residence for residence in message.residency}
         if self._on_message is not None:
             self._on_message(message)
         for event in message.events:
@@ -212,6 +243,7 @@ class EngineClient:
         """End every request in flight with an error, and take no more until a worker speaks."""
         _log.error("engine_lost", reason=reason, num_requests=len(self._in_flight))
         self._status = None
+        self._residency = {}
         self._end_all(reason)
 
     def _end_all(self, reason: str) -> None:

@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from adapters import errors as core
 from server.observe import request_id_of
@@ -48,11 +49,13 @@ ANSWERS: dict[type[core.HotswapError], Answer] = {
     core.ConfigurationError: Answer(500, "server_error", "configuration_error", is_public=False),
     core.DataError: Answer(400, "invalid_request_error", "invalid_data"),
     core.PromptTooLongError: Answer(400, "invalid_request_error", "context_length_exceeded"),
-    core.AdapterRejectedError: Answer(500, "server_error", "adapter_rejected"),
-    core.FingerprintMismatchError: Answer(500, "server_error", "fingerprint_mismatch"),
-    core.RankTooHighError: Answer(500, "server_error", "rank_too_high"),
-    core.AdapterConfigError: Answer(500, "server_error", "adapter_config_unsupported"),
-    core.AdapterWeightsError: Answer(500, "server_error", "adapter_weights_invalid"),
+    core.AdapterRejectedError: Answer(400, "invalid_request_error", "adapter_invalid"),
+    core.FingerprintMismatchError: Answer(400, "invalid_request_error", "fingerprint_mismatch"),
+    core.RankTooHighError: Answer(400, "invalid_request_error", "rank_too_high"),
+    core.AdapterConfigError: Answer(400, "invalid_request_error", "adapter_config_unsupported"),
+    core.AdapterWeightsError: Answer(400, "invalid_request_error", "adapter_weights_invalid"),
+    core.AdapterManifestError: Answer(400, "invalid_request_error", "adapter_manifest_invalid"),
+    core.AdapterLoadError: Answer(500, "server_error", "adapter_rejected"),
     core.NotFoundError: Answer(404, "invalid_request_error", "not_found"),
     core.AuthenticationError: Answer(401, "invalid_request_error", "invalid_api_key"),
     core.PermissionDeniedError: Answer(403, "invalid_request_error", "insufficient_scope"),
@@ -124,8 +127,8 @@ async def _answer_invalid_body(request: Request, error: Exception) -> JSONRespon
 
 
 def _field_path(location: Sequence[int | str]) -> str | None:
-    """The field's path as a client wrote it: without "body" and without pydantic's names for the members of a union."""
-    parts = [str(part) for part in location if part != "body" and not re.search(r"[\[-]", str(part))]
+    """The field's path as a client wrote it, without "body" or "query" and pydantic's names for a union's members."""
+    parts = [str(part) for part in location[1:] if not re.search(r"[\[-]", str(part))]
     return ".".join(part for part in parts if part not in ("str", "bool", "float")) or None
 
 
@@ -133,7 +136,21 @@ async def _answer_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     count_error(request, f"http_{error.status_code}")
     body = error_body(f"{error.detail}: {request.method} {request.url.path}", kind="invalid_request_error")
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    answer = JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    if error.status_code == 405:
+        answer.headers["allow"] = ", ".join(sorted(_methods_of(request)))
+    return answer
+
+
+def _methods_of(request: Request) -> set[str]:
+    """Every method that the path takes: Starlette names those of the first route alone."""
+    scope = {"type": "http", "path": request.url.path, "root_path": "", "headers": []}
+    found: set[str] = set()
+    for route in request.app.routes:
+        for method in getattr(route, "methods", None) or ():
+            if route.matches({**scope, "method": method})[0] is Match.FULL:
+                found.add(method)
+    return found
 
 
 async def _answer_unknown(request: Request, error: Exception) -> JSONResponse:

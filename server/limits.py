@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -36,22 +37,27 @@ def read_timeout(value: str | None, *, limit_s: float) -> float:
 
 
 class BodyLimitMiddleware:
-    """Refuses bodies of more than `max_bytes`, counted while they are read, whatever the headers say."""
+    """Refuses bodies of more than `max_bytes`, counted while they are read, whatever the headers say.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    `larger` gives routes that take files, by method and path, a limit of their own.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, larger: Mapping[tuple[str, str], int] | None = None) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._larger = larger or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
         num_bytes = 0
+        limit = self._larger.get((scope.get("method", ""), scope.get("path", "")), self._max_bytes)
 
         async def receive_counted() -> Message:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_bytes:
-                raise HTTPException(413, f"the body is larger than {self._max_bytes} bytes")
+            if num_bytes > limit:
+                raise HTTPException(413, f"the body is larger than {limit} bytes")
             return message
 
         await self._app(scope, receive_counted if scope["type"] == "http" else receive, send)

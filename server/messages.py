@@ -7,11 +7,21 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from server.engine.core import EngineEvent, EngineTimings, GenerationRequest
+from server.engine.residency import Residence
 
 if TYPE_CHECKING:
     from server.engine.scheduler import Engine
 
-__all__ = ["ENGINE_CHANNEL", "CancelCommand", "EngineMessage", "EngineStatus", "SubmitCommand"]
+__all__ = [
+    "ENGINE_CHANNEL",
+    "CancelCommand",
+    "Command",
+    "EngineMessage",
+    "EngineStatus",
+    "PinCommand",
+    "SubmitCommand",
+    "UnloadCommand",
+]
 
 # LitServe routes a worker's output by request id to a buffer of that request. All of ours travel under one id, so that
 # a step costs one message however many requests it served.
@@ -31,6 +41,23 @@ class CancelCommand:
     """Nobody waits for this request any more."""
 
     request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PinCommand:
+    """Keep exactly these versions in slots, the first ones first."""
+
+    digests: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadCommand:
+    """Free this version's slot once its last request has ended, unless it is pinned."""
+
+    digest: str
+
+
+Command = SubmitCommand | CancelCommand | PinCommand | UnloadCommand
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +97,12 @@ class EngineStatus:
 
 @dataclass(frozen=True, slots=True)
 class EngineMessage:
-    """The events of one step, or none for a sign of life; and what was measured since the last message."""
+    """The events of one step, or none for a sign of life; and what was measured since the last message.
+
+    `residency` says where versions are; None if nothing is said about it this time.
+    """
 
     status: EngineStatus
     events: tuple[EngineEvent, ...]
     timings: EngineTimings = field(default_factory=EngineTimings)
+    residency: tuple[Residence, ...] | None = None

@@ -16,6 +16,8 @@ from server.chat import ChatService
 from server.engine_client import EngineClient
 from server.metrics import Metrics
 from server.observe import request_id_of
+from server.pins import PinKeeper
+from server.uploads import AdapterUploads
 
 __all__ = ["CurrentCaller", "CurrentServices", "Services"]
 
@@ -30,6 +32,8 @@ class Services:
     chat: ChatService
     metrics: Metrics
     keys: KeyService
+    pins: PinKeeper
+    uploads: AdapterUploads
 
 
 CurrentCaller = Annotated[Caller, Depends(caller_of)]

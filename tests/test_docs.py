@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import typer.main
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
 from adapters.records import SCOPES
 from adapters.settings import CoreSettings, SettingsSection
 from clients.cli.main import app
 from server.auth import read_access
 from server.config import ServeSettings
-from server.routes import router
+from server.routes import adapters, experiments, router
 from server.schemas import ChatRequest
 from training.config import TrainSettings
 
@@ -79,6 +80,21 @@ def test_readme_names_every_command_when_compared() -> None:
     readme = (_ROOT / "README.md").read_text()
     assert len(names) >= 8
     assert [name for name in names if f"hotswap {name}" not in readme] == []
+
+
+def test_adapters_page_has_a_row_for_every_route_when_compared() -> None:
+    """Methods and paths of the routes that OpenAI's API lacks, no more and no less."""
+    page = (_ROOT / "docs/adapters.md").read_text()
+    rows = set(re.findall(r"^\| `([A-Z]+ /v1/\S+)` \|", page, re.MULTILINE))
+    routes = {
+        f"{method} {route.path}"
+        for topic in (adapters, experiments)
+        for route in topic.router.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods or ()
+    }
+    assert len(routes) >= 15
+    assert routes == rows
 
 
 def test_architecture_names_files_that_exist_when_followed() -> None:

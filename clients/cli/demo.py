@@ -270,6 +270,7 @@ async def _split_traffic(shell: _Shell, url: str, stable: str, candidate: str, q
 
     from clients.http import HotswapClient
     from clients.load import LoadRequest, run_load
+    from clients.sdk import AsyncHotswap
 
     arms = [f"A@{stable.split('@')[1]}=50", f"B@{candidate.split('@')[1]}=50"]
     experiment = await asyncio.to_thread(
@@ -282,13 +283,13 @@ async def _split_traffic(shell: _Shell, url: str, stable: str, candidate: str, q
     try:
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("users", total=len(requests))
-            async with HotswapClient(url) as client:
+            async with HotswapClient(url) as client, AsyncHotswap(url) as hotswap:
 
                 async def judge(result: LoadResult) -> None:
                     progress.advance(task)
                     if result.error is None:
                         kept = bool(_TICKET_LINE.search(result.answer.text))
-                        await client.feedback(result.answer.id, _METRIC, kept)
+                        await hotswap.feedback(result.answer.id, _METRIC, kept)
 
                 await run_load(client, requests, concurrency=_CONCURRENCY, on_result=judge)
     finally:

@@ -61,6 +61,9 @@ def serve(
         float | None, typer.Option(help="Seconds that running answers get after SIGTERM.", show_default="30")
     ] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="Largest request body.", show_default="2000000")] = None,
+    max_adapter_bytes: Annotated[
+        int | None, typer.Option(help="Largest upload of an adapter.", show_default="1000000000")
+    ] = None,
     host_cache_mb: Annotated[
         int | None, typer.Option(help="Host memory for adapters that lost their slot; 0 is off.", show_default="1024")
     ] = None,
@@ -98,6 +101,7 @@ def serve(
         timeout_s=timeout_s,
         drain_s=drain_s,
         max_body_bytes=max_body_bytes,
+        max_adapter_bytes=max_adapter_bytes,
         host_cache_mb=host_cache_mb,
         pinned=pinned or None,  # Typer gives an empty list for a flag that was not given
         traces=traces,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -26,7 +26,7 @@ from adapters.errors import AdapterRejectedError, ConflictError
 from server.engine.core import MAX_TIMINGS, LoadTiming, Wait
 from server.engine.host_cache import HostCache
 
-__all__ = ["Residency", "ResidencyStats", "Slots", "Wait", "WeightsReader"]
+__all__ = ["Residence", "Residency", "ResidencyStats", "Slots", "Wait", "WeightsReader"]
 
 _Value = TypeVar("_Value")
 _log = structlog.get_logger(__name__)
@@ -49,6 +49,22 @@ class Slots(Protocol):
 
     def clear(self, slot: int) -> None:
         """Make a slot compute nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Residence:
+    """Where one version is: in a slot, also while it drains (unloaded, but requests still run on it), or on the host.
+
+    It crosses a process border by pickle.
+    """
+
+    digest: str
+    slot: int | None = None
+    num_requests: int = 0
+    is_draining: bool = False
+    is_loading: bool = False
+    is_on_host: bool = False
+    is_pinned: bool = False
 
 
 @dataclass(slots=True)
@@ -156,6 +172,23 @@ class Residency:
         """Versions that keep their slots."""
         return frozenset(self._pinned)
 
+    def report(self) -> tuple[Residence, ...]:
+        """Every version that is in a slot, on the host, on its way or pinned."""
+        holdings = {held.digest: held for held in (*self._draining.values(), *self._resident.values())}
+        digests = dict.fromkeys([*holdings, *self._host.digests, *self._reads, *sorted(self._pinned)])
+        return tuple(self._residence(digest, holdings.get(digest)) for digest in digests)
+
+    def _residence(self, digest: str, held: _Holding | None) -> Residence:
+        return Residence(
+            digest,
+            slot=held.slot if held else None,
+            num_requests=held.users if held else 0,
+            is_draining=held is not None and held.slot in self._draining,
+            is_loading=digest in self._reads,
+            is_on_host=self._on_host(digest) is not None,
+            is_pinned=digest in self._pinned,
+        )
+
     def acquire(self, digest: str) -> int | Wait:
         """The version's slot, held for one request until `release`; or why it must wait. Starts loading if absent.
 
@@ -205,6 +238,17 @@ class Residency:
         """Let a version be evicted again, if it was pinned."""
         self._pinned.discard(digest)
         self._unplaced_pins.discard(digest)
+
+    def set_pinned(self, digests: Sequence[str]) -> None:
+        """Pin exactly these versions, or as many of the first ones as leave one slot for all others."""
+        limit = self._slots.num_slots - 1
+        if len(digests) > limit:
+            _log.warning("too_many_pinned", num_wanted=len(digests), num_pinned=limit)
+        wanted = digests[:limit]
+        for digest in self._pinned - {*wanted}:
+            self.unpin(digest)
+        for digest in wanted:
+            self.pin(digest)
 
     def unload(self, digest: str) -> None:
         """Forget a version: its slot is freed when its last request has ended; who asks from here on has it read again.

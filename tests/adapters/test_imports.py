@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.errors import AdapterConfigError, RankTooHighError
+from adapters.errors import AdapterManifestError, RankTooHighError
 from adapters.imports import export_version, import_folder
 from adapters.registry import Registry
 from adapters.settings import CoreSettings
@@ -28,7 +28,7 @@ def test_import_refuses_an_export_when_its_weights_were_changed(
     export_version(registry, published, tmp_path / "exported")
     other = save_random_adapter(tmp_path / "two", Path(core.base), seed=2)
     (tmp_path / "exported/adapter_model.safetensors").write_bytes((other / "adapter_model.safetensors").read_bytes())
-    with pytest.raises(AdapterConfigError, match="is not the file of its manifest"):
+    with pytest.raises(AdapterManifestError, match=r"^adapter_model\.safetensors is not the file of its manifest"):
         import_folder(tmp_path / "exported", "legal", core=core, registry=registry)
 
 

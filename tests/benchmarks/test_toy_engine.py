@@ -6,7 +6,7 @@ import inspect
 from typing import cast
 
 from benchmarks.toy_engine import ToyEngine
-from server.api import _obey
+from server.api import obey
 from server.engine.scheduler import Engine
 from server.messages import CancelCommand, EngineStatus, SubmitCommand
 from tests.support.engine import ask
@@ -16,7 +16,7 @@ def test_toy_engine_answers_in_full_when_driven_as_the_worker_does() -> None:
     """One token a step for everybody, one finish reason each, then idle."""
     toy = cast("Engine", ToyEngine())
     for name, count in (("a", 2), ("b", 3)):
-        assert [] == _obey(toy, SubmitCommand("epoch", ask(name, "hello", max_tokens=count)), "epoch")
+        assert [] == obey(toy, SubmitCommand("epoch", ask(name, "hello", max_tokens=count)), "epoch")
     status = EngineStatus.of(toy, "epoch")
     assert (2, 0) == (status.num_running, status.num_waiting)
     steps = []
@@ -29,8 +29,8 @@ def test_toy_engine_ends_a_request_when_it_is_cancelled() -> None:
     """Once, and nothing happens the second time."""
     toy = cast("Engine", ToyEngine())
     toy.submit(ask("a", "hello", max_tokens=9))
-    (event,) = _obey(toy, CancelCommand("a"), "epoch")
-    assert ("cancelled", []) == (event.finish_reason, _obey(toy, CancelCommand("a"), "epoch"))
+    (event,) = obey(toy, CancelCommand("a"), "epoch")
+    assert ("cancelled", []) == (event.finish_reason, obey(toy, CancelCommand("a"), "epoch"))
     assert toy.is_idle
 
 

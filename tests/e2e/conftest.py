@@ -74,7 +74,9 @@ def make_home(path: Path, base: Path, **variables: str) -> Home:
 def tiny_home(tmp_path_factory: pytest.TempPathFactory, tiny_folders: dict[str, Path]) -> Home:
     """A home over a tiny random Llama in float32, with `legal` and `support` published."""
     root = tmp_path_factory.mktemp("tiny")
-    home = make_home(root / "home", tiny_folders["llama"], HOTSWAP_QUANTISATION="none")
+    # A limit on bodies that an adapter exceeds: its route has another.
+    settings = {"HOTSWAP_QUANTISATION": "none", "HOTSWAP_SERVE_MAX_BODY_BYTES": "20000"}
+    home = make_home(root / "home", tiny_folders["llama"], **settings)
     home.import_random("legal", root / "legal", seed=1)
     home.import_random("support", root / "support", seed=2)
     return home

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +14,14 @@ import httpx
 import openai
 import pytest
 
+from adapters.manifest import ADAPTER_WEIGHTS_FILE
+from clients.errors import ConflictError
 from clients.http import HotswapClient
 from clients.load import LoadRequest, LoadResult, run_load
 from clients.local_server import running_server
+from clients.sdk import Hotswap
 from tests.e2e.conftest import Home, make_home
+from tests.support.tiny import save_random_adapter
 
 _MESSAGE = {"role": "user", "content": "x"}
 _GREEDY = {"temperature": 0, "max_tokens": 40}
@@ -70,6 +75,36 @@ def test_each_model_gives_its_own_answer_when_asked_the_same(tiny_server: str) -
     """Base and both adapters differ, so none is answered by another."""
     answers = {_ask(tiny_server, model) for model in ("base", "legal", "support")}
     assert len(answers) == 3
+
+
+def test_adapter_is_uploaded_pinned_and_deleted_when_driven_by_our_client(
+    tiny_server: str, tiny_home: Home, tmp_path: Path
+) -> None:
+    """Through all processes: the body passes the limit of its route, the worker pins, and reports that."""
+    folder = save_random_adapter(tmp_path / "adapter", tiny_home.base, seed=7)
+    assert (folder / ADAPTER_WEIGHTS_FILE).stat().st_size > 20_000
+    with Hotswap(tiny_server) as hotswap:
+        adapters = hotswap.adapters
+        digest = adapters.upload(folder, "uploaded").digest
+        answer = _ask(tiny_server, "uploaded")
+        assert answer not in (_ask(tiny_server, "base"), _ask(tiny_server, "legal"))
+        adapters.pin("uploaded")
+        for _ in range(300):
+            where = adapters.get("uploaded").current.residency
+            if where is not None and where.pinned and where.place == "slot":
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail(f"the version was not pinned: {where}")
+        assert digest in hotswap.ready().resident_versions
+        with pytest.raises(ConflictError):
+            adapters.unload("uploaded")
+        adapters.unpin("uploaded")
+        adapters.unload("uploaded")
+        assert answer == _ask(tiny_server, "uploaded")
+        assert ["uploaded@v1"] == adapters.delete("uploaded").versions
+        with pytest.raises(openai.NotFoundError):
+            _ask(tiny_server, "uploaded")
 
 
 def test_unknown_model_is_not_found_when_called(tiny_server: str) -> None:

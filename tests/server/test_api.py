@@ -16,10 +16,12 @@ import pytest
 from server.api import EngineAPI, EngineLoop, LitServeTransport, RoutesSpec, build_server, wrap_lifespan
 from server.config import ServeSettings
 from server.engine.scheduler import Engine
-from server.messages import ENGINE_CHANNEL, CancelCommand, EngineMessage, SubmitCommand
+from server.messages import ENGINE_CHANNEL, CancelCommand, EngineMessage, PinCommand, SubmitCommand, UnloadCommand
 from server.routes import router
-from tests.support.engine import Answer, Bench, ask, collect, run_to_end
+from tests.support.engine import RECIPES, Answer, Bench, ask, collect, run_to_end
 from tests.support.tiny import tiny_settings
+
+FIRST, SECOND, *_ = RECIPES
 
 
 class _EndOfTestError(Exception):
@@ -98,6 +100,17 @@ def test_loop_cancels_a_request_when_it_is_told_to(bench: Bench) -> None:
     engine = bench.engine()
     assert None is Worker(engine).run(CancelCommand("r"))
     engine.close()
+
+
+def test_loop_pins_unloads_and_reports_when_it_is_told_to(bench: Bench) -> None:
+    """What is pinned is not unloaded, and the loop goes on; messages say where versions are, about once a second."""
+    engine = bench.engine()
+    worker = Worker(engine)
+    worker.run(PinCommand((FIRST,)), UnloadCommand(FIRST), UnloadCommand(SECOND))
+    engine.close()
+    assert frozenset({FIRST}) == engine.residency.pinned
+    reports = [message.residency for message in worker.messages if message.residency is not None]
+    assert [()] == reports[:1]
 
 
 def test_epochs_differ_when_workers_do(bench: Bench) -> None:

@@ -15,7 +15,7 @@ import pytest
 from adapters.errors import EngineUnavailableError, OverloadedError
 from server.engine.core import EngineEvent, GenerationRequest
 from server.engine_client import EngineClient
-from server.messages import CancelCommand, EngineMessage, EngineStatus, SubmitCommand
+from server.messages import CancelCommand, Command, EngineMessage, EngineStatus, SubmitCommand
 from tests.support.engine import ask
 
 
@@ -23,10 +23,10 @@ class Line:
     """A line to a worker whose messages the test writes."""
 
     def __init__(self) -> None:
-        self.sent: list[SubmitCommand | CancelCommand] = []
+        self.sent: list[Command] = []
         self._messages: asyncio.Queue[EngineMessage] = asyncio.Queue()
 
-    async def send(self, command: SubmitCommand | CancelCommand) -> None:
+    async def send(self, command: Command) -> None:
         """Keep the command."""
         self.sent.append(command)
 

@@ -175,6 +175,15 @@ def test_router_error_is_in_the_envelope_when_no_route_matches(method: str, path
     assert f"{method} {path}" in _error_of(response)["message"]
 
 
+def test_405_names_every_method_of_the_path_when_routes_share_it() -> None:
+    """Also those of later routes, and none of other paths."""
+    app = _app()
+    app.get("/body")(lambda: None)
+    app.put("/{name}")(lambda name: None)
+    app.patch("/body/more")(lambda: None)
+    assert "GET, POST, PUT" == _call(app, "DELETE", "/body").headers["allow"]
+
+
 def test_unknown_exception_hides_its_message_when_a_route_crashes() -> None:
     """A crash is 500 in the envelope and says nothing of its reason."""
     response = _call(_app(RuntimeError("password=secret")), "GET", "/raise")

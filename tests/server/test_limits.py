@@ -14,9 +14,9 @@ from server.errors import install_error_handlers
 from server.limits import BodyLimitMiddleware, read_timeout
 
 
-def _app() -> FastAPI:
+def _app(larger: dict[tuple[str, str], int] | None = None) -> FastAPI:
     app = FastAPI()
-    app.add_middleware(BodyLimitMiddleware, max_bytes=10)
+    app.add_middleware(BodyLimitMiddleware, max_bytes=10, larger=larger)
     install_error_handlers(app)
 
     @app.post("/echo")
@@ -26,9 +26,9 @@ def _app() -> FastAPI:
     return app
 
 
-def _post(content: bytes | AsyncIterator[bytes]) -> httpx.Response:
+def _post(content: bytes | AsyncIterator[bytes], app: FastAPI | None = None) -> httpx.Response:
     async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(app=_app())
+        transport = httpx.ASGITransport(app=app or _app())
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.post("/echo", content=content)
 
@@ -51,6 +51,12 @@ def test_body_is_refused_in_the_envelope_when_it_is_larger(in_pieces: bool) -> N
     response = _post(_in_pieces(b"x" * 6, b"x" * 6) if in_pieces else b"x" * 11)
     assert response.status_code == 413
     assert "10 bytes" in response.json()["error"]["message"]
+
+
+def test_body_has_the_routes_own_limit_when_it_takes_files() -> None:
+    """By method and path; every other route keeps the common limit."""
+    app = _app(larger={("POST", "/echo"): 12, ("PUT", "/echo"): 99, ("POST", "/other"): 99})
+    assert (12, 413) == (_post(b"x" * 12, app).json(), _post(b"x" * 13, app).status_code)
 
 
 @pytest.mark.parametrize(("value", "expected"), [(None, 10), ("2.5", 2.5), (" 3 ", 3), ("10", 10), ("1e9", 10)])

@@ -173,6 +173,8 @@ def test_chat_is_400_when_the_prompt_is_too_long(site: Site) -> None:
     ("fields", "param", "code"),
     [
         ({"temperature": 3}, "temperature", "invalid_value"),
+        ({"temperature": "1"}, "temperature", "invalid_value"),
+        ({"max_tokens": True}, "max_tokens", "invalid_value"),
         ({"tools": []}, "tools", "unknown_field"),
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": [{"role": "user", "content": "x", "name": "n"}]}, "messages.0.name", "unknown_field"),

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from adapters.errors import (
     AdapterConfigError,
+    AdapterManifestError,
     AdapterRejectedError,
     AdapterWeightsError,
     FingerprintMismatchError,
     HotswapError,
-    IntegrityError,
     RankTooHighError,
 )
 from adapters.manifest import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, MANIFEST_FILE, BaseReference, Manifest
@@ -358,14 +358,14 @@ ZOO: dict[str, BadAdapter] = {
     ),
     # the manifest, where the folder brings one
     "path as a file's name": BadAdapter(
-        _manifest(files=_PATH_AS_FILE), IntegrityError, "manifest.json is not a manifest: files", False
+        _manifest(files=_PATH_AS_FILE), AdapterManifestError, "manifest.json is not a manifest: files", False
     ),
     "manifest of another format": BadAdapter(
-        _manifest(format=9), IntegrityError, "manifest.json is not a manifest: format", False
+        _manifest(format=9), AdapterManifestError, "manifest.json is not a manifest: format", False
     ),
     "link to a manifest": BadAdapter(
         lambda folder: (_manifest()(folder), _link(MANIFEST_FILE)(folder)),
-        IntegrityError,
+        AdapterManifestError,
         "manifest.json is a symbolic link",
         False,
     ),

@@ -28,9 +28,11 @@ from adapters.errors import AdapterWeightsError, NotFoundError
 from adapters.experiments import ExperimentService
 from adapters.keys import KeyService
 from adapters.manifest import BaseReference
+from adapters.pins import PinService
 from adapters.records import NumberedVersion
 from adapters.registry import Registry
 from adapters.tables import ExposureRow
+from server.api import obey
 from server.auth import AuthMiddleware
 from server.chat import ChatService
 from server.config import ServeSettings
@@ -41,12 +43,15 @@ from server.engine.scheduler import Engine
 from server.engine_client import EngineClient
 from server.engine_factory import make_weights_reader
 from server.errors import install_error_handlers
-from server.messages import CancelCommand, EngineMessage, EngineStatus, SubmitCommand
+from server.messages import Command, EngineMessage, EngineStatus
 from server.metrics import Metrics
 from server.observe import RequestIdMiddleware
+from server.openapi import describe_api
+from server.pins import PinKeeper
 from server.routes import router
 from server.services import Services
-from tests.support.tiny import load_tiny_base, make_manifest, make_tokenizer, save_random_adapter
+from server.uploads import AdapterUploads
+from tests.support.tiny import load_tiny_base, make_manifest, make_tokenizer, save_random_adapter, tiny_settings
 
 __all__ = [
     "KERNELS_FOLDER",
@@ -366,7 +371,7 @@ class EngineTransport:
         self.engine = engine
         self.epoch = "epoch-1"
         self.permits: int | None = None
-        self.commands: list[SubmitCommand | CancelCommand] = []
+        self.commands: list[Command] = []
         self._events: list[EngineEvent] = []
         self._has_greeted = False
 
@@ -375,13 +380,10 @@ class EngineTransport:
         self.engine, self.epoch, self._has_greeted = engine, epoch, False
         self._events.clear()
 
-    async def send(self, command: SubmitCommand | CancelCommand) -> None:
-        """Obey at once."""
+    async def send(self, command: Command) -> None:
+        """Obey at once, as the worker's loop does."""
         self.commands.append(command)
-        if isinstance(command, CancelCommand):
-            self._events += self.engine.cancel(command.request_id)
-        elif command.epoch == self.epoch:
-            self._events += self.engine.submit(command.request)
+        self._events += obey(self.engine, command, self.epoch)
 
     async def receive(self) -> list[EngineMessage]:
         """The events of the next step that has any; the first message is a sign of life."""
@@ -401,7 +403,8 @@ class EngineTransport:
                 return [self._message(events)]
 
     def _message(self, events: tuple[EngineEvent, ...]) -> EngineMessage:
-        return EngineMessage(EngineStatus.of(self.engine, self.epoch), events, self.engine.take_timings())
+        status = EngineStatus.of(self.engine, self.epoch)
+        return EngineMessage(status, events, self.engine.take_timings(), self.engine.residency.report())
 
 
 @dataclass
@@ -450,7 +453,13 @@ class Site:
         app.add_middleware(RequestIdMiddleware)
         install_error_handlers(app)
         app.include_router(router)
-        app.state.services = Services(registry, experiments, client, chat, metrics, keys)
+        describe_api(app)
+        pins = PinKeeper(
+            PinService(registry.database), client, always=settings.pinned, max_versions=engine.num_slots - 1
+        )
+        core = tiny_settings(bench.base.folder, home=home)
+        uploads = AdapterUploads(core, timeout_s=settings.timeout_s)
+        app.state.services = Services(registry, experiments, client, chat, metrics, keys, pins, uploads)
         return cls(app, registry, experiments, engine, transport, client, bench.base, bench.adapters, settings, keys)
 
     def publish(

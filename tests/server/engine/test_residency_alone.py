@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from adapters.errors import AdapterWeightsError, ConflictError
-from server.engine.residency import Residency, Wait
+from server.engine.residency import Residence, Residency, Wait
 from tests.support.residency import VERSION_BYTES, Shelf, ToySlots, settle
 
 Make = Callable[..., Residency]
@@ -472,3 +472,35 @@ def test_evicted_version_is_gone_when_the_copy_over_it_breaks_in_the_middle(make
     assert ({}, {1: None}) == (residency.resident, slots.contents)
     assert {"b"} == set(residency.take_failures())
     assert 1 == _use(residency, "a")
+
+
+def test_report_tells_where_every_version_is_when_they_are_everywhere(make: Make, shelf: Shelf) -> None:
+    """In a slot and in use, draining, on the host, on its way, pinned; what is only in the store is not told."""
+    residency = make(num_slots=3)
+    for digest in "abcd":  # d takes the slot of a, which goes to the host
+        _use(residency, digest)
+    residency.set_pinned(["c"])
+    slots = {digest: residency.acquire(digest) for digest in "bd"}
+    residency.unload("b")
+    shelf.gate.clear()
+    residency.prefetch("e")
+    told = {entry.digest: entry for entry in residency.report()}
+    shelf.gate.set()
+    assert Residence("a", is_on_host=True) == told["a"]
+    assert (slots["b"], True, 1) == (told["b"].slot, told["b"].is_draining, told["b"].num_requests)
+    assert (True, 0) == (told["c"].is_pinned, told["c"].num_requests)
+    assert (slots["d"], False, 1) == (told["d"].slot, told["d"].is_draining, told["d"].num_requests)
+    assert Residence("e", is_loading=True) == told["e"]
+    assert "f" not in told
+
+
+def test_pinned_versions_are_exactly_those_that_are_wanted_when_the_list_changes(make: Make) -> None:
+    """Those that left the list may be evicted; of too many the first ones are kept, one slot stays for all others."""
+    residency = make(num_slots=3)
+    pinned = []
+    for wanted in ("ab", "bc", "dabc", ""):
+        residency.set_pinned(wanted)
+        settle(residency)
+        pinned.append("".join(sorted(residency.pinned)))
+    assert ["ab", "bc", "ad", ""] == pinned
+    assert {"a", "d"} <= set(residency.resident)

@@ -1,0 +1,229 @@
+"""Every call of the API as a value: method, path, body, and how its answer is read. Knows no connection.
+
+Both clients of `sdk` send the same calls; only how they wait differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from clients import results
+from clients.errors import UnexpectedAnswerError
+
+__all__ = [
+    "ArmSpec",
+    "Call",
+    "delete_adapter",
+    "delete_version",
+    "export_path",
+    "feedback",
+    "health",
+    "list_adapters",
+    "list_changes",
+    "list_experiments",
+    "list_versions",
+    "pin",
+    "promote",
+    "readiness",
+    "rollback",
+    "show_adapter",
+    "show_experiment",
+    "show_version",
+    "start_experiment",
+    "stop_experiment",
+    "unload",
+    "unpin",
+    "upload",
+]
+
+_Result = TypeVar("_Result", bound=BaseModel)
+_UPLOADED = {
+    "adapter_config": "adapter_config.json",
+    "adapter_model": "adapter_model.safetensors",
+    "manifest": "manifest.json",
+}
+_OPTIONAL = "manifest"
+
+
+@dataclass(frozen=True, slots=True)
+class ArmSpec:
+    """One arm of an experiment to be started: its name, `v1` or the beginning of a digest, its share in percent."""
+
+    name: str
+    version: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[_Result]):
+    """One request, to be sent as often as retries need."""
+
+    result: type[_Result]
+    method: str
+    path: str
+    params: dict[str, Any] = field(default_factory=dict)
+    body: dict[str, Any] | None = None
+    form: dict[str, str] | None = None
+    files: dict[str, Path] = field(default_factory=dict)
+
+    @contextmanager
+    def options(self) -> Iterator[dict[str, Any]]:
+        """What httpx sends; files are open inside the block, from their beginning."""
+        with ExitStack() as stack:
+            given: dict[str, Any] = {"params": {key: value for key, value in self.params.items() if value is not None}}
+            if self.body is not None:
+                given["json"] = self.body
+            if self.form is not None:
+                given["data"] = self.form
+                given["files"] = {name: stack.enter_context(path.open("rb")) for name, path in self.files.items()}
+            yield given
+
+    def read(self, response: httpx.Response) -> _Result:
+        """The answer as a record.
+
+        Raises:
+            UnexpectedAnswerError: it has another shape.
+        """
+        try:
+            return self.result.model_validate_json(response.content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the body"
+            raise UnexpectedAnswerError(
+                f"{self.method} {self.path}: {where} of the answer is not as expected: {first['msg']}",
+                status=response.status_code,
+                code=None,
+                request_id=response.headers.get("x-request-id"),
+            ) from None
+
+
+def health() -> Call[results.Health]:
+    """GET /health."""
+    return Call(results.Health, "GET", "/health")
+
+
+def readiness() -> Call[results.Readiness]:
+    """GET /ready."""
+    return Call(results.Readiness, "GET", "/ready")
+
+
+def feedback(response_id: str, metric: str, value: float, comment: str | None) -> Call[results.Feedback]:
+    """POST /v1/feedback."""
+    body = {"id": response_id, "metric": metric, "value": value, "comment": comment}
+    return Call(results.Feedback, "POST", "/v1/feedback", body=body)
+
+
+def list_adapters(after: str | None, limit: int) -> Call[results.Page[results.Adapter]]:
+    """GET /v1/adapters."""
+    return Call(results.Page[results.Adapter], "GET", "/v1/adapters", {"after": after, "limit": limit})
+
+
+def show_adapter(alias: str) -> Call[results.AdapterDetail]:
+    """GET /v1/adapters/{alias}."""
+    return Call(results.AdapterDetail, "GET", _adapter(alias))
+
+
+def delete_adapter(alias: str) -> Call[results.Deleted]:
+    """DELETE /v1/adapters/{alias}."""
+    return Call(results.Deleted, "DELETE", _adapter(alias))
+
+
+def list_changes(alias: str, after: int, limit: int) -> Call[results.Page[results.Change]]:
+    """GET /v1/adapters/{alias}/history."""
+    params = {"after": after, "limit": limit}
+    return Call(results.Page[results.Change], "GET", _adapter(alias, "history"), params)
+
+
+def list_versions(alias: str, after: int, limit: int) -> Call[results.Page[results.Version]]:
+    """GET /v1/adapters/{alias}/versions."""
+    params = {"after": after, "limit": limit}
+    return Call(results.Page[results.Version], "GET", _adapter(alias, "versions"), params)
+
+
+def show_version(alias: str, version: str) -> Call[results.VersionDetail]:
+    """GET /v1/adapters/{alias}/versions/{version}."""
+    return Call(results.VersionDetail, "GET", _adapter(alias, "versions", version))
+
+
+def delete_version(alias: str, version: str) -> Call[results.Deleted]:
+    """DELETE /v1/adapters/{alias}/versions/{version}."""
+    return Call(results.Deleted, "DELETE", _adapter(alias, "versions", version))
+
+
+def export_path(alias: str, version: str) -> str:
+    """The path of GET /v1/adapters/{alias}/versions/{version}/export."""
+    return _adapter(alias, "versions", version, "export")
+
+
+def upload(folder: Path, alias: str, promote: bool) -> Call[results.Imported]:
+    """POST /v1/adapters; the manifest goes along if the folder has one."""
+    files = {part: folder / name for part, name in _UPLOADED.items()}
+    if not files[_OPTIONAL].exists():
+        del files[_OPTIONAL]
+    form = {"alias": alias, "promote": "true" if promote else "false"}
+    return Call(results.Imported, "POST", "/v1/adapters", form=form, files=files)
+
+
+def promote(alias: str, version: str) -> Call[results.Adapter]:
+    """POST /v1/adapters/{alias}/promote."""
+    return Call(results.Adapter, "POST", _adapter(alias, "promote"), body={"version": version})
+
+
+def rollback(alias: str) -> Call[results.Adapter]:
+    """POST /v1/adapters/{alias}/rollback."""
+    return Call(results.Adapter, "POST", _adapter(alias, "rollback"))
+
+
+def pin(alias: str, version: str | None) -> Call[results.Pins]:
+    """POST /v1/adapters/{alias}/pin."""
+    return Call(results.Pins, "POST", _adapter(alias, "pin"), body={"version": version})
+
+
+def unpin(alias: str, version: str | None) -> Call[results.Pins]:
+    """POST /v1/adapters/{alias}/unpin."""
+    return Call(results.Pins, "POST", _adapter(alias, "unpin"), body={"version": version})
+
+
+def unload(alias: str, version: str | None) -> Call[results.Unloaded]:
+    """POST /v1/adapters/{alias}/unload."""
+    return Call(results.Unloaded, "POST", _adapter(alias, "unload"), body={"version": version})
+
+
+def list_experiments(after: str | None, limit: int) -> Call[results.Page[results.Experiment]]:
+    """GET /v1/experiments."""
+    return Call(results.Page[results.Experiment], "GET", "/v1/experiments", {"after": after, "limit": limit})
+
+
+def show_experiment(experiment_id: str) -> Call[results.ExperimentDetail]:
+    """GET /v1/experiments/{id}."""
+    return Call(results.ExperimentDetail, "GET", f"/v1/experiments/{_part(experiment_id)}")
+
+
+def start_experiment(alias: str, arms: Sequence[ArmSpec], salt: str | None) -> Call[results.Experiment]:
+    """POST /v1/experiments."""
+    given = [{"name": arm.name, "version": arm.version, "weight": arm.weight} for arm in arms]
+    return Call(results.Experiment, "POST", "/v1/experiments", body={"alias": alias, "arms": given, "salt": salt})
+
+
+def stop_experiment(experiment_id: str) -> Call[results.Experiment]:
+    """POST /v1/experiments/{id}/stop."""
+    return Call(results.Experiment, "POST", f"/v1/experiments/{_part(experiment_id)}/stop")
+
+
+def _adapter(*parts: str) -> str:
+    return "/".join(["/v1/adapters", *map(_part, parts)])
+
+
+def _part(text: str) -> str:
+    """One part of a path. An empty one, or dots, would lead to another route."""
+    if text in ("", ".", ".."):
+        raise ValueError(f"expected a name, found {text!r}")
+    return quote(text, safe="")

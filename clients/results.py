@@ -1,0 +1,219 @@
+"""What the API answers, as typed records. Fields that a later server adds are ignored."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+__all__ = [
+    "Adapter",
+    "AdapterDetail",
+    "Arm",
+    "ArmReport",
+    "Change",
+    "Deleted",
+    "Experiment",
+    "ExperimentDetail",
+    "Feedback",
+    "Health",
+    "Imported",
+    "Interval",
+    "Metric",
+    "Moment",
+    "Page",
+    "Pins",
+    "Readiness",
+    "Residency",
+    "Unloaded",
+    "Version",
+    "VersionDetail",
+]
+
+_Item = TypeVar("_Item")
+
+
+def _from_seconds(value: Any) -> Any:
+    return datetime.fromtimestamp(value, UTC) if isinstance(value, int) else value
+
+
+Moment = Annotated[datetime, BeforeValidator(_from_seconds)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Page(_Record, Generic[_Item]):
+    """A stretch of a list. `last_id` as the next call's `after` goes on where it ends, as long as `has_more`."""
+
+    data: list[_Item]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class Residency(_Record):
+    """Where a version was about a second ago."""
+
+    place: Literal["slot", "draining", "loading", "host", "store"]
+    slot: int | None
+    num_requests: int
+    pinned: bool
+
+
+class Version(_Record):
+    """An immutable adapter version; `id` is the name to call it by: `legal@v2`."""
+
+    id: str
+    alias: str
+    number: int
+    digest: str
+    base_fingerprint: str
+    rank: int
+    size_bytes: int
+    source: str
+    published_at: Moment
+    metrics: dict[str, Any]
+    residency: Residency | None
+
+
+class VersionDetail(Version):
+    """A version with its manifest: base model, alpha, targets, data, settings, hashes."""
+
+    manifest: dict[str, Any]
+
+
+class Imported(Version):
+    """A version that was imported; `is_live` says whether its alias points to it."""
+
+    is_live: bool
+
+
+class Adapter(_Record):
+    """An alias and the version that it points to."""
+
+    id: str
+    version: str
+    updated_at: Moment
+    num_versions: int
+    experiment_id: str | None
+    pinned: list[str]
+
+
+class AdapterDetail(Adapter):
+    """An alias with its present version in full, and its newest hundred versions."""
+
+    current: VersionDetail
+    versions: list[Version]
+
+
+class Change(_Record):
+    """One move of an alias."""
+
+    id: int
+    alias: str
+    action: str
+    from_version: str | None
+    to_version: str
+    changed_at: Moment
+
+
+class Pins(_Record):
+    """What is pinned of an alias."""
+
+    id: str
+    pinned: list[str]
+
+
+class Unloaded(_Record):
+    """A version that leaves its slot as soon as its last request has ended."""
+
+    id: str
+    digest: str
+
+
+class Deleted(_Record):
+    """The labels of what was deleted."""
+
+    id: str
+    versions: list[str]
+
+
+class Arm(_Record):
+    """One arm of an experiment; `weight` is its share in percent."""
+
+    name: str
+    version: str
+    digest: str
+    weight: float
+
+
+class Experiment(_Record):
+    """A split of one alias between pinned versions."""
+
+    id: str
+    alias: str
+    state: Literal["running", "stopped"]
+    arms: list[Arm]
+    created_at: Moment
+    stopped_at: Moment | None
+
+
+class Interval(_Record):
+    """An estimate with its two-sided confidence interval, for one look planned in advance."""
+
+    estimate: float
+    low: float
+    high: float
+    confidence: float
+
+
+class Metric(_Record):
+    """One metric in one arm, over users; `difference` is against the first arm."""
+
+    metric: str
+    num_outcomes: int
+    num_units: int
+    mean: float
+    interval: Interval | None
+    difference: Interval | None
+
+
+class ArmReport(Arm):
+    """One arm and what came of it."""
+
+    num_exposures: int
+    num_units: int
+    num_errors: int
+    metrics: list[Metric]
+
+
+class ExperimentDetail(Experiment):
+    """An experiment with its counts and outcomes by arm."""
+
+    report: list[ArmReport]
+
+
+class Feedback(_Record):
+    """An outcome that was recorded for the response `id`."""
+
+    id: str
+    metric: str
+
+
+class Health(_Record):
+    """The API process is alive."""
+
+    status: str
+
+
+class Readiness(_Record):
+    """The engine takes requests; how busy it is."""
+
+    status: str
+    running: int
+    waiting: int
+    in_flight: int
+    resident_versions: list[str]

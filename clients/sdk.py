@@ -1,0 +1,464 @@
+"""The typed Python client for what OpenAI's SDK lacks: adapters, experiments, feedback, health. Sync and async.
+
+    with Hotswap() as hotswap:
+        hotswap.adapters.promote("support", "v2")
+
+Chat, models, files and jobs: use `openai` with the server's `/v1` as its base URL. Errors are in `clients.errors`,
+results in `clients.results`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+from pydantic import BaseModel
+
+from clients import calls
+from clients.calls import ArmSpec, Call
+from clients.errors import error_of, no_answer
+from clients.http import API_KEY_VARIABLE, is_local
+from clients.results import (
+    Adapter,
+    AdapterDetail,
+    Change,
+    Deleted,
+    Experiment,
+    ExperimentDetail,
+    Feedback,
+    Health,
+    Imported,
+    Page,
+    Pins,
+    Readiness,
+    Unloaded,
+    Version,
+    VersionDetail,
+)
+
+__all__ = [
+    "AdaptersResource",
+    "ArmSpec",
+    "AsyncAdaptersResource",
+    "AsyncExperimentsResource",
+    "AsyncHotswap",
+    "ExperimentsResource",
+    "Hotswap",
+]
+
+_DEFAULT_URL = "http://127.0.0.1:8000"
+_CONNECT_TIMEOUT_S = 10.0
+_MAX_TIMEOUT_S = 86_400.0
+_MAX_RETRIES = 10
+_MAX_DELAY_S = 60.0  # a server that asks for more gets its error raised
+_FIRST_DELAY_S = 0.5  # where the server names no time; doubled each time
+_RETRIED = (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE)
+_Result = TypeVar("_Result", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class _Retries:
+    """Answers by which nothing was started are asked for again, after the time that the server names."""
+
+    max_retries: int
+
+    def delay_s(self, response: httpx.Response, attempt: int) -> float | None:
+        """Seconds to wait before the next attempt; None if the answer stands."""
+        if response.status_code not in _RETRIED or attempt >= self.max_retries:
+            return None
+        if response.headers.get("x-should-retry") == "false":
+            return None
+        try:
+            delay = float(response.headers["retry-after"])
+        except (KeyError, ValueError):  # a date: nobody here sends one
+            return float(min(_FIRST_DELAY_S * 2**attempt, _MAX_DELAY_S))
+        return delay if 0 <= delay <= _MAX_DELAY_S else None
+
+
+def _settings(base_url: str | None, api_key: str | None, timeout_s: float, max_retries: int) -> dict[str, Any]:
+    """What both kinds of httpx client are made from.
+
+    Raises:
+        ValueError: a timeout or a number of retries is out of bounds.
+    """
+    if not 0 < timeout_s <= _MAX_TIMEOUT_S:
+        raise ValueError(f"timeout_s: expected more than 0 and at most {_MAX_TIMEOUT_S:g} seconds, found {timeout_s}")
+    if not 0 <= max_retries <= _MAX_RETRIES:
+        raise ValueError(f"max_retries: expected 0 to {_MAX_RETRIES}, found {max_retries}")
+    url = base_url or os.environ.get("HOTSWAP_URL") or _DEFAULT_URL
+    key = api_key or os.environ.get(API_KEY_VARIABLE)
+    return {
+        "base_url": url.rstrip("/").removesuffix("/v1"),
+        "headers": {"authorization": f"Bearer {key}"} if key else {},
+        "timeout": httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S)),
+        "trust_env": not is_local(url),
+    }
+
+
+class Hotswap:
+    """Speaks to one server; close it, or use it in a `with` block.
+
+    Args:
+        base_url: Where the server listens, with or without `/v1`; else `HOTSWAP_URL`, else this machine's port 8000.
+        api_key: Else `HOTSWAP_API_KEY`, else none is sent.
+        timeout_s: Seconds that the server may be silent in one attempt.
+        max_retries: How often a 429 or 503 is asked for again, after its `Retry-After`.
+        transport: Sends the requests instead of httpx's own.
+
+    Raises:
+        ValueError: a timeout or a number of retries is out of bounds.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 60.0,
+        max_retries: int = 2,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._http = httpx.Client(**_settings(base_url, api_key, timeout_s, max_retries), transport=transport)
+        self._retries = _Retries(max_retries)
+        self.adapters = AdaptersResource(self)
+        self.experiments = ExperimentsResource(self)
+
+    def __enter__(self) -> Self:
+        """Return the client."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close all connections."""
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._http.close()
+
+    def health(self) -> Health:
+        """The API process is alive; it says nothing about the engine."""
+        return self.send(calls.health())
+
+    def ready(self) -> Readiness:
+        """The engine takes requests, and how busy it is.
+
+        Raises:
+            UnavailableError: it does not.
+        """
+        return self.send(calls.readiness())
+
+    def feedback(self, response_id: str, metric: str, value: float | bool, *, comment: str | None = None) -> Feedback:
+        """Report an outcome for a response; the same metric again replaces the value.
+
+        Raises:
+            NotFoundError: no such response.
+        """
+        return self.send(calls.feedback(response_id, metric, value, comment))
+
+    def send(self, call: Call[_Result]) -> _Result:
+        """Send a call, again where the server asks for it, and read its answer.
+
+        Raises:
+            ApiError: the server refused, failed or can't be reached.
+        """
+        attempt = 0
+        while True:
+            with call.options() as options:
+                response = self._request(call.method, call.path, options)
+            if (delay_s := self._retries.delay_s(response, attempt)) is None:
+                break
+            time.sleep(delay_s)
+            attempt += 1
+        if response.is_error:
+            raise error_of(response)
+        return call.read(response)
+
+    def download(self, path: str, target: Path) -> Path:
+        """Write an answer's body to a file that must not exist yet; nothing is left if it breaks off.
+
+        Raises:
+            FileExistsError: the target is there.
+            ApiError: the server refused, failed, broke off or can't be reached.
+        """
+        with target.open("xb") as file:
+            try:
+                with self._http.stream("GET", path) as response:
+                    if response.is_error:
+                        response.read()
+                        raise error_of(response)
+                    for chunk in response.iter_bytes():
+                        file.write(chunk)
+            except httpx.TransportError as error:
+                target.unlink()
+                raise no_answer(error) from None
+            except BaseException:
+                target.unlink()
+                raise
+        return target
+
+    def _request(self, method: str, path: str, options: dict[str, Any]) -> httpx.Response:
+        try:
+            return self._http.request(method, path, **options)
+        except httpx.TransportError as error:
+            raise no_answer(error) from None
+
+
+class AsyncHotswap:
+    """`Hotswap` for an event loop: the same arguments and methods, to be awaited; use it in an `async with` block."""
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 60.0,
+        max_retries: int = 2,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._http = httpx.AsyncClient(**_settings(base_url, api_key, timeout_s, max_retries), transport=transport)
+        self._retries = _Retries(max_retries)
+        self.adapters = AsyncAdaptersResource(self)
+        self.experiments = AsyncExperimentsResource(self)
+
+    async def __aenter__(self) -> Self:
+        """Return the client."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close all connections."""
+        await self.close()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._http.aclose()
+
+    async def health(self) -> Health:
+        """See `Hotswap.health`."""
+        return await self.send(calls.health())
+
+    async def ready(self) -> Readiness:
+        """See `Hotswap.ready`."""
+        return await self.send(calls.readiness())
+
+    async def feedback(
+        self, response_id: str, metric: str, value: float | bool, *, comment: str | None = None
+    ) -> Feedback:
+        """See `Hotswap.feedback`."""
+        return await self.send(calls.feedback(response_id, metric, value, comment))
+
+    async def send(self, call: Call[_Result]) -> _Result:
+        """See `Hotswap.send`."""
+        attempt = 0
+        while True:
+            with call.options() as options:
+                response = await self._request(call.method, call.path, options)
+            if (delay_s := self._retries.delay_s(response, attempt)) is None:
+                break
+            await asyncio.sleep(delay_s)
+            attempt += 1
+        if response.is_error:
+            raise error_of(response)
+        return call.read(response)
+
+    async def download(self, path: str, target: Path) -> Path:
+        """See `Hotswap.download`."""
+        with target.open("xb") as file:
+            try:
+                async with self._http.stream("GET", path) as response:
+                    if response.is_error:
+                        await response.aread()
+                        raise error_of(response)
+                    async for chunk in response.aiter_bytes():
+                        file.write(chunk)
+            except httpx.TransportError as error:
+                target.unlink()
+                raise no_answer(error) from None
+            except BaseException:
+                target.unlink()
+                raise
+        return target
+
+    async def _request(self, method: str, path: str, options: dict[str, Any]) -> httpx.Response:
+        try:
+            return await self._http.request(method, path, **options)
+        except httpx.TransportError as error:
+            raise no_answer(error) from None
+
+
+class AdaptersResource:
+    """`hotswap.adapters`: aliases and versions. Every method raises `ApiError`, by status as `clients.errors` says."""
+
+    def __init__(self, client: Hotswap) -> None:
+        self._client = client
+
+    def list(self, *, after: str | None = None, limit: int = 20) -> Page[Adapter]:
+        """The aliases behind a name, in the order of their names."""
+        return self._client.send(calls.list_adapters(after, limit))
+
+    def get(self, alias: str) -> AdapterDetail:
+        """One alias with its present version, and its newest hundred."""
+        return self._client.send(calls.show_adapter(alias))
+
+    def versions(self, alias: str, *, after: int = 0, limit: int = 20) -> Page[Version]:
+        """An alias's versions behind a number, in the order of their numbers."""
+        return self._client.send(calls.list_versions(alias, after, limit))
+
+    def version(self, alias: str, version: str) -> VersionDetail:
+        """One version (`v2`, or the beginning of its digest) with its manifest."""
+        return self._client.send(calls.show_version(alias, version))
+
+    def history(self, alias: str, *, after: int = 0, limit: int = 20) -> Page[Change]:
+        """The moves of an alias, the oldest first."""
+        return self._client.send(calls.list_changes(alias, after, limit))
+
+    def upload(self, folder: Path, alias: str, *, promote: bool = True) -> Imported:
+        """Send an adapter in PEFT's layout, with its manifest if the folder has one; it is checked and published."""
+        return self._client.send(calls.upload(folder, alias, promote))
+
+    def export(self, alias: str, version: str, target: Path) -> Path:
+        """Write a version's files to a tar archive that must not exist yet."""
+        return self._client.download(calls.export_path(alias, version), target)
+
+    def promote(self, alias: str, version: str) -> Adapter:
+        """Point an alias to one of its versions."""
+        return self._client.send(calls.promote(alias, version))
+
+    def rollback(self, alias: str) -> Adapter:
+        """Point an alias back to where it was before its last publish or promotion."""
+        return self._client.send(calls.rollback(alias))
+
+    def pin(self, alias: str, version: str | None = None) -> Pins:
+        """Keep a version in a slot; without one, whichever the alias points to."""
+        return self._client.send(calls.pin(alias, version))
+
+    def unpin(self, alias: str, version: str | None = None) -> Pins:
+        """Undo that."""
+        return self._client.send(calls.unpin(alias, version))
+
+    def unload(self, alias: str, version: str | None = None) -> Unloaded:
+        """Free a version's slot once its last request has ended."""
+        return self._client.send(calls.unload(alias, version))
+
+    def delete(self, alias: str, version: str | None = None) -> Deleted:
+        """Delete one version; without one, the alias with all its versions."""
+        return self._client.send(_delete(alias, version))
+
+
+class AsyncAdaptersResource:
+    """`AdaptersResource`, to be awaited."""
+
+    def __init__(self, client: AsyncHotswap) -> None:
+        self._client = client
+
+    async def list(self, *, after: str | None = None, limit: int = 20) -> Page[Adapter]:
+        """See `AdaptersResource.list`."""
+        return await self._client.send(calls.list_adapters(after, limit))
+
+    async def get(self, alias: str) -> AdapterDetail:
+        """See `AdaptersResource.get`."""
+        return await self._client.send(calls.show_adapter(alias))
+
+    async def versions(self, alias: str, *, after: int = 0, limit: int = 20) -> Page[Version]:
+        """See `AdaptersResource.versions`."""
+        return await self._client.send(calls.list_versions(alias, after, limit))
+
+    async def version(self, alias: str, version: str) -> VersionDetail:
+        """See `AdaptersResource.version`."""
+        return await self._client.send(calls.show_version(alias, version))
+
+    async def history(self, alias: str, *, after: int = 0, limit: int = 20) -> Page[Change]:
+        """See `AdaptersResource.history`."""
+        return await self._client.send(calls.list_changes(alias, after, limit))
+
+    async def upload(self, folder: Path, alias: str, *, promote: bool = True) -> Imported:
+        """See `AdaptersResource.upload`."""
+        return await self._client.send(calls.upload(folder, alias, promote))
+
+    async def export(self, alias: str, version: str, target: Path) -> Path:
+        """See `AdaptersResource.export`."""
+        return await self._client.download(calls.export_path(alias, version), target)
+
+    async def promote(self, alias: str, version: str) -> Adapter:
+        """See `AdaptersResource.promote`."""
+        return await self._client.send(calls.promote(alias, version))
+
+    async def rollback(self, alias: str) -> Adapter:
+        """See `AdaptersResource.rollback`."""
+        return await self._client.send(calls.rollback(alias))
+
+    async def pin(self, alias: str, version: str | None = None) -> Pins:
+        """See `AdaptersResource.pin`."""
+        return await self._client.send(calls.pin(alias, version))
+
+    async def unpin(self, alias: str, version: str | None = None) -> Pins:
+        """See `AdaptersResource.unpin`."""
+        return await self._client.send(calls.unpin(alias, version))
+
+    async def unload(self, alias: str, version: str | None = None) -> Unloaded:
+        """See `AdaptersResource.unload`."""
+        return await self._client.send(calls.unload(alias, version))
+
+    async def delete(self, alias: str, version: str | None = None) -> Deleted:
+        """See `AdaptersResource.delete`."""
+        return await self._client.send(_delete(alias, version))
+
+
+class ExperimentsResource:
+    """`hotswap.experiments`: splits of aliases and what came of them."""
+
+    def __init__(self, client: Hotswap) -> None:
+        self._client = client
+
+    def list(self, *, after: str | None = None, limit: int = 20) -> Page[Experiment]:
+        """The experiments behind one, the newest first."""
+        return self._client.send(calls.list_experiments(after, limit))
+
+    def get(self, experiment_id: str) -> ExperimentDetail:
+        """One experiment with its counts and outcomes by arm."""
+        return self._client.send(calls.show_experiment(experiment_id))
+
+    def start(self, alias: str, arms: Sequence[ArmSpec], *, salt: str | None = None) -> Experiment:
+        """Split an alias between versions; weights add up to 100."""
+        return self._client.send(calls.start_experiment(alias, arms, salt))
+
+    def stop(self, experiment_id: str) -> Experiment:
+        """End an experiment."""
+        return self._client.send(calls.stop_experiment(experiment_id))
+
+
+class AsyncExperimentsResource:
+    """`ExperimentsResource`, to be awaited."""
+
+    def __init__(self, client: AsyncHotswap) -> None:
+        self._client = client
+
+    async def list(self, *, after: str | None = None, limit: int = 20) -> Page[Experiment]:
+        """See `ExperimentsResource.list`."""
+        return await self._client.send(calls.list_experiments(after, limit))
+
+    async def get(self, experiment_id: str) -> ExperimentDetail:
+        """See `ExperimentsResource.get`."""
+        return await self._client.send(calls.show_experiment(experiment_id))
+
+    async def start(self, alias: str, arms: Sequence[ArmSpec], *, salt: str | None = None) -> Experiment:
+        """See `ExperimentsResource.start`."""
+        return await self._client.send(calls.start_experiment(alias, arms, salt))
+
+    async def stop(self, experiment_id: str) -> Experiment:
+        """See `ExperimentsResource.stop`."""
+        return await self._client.send(calls.stop_experiment(experiment_id))
+
+
+def _delete(alias: str, version: str | None) -> Call[Deleted]:
+    return calls.delete_adapter(alias) if version is None else calls.delete_version(alias, version)

@@ -1,0 +1,282 @@
+"""The wire of what OpenAI's API has no objects for: adapters, versions, their history, experiments.
+
+Request bodies refuse unknown fields; moments are seconds since 1970, as in OpenAI's objects.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from fastapi import Path, Query
+from pydantic import BaseModel, ConfigDict, Field
+
+from adapters.manifest import Manifest
+
+__all__ = [
+    "ALIAS_PATTERN",
+    "EXPERIMENT_PATTERN",
+    "VERSION_PATTERN",
+    "AdapterDetail",
+    "AdapterObject",
+    "AfterNumber",
+    "AliasPath",
+    "ArmBody",
+    "ArmObject",
+    "ArmReportObject",
+    "ChangeObject",
+    "DeletedObject",
+    "ExperimentDetail",
+    "ExperimentObject",
+    "ExperimentPath",
+    "ExperimentRequest",
+    "FeedbackObject",
+    "ImportedObject",
+    "IntervalObject",
+    "MetricObject",
+    "Page",
+    "PageLimit",
+    "PinObject",
+    "PinRequest",
+    "PromoteRequest",
+    "ResidencyObject",
+    "UnloadObject",
+    "VersionDetail",
+    "VersionObject",
+    "VersionPath",
+]
+
+ALIAS_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+VERSION_PATTERN = r"^(v[1-9][0-9]{0,8}|[0-9a-f]{8,64})$"
+EXPERIMENT_PATTERN = r"^exp-[0-9a-f]{12}$"
+_Item = TypeVar("_Item")
+
+AliasPath = Annotated[str, Path(pattern=ALIAS_PATTERN, description="An alias.", examples=["legal"])]
+VersionPath = Annotated[
+    str, Path(pattern=VERSION_PATTERN, description="v1, v2, ..., or the beginning of a digest.", examples=["v2"])
+]
+ExperimentPath = Annotated[
+    str, Path(pattern=EXPERIMENT_PATTERN, description="An experiment's id.", examples=["exp-5b06e77e8b0a"])
+]
+PageLimit = Annotated[int, Query(ge=1, le=100, description="How many to return at most.")]
+AfterNumber = Annotated[int, Query(ge=0, le=2**31 - 1, description="The number to go on behind; 0 is the beginning.")]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class PromoteRequest(_Body):
+    """Body of a promotion."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"version": "v2"}]})
+    version: str = Field(pattern=VERSION_PATTERN, description="v1, v2, ..., or the beginning of a digest.")
+
+
+class PinRequest(_Body):
+    """Body of pin, unpin and unload: one version, or without it the alias and whatever it points to."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"version": "v2"}, {}]})
+    version: str | None = Field(None, pattern=VERSION_PATTERN, description="v1, v2, ..., or a digest's beginning.")
+
+
+class ArmBody(_Body):
+    """One arm of an experiment to be started."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9]{1,32}$", description="Letters and digits.")
+    version: str = Field(pattern=VERSION_PATTERN, description="v1, v2, ..., or the beginning of a digest.")
+    weight: float = Field(gt=0, le=100, allow_inf_nan=False, description="Share of the users, in percent.")
+
+
+class ExperimentRequest(_Body):
+    """Body of POST /v1/experiments."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "alias": "support",
+                    "arms": [
+                        {"name": "A", "version": "v1", "weight": 50},
+                        {"name": "B", "version": "v2", "weight": 50},
+                    ],
+                }
+            ]
+        }
+    )
+    alias: str = Field(pattern=ALIAS_PATTERN, description="The alias to split.")
+    arms: list[ArmBody] = Field(min_length=2, max_length=16, description="Weights add up to 100.")
+    salt: str | None = Field(None, min_length=1, max_length=64, description="Decides who gets which arm; else random.")
+
+
+class Page(BaseModel, Generic[_Item]):
+    """A stretch of a list; `after` with `last_id` asks for the next one."""
+
+    object: Literal["list"] = "list"
+    data: list[_Item]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class ResidencyObject(BaseModel):
+    """Where a version was about a second ago.
+
+    `slot`: in this one, ready. `draining`: unloaded, but requests still run on it. `loading`: on its way. `host`: in
+    the host's memory. `store`: on the disk alone.
+    """
+
+    place: Literal["slot", "draining", "loading", "host", "store"]
+    slot: int | None = Field(description="Number of the slot that holds it.")
+    num_requests: int = Field(description="Requests that run on it.")
+    pinned: bool = Field(description="Whether it keeps its slot.")
+
+
+class VersionObject(BaseModel):
+    """An immutable adapter version under one alias."""
+
+    id: str = Field(description="The name to call it by.", examples=["legal@v2"])
+    object: Literal["adapter.version"] = "adapter.version"
+    alias: str
+    number: int
+    digest: str = Field(description="SHA-256 of the manifest, which holds the hash of every file.")
+    base_fingerprint: str
+    rank: int
+    size_bytes: int
+    source: str
+    published_at: int
+    metrics: dict[str, Any]
+    residency: ResidencyObject | None = Field(description="Null while there is no engine.")
+
+
+class VersionDetail(VersionObject):
+    """A version with its manifest."""
+
+    manifest: Manifest
+
+
+class AdapterObject(BaseModel):
+    """An alias and the version that it points to."""
+
+    id: str = Field(examples=["legal"])
+    object: Literal["adapter"] = "adapter"
+    version: str = Field(description="The version that answers.", examples=["legal@v2"])
+    updated_at: int
+    num_versions: int
+    experiment_id: str | None = Field(description="The experiment that splits the alias at present.")
+    pinned: list[str] = Field(
+        description="Pins: the alias itself, which follows it, or versions of it.", examples=[["legal"]]
+    )
+
+
+class AdapterDetail(AdapterObject):
+    """An alias with its present version in full, and its newest hundred versions."""
+
+    current: VersionDetail
+    versions: list[VersionObject] = Field(description="The newest first, at most 100.")
+
+
+class ImportedObject(VersionObject):
+    """A version that was imported."""
+
+    is_live: bool = Field(description="Whether the alias points to it.")
+
+
+class ChangeObject(BaseModel):
+    """One move of an alias."""
+
+    id: int = Field(description="Its place in the history, from 1.")
+    object: Literal["adapter.change"] = "adapter.change"
+    alias: str
+    action: str
+    from_version: str | None
+    to_version: str
+    changed_at: int
+
+
+class PinObject(BaseModel):
+    """What is pinned of an alias, after a change."""
+
+    id: str
+    object: Literal["adapter.pins"] = "adapter.pins"
+    pinned: list[str]
+
+
+class UnloadObject(BaseModel):
+    """A version that leaves its slot as soon as its last request has ended."""
+
+    id: str
+    object: Literal["adapter.unload"] = "adapter.unload"
+    digest: str
+
+
+class DeletedObject(BaseModel):
+    """What was deleted."""
+
+    id: str
+    object: Literal["adapter.deleted"] = "adapter.deleted"
+    deleted: Literal[True] = True
+    versions: list[str]
+
+
+class FeedbackObject(BaseModel):
+    """An outcome that was recorded."""
+
+    id: str = Field(description="The response's id.")
+    object: Literal["feedback"] = "feedback"
+    metric: str
+
+
+class ArmObject(BaseModel):
+    """One arm of an experiment."""
+
+    name: str
+    version: str
+    digest: str
+    weight: float
+
+
+class ExperimentObject(BaseModel):
+    """A split of one alias between pinned versions."""
+
+    id: str
+    object: Literal["experiment"] = "experiment"
+    alias: str
+    state: Literal["running", "stopped"]
+    arms: list[ArmObject]
+    created_at: int
+    stopped_at: int | None
+
+
+class IntervalObject(BaseModel):
+    """An estimate with its two-sided confidence interval, for one look planned in advance."""
+
+    estimate: float
+    low: float
+    high: float
+    confidence: float
+
+
+class MetricObject(BaseModel):
+    """One metric in one arm; the mean is over users."""
+
+    metric: str
+    num_outcomes: int
+    num_units: int
+    mean: float
+    interval: IntervalObject | None
+    difference: IntervalObject | None = Field(description="Against the first arm.")
+
+
+class ArmReportObject(ArmObject):
+    """One arm and what came of it."""
+
+    num_exposures: int
+    num_units: int
+    num_errors: int
+    metrics: list[MetricObject]
+
+
+class ExperimentDetail(ExperimentObject):
+    """An experiment with its counts and outcomes by arm."""
+
+    report: list[ArmReportObject]

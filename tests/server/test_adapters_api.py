@@ -1,0 +1,557 @@
+"""/v1/adapters over a real engine, registry and store in one process."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import tarfile
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from adapters.manifest import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, MANIFEST_FILE
+from adapters.registry import Registry
+from server.limits import BodyLimitMiddleware
+from server.messages import PinCommand, UnloadCommand
+from tests.support.bad_adapters import ZOO
+from tests.support.engine import RECIPES, Bench, Site, on_site, wait_for_loads
+from tests.support.tiny import save_random_adapter
+
+FIRST, SECOND, THIRD, *_ = RECIPES
+API = "/v1/adapters"
+# A body can't hold links, pipes, folders or further files, and its file names are ours.
+_UPLOADABLE = [
+    case
+    for case, bad in ZOO.items()
+    if not any(word in f"{case} {bad.words}" for word in ("link", "pipe", "folder", "program", "missing", "absent"))
+]
+
+
+def _call(site: Site, method: str, path: str, **options: Any) -> httpx.Response:
+    async def scenario(http: httpx.AsyncClient) -> httpx.Response:
+        return await http.request(method, f"{API}{path}", **options)
+
+    return on_site(site, scenario)
+
+
+def _error(response: httpx.Response) -> dict[str, Any]:
+    error: dict[str, Any] = response.json()["error"]
+    assert {"message", "type", "param", "code"} == set(error)
+    return error
+
+
+def _parts(folder: Path) -> dict[str, Any]:
+    names = {"adapter_config": ADAPTER_CONFIG_FILE, "adapter_model": ADAPTER_WEIGHTS_FILE, "manifest": MANIFEST_FILE}
+    return {
+        part: ("../../etc/passwd", (folder / name).read_bytes())
+        for part, name in names.items()
+        if (folder / name).is_file()
+    }
+
+
+def _import(site: Site, folder: Path, **fields: str) -> httpx.Response:
+    return _call(site, "POST", "", data={"alias": "legal", **fields}, files=_parts(folder))
+
+
+def _uploads_left() -> list[str]:
+    return [path.name for path in Path(tempfile.gettempdir()).glob("hotswap-upload-*")]
+
+
+@pytest.fixture(autouse=True)
+def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Uploads of this test alone, and nothing left of them at its end."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield
+    assert [] == _uploads_left()
+
+
+# Lists and single objects --------------------------------------------------------------------------------------------
+
+
+def test_list_gives_every_alias_once_when_paged(site: Site) -> None:
+    """Pages by `after` and `limit` join to the whole list, in the order of the names."""
+    for alias in ("support", "legal", "medical"):
+        site.publish(alias, FIRST)
+    first = _call(site, "GET", "", params={"limit": 2}).json()
+    second = _call(site, "GET", "", params={"limit": 2, "after": first["last_id"]}).json()
+    assert [True, False] == [first["has_more"], second["has_more"]]
+    assert ["legal", "medical", "support"] == [item["id"] for item in first["data"] + second["data"]]
+    assert ("legal", "medical") == (first["first_id"], first["last_id"])
+    empty: dict[str, Any] = {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
+    assert empty == _call(site, "GET", "", params={"after": "support"}).json()
+
+
+@pytest.mark.parametrize(
+    ("path", "param"),
+    [
+        ("?limit=0", "limit"),
+        ("?limit=101", "limit"),
+        ("?after=../x", "after"),
+        ("/LEGAL", "alias"),
+        ("/legal/versions/2", "version"),
+        ("/legal/versions?after=-1", "after"),
+        ("/legal/history?limit=x", "limit"),
+    ],
+)
+def test_read_is_400_naming_the_parameter_when_it_is_out_of_bounds(path: str, param: str, site: Site) -> None:
+    """Numbers are bounded, names keep to the grammar."""
+    site.publish("legal", FIRST)
+    response = _call(site, "GET", path)
+    assert (400, param) == (response.status_code, _error(response)["param"])
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/nobody"),
+        ("GET", "/nobody/versions"),
+        ("GET", "/nobody/history"),
+        ("GET", "/legal/versions/v9"),
+        ("GET", "/legal/versions/v9/export"),
+        ("DELETE", "/nobody"),
+        ("DELETE", "/legal/versions/v9"),
+        ("POST", "/nobody/rollback"),
+        ("POST", "/nobody/pin"),
+        ("POST", "/nobody/unpin"),
+        ("POST", "/nobody/unload"),
+    ],
+)
+def test_call_is_404_when_there_is_no_such_alias_or_version(method: str, path: str, site: Site) -> None:
+    """Nothing is made up."""
+    site.publish("legal", FIRST)
+    response = _call(site, method, path)
+    assert (404, "not_found") == (response.status_code, _error(response)["code"])
+
+
+def test_show_tells_versions_manifest_and_residency_when_one_is_in_a_slot(site: Site) -> None:
+    """The version that was asked for is in a slot, the other one on the disk alone."""
+    site.publish("legal", FIRST)
+    version = site.publish("legal", SECOND).version
+
+    async def scenario(http: httpx.AsyncClient) -> dict[str, Any]:
+        await http.post("/v1/chat/completions", json={"model": "legal", "messages": [_HELLO], "max_tokens": 1})
+        body: dict[str, Any] = (await http.get(f"{API}/legal")).json()
+        return body
+
+    body = on_site(site, scenario)
+    assert ("legal", "legal@v2", 2, []) == (body["id"], body["version"], body["num_versions"], body["pinned"])
+    assert ["legal@v2", "legal@v1"] == [item["id"] for item in body["versions"]]
+    assert ["slot", "store"] == [item["residency"]["place"] for item in body["versions"]]
+    slot = body["current"]["residency"]
+    assert (site.engine.residency.acquire(version.digest), 0, False) == (
+        slot["slot"], slot["num_requests"], slot["pinned"],
+    )  # fmt: skip
+    assert version.digest == body["current"]["digest"]
+    assert site.base.reference.model_dump() == body["current"]["manifest"]["base"]
+
+
+def test_residency_is_null_when_there_is_no_engine(site: Site) -> None:
+    """What nobody knows is not guessed; the registry answers all the same."""
+    site.publish("legal", FIRST)
+
+    async def scenario(http: httpx.AsyncClient) -> httpx.Response:
+        return await http.get(f"{API}/legal/versions/v1")
+
+    response = on_site(site, scenario, is_up=False)
+    assert (200, None) == (response.status_code, response.json()["residency"])
+
+
+def test_versions_and_history_join_when_paged(site: Site) -> None:
+    """Every version and every move once, oldest first."""
+    for recipe in (FIRST, SECOND, THIRD):
+        site.publish("legal", recipe)
+    site.registry.rollback("legal")
+    versions, after = [], 0
+    while True:
+        page = _call(site, "GET", f"/legal/versions?limit=2&after={after}").json()
+        versions += [item["id"] for item in page["data"]]
+        if not page["has_more"]:
+            break
+        after = int(page["last_id"])
+    first = _call(site, "GET", "/legal/history?limit=3").json()
+    last = _call(site, "GET", f"/legal/history?limit=3&after={first['last_id']}").json()
+    moves = [(item["id"], item["action"], item["to_version"]) for item in first["data"] + last["data"]]
+    assert ["legal@v1", "legal@v2", "legal@v3"] == versions
+    assert [
+        (1, "publish", "legal@v1"), (2, "publish", "legal@v2"), (3, "publish", "legal@v3"), (4, "rollback", "legal@v2"),
+    ] == moves  # fmt: skip
+    assert [None, "legal@v1"] == [item["from_version"] for item in first["data"][:2]]
+
+
+# Import and export ---------------------------------------------------------------------------------------------------
+
+
+def test_import_publishes_and_answers_when_the_adapter_is_good(site: Site, tmp_path: Path) -> None:
+    """It is checked, numbered, live and callable at once; file names of the parts play no part."""
+    folder = save_random_adapter(tmp_path / "adapter", site.base.folder, seed=3)
+    response = _import(site, folder)
+    body = response.json()
+    assert (201, "legal@v1", True, 4) == (response.status_code, body["id"], body["is_live"], body["rank"])
+    chat = {"model": "legal@v1", "messages": [_HELLO], "max_tokens": 1}
+
+    async def ask(http: httpx.AsyncClient) -> httpx.Response:
+        return await http.post("/v1/chat/completions", json=chat)
+
+    answer = on_site(site, ask)
+    assert (200, body["digest"]) == (answer.status_code, answer.headers["x-hotswap-digest"])
+
+
+def test_import_leaves_the_alias_when_told_not_to_promote(site: Site, tmp_path: Path) -> None:
+    """The version is there, the name stays."""
+    site.publish("legal", FIRST)
+    response = _import(site, save_random_adapter(tmp_path / "adapter", site.base.folder, seed=3), promote="false")
+    assert ("legal@v2", False) == (response.json()["id"], response.json()["is_live"])
+    assert "legal@v1" == site.registry.alias("legal").current.label
+
+
+def test_export_gives_the_same_version_when_imported_again(site: Site, tmp_path: Path) -> None:
+    """Files and manifest survive the way out and in: the digest is the same."""
+    version = site.publish("legal", SECOND).version
+    response = _call(site, "GET", "/legal/versions/v1/export")
+    assert (str(len(response.content)), 'attachment; filename="legal-v1.tar"', f'"{version.digest}"') == (
+        response.headers["content-length"], response.headers["content-disposition"], response.headers["etag"],
+    )  # fmt: skip
+    folder = tmp_path / "exported"
+    with tarfile.open(fileobj=io.BytesIO(response.content)) as tar:
+        tar.extractall(folder, filter="data")
+    again = _import(site, folder, alias="copy").json()
+    assert (version.digest, "copy@v1") == (again["digest"], again["id"])
+
+
+def test_export_hides_the_reason_when_the_store_is_damaged(site: Site) -> None:
+    """500 before the first byte, without a path."""
+    digest = site.publish("legal", FIRST).version.digest
+    (site.registry.store.folder(digest) / ADAPTER_WEIGHTS_FILE).write_bytes(b"x")
+    response = _call(site, "GET", "/legal/versions/v1/export")
+    assert (500, "integrity_error") == (response.status_code, _error(response)["code"])
+    assert str(site.registry.store.root) not in response.text
+
+
+@pytest.mark.parametrize("case", _UPLOADABLE)
+def test_import_is_400_and_publishes_nothing_when_the_adapter_is_bad(case: str, site: Site, tmp_path: Path) -> None:
+    """The whole zoo of the command line's import: the same words, a code that says what kind, and no path."""
+    folder = save_random_adapter(tmp_path / "adapter", site.base.folder, seed=3)
+    ZOO[case].spoil(folder)
+    response = _import(site, folder)
+    error = _error(response)
+    assert (400, "invalid_request_error") == (response.status_code, error["type"])
+    assert error["code"].startswith(("adapter_", "fingerprint_mismatch", "rank_too_high"))
+    assert ZOO[case].words in error["message"]
+    assert str(tmp_path) not in error["message"]
+    assert ([], set()) == (site.registry.aliases(), site.registry.store.digests())
+
+
+def test_zoo_is_mostly_uploaded_when_counted() -> None:
+    """The list above can't go blind."""
+    assert len(_UPLOADABLE) >= 25
+
+
+def _raw(*parts: bytes, end: bytes = b"--B--\r\n") -> bytes:
+    return b"".join(b"--B\r\n" + part + b"\r\n" for part in parts) + end
+
+
+def _part(name: str, content: bytes, extra: bytes = b"") -> bytes:
+    return b'Content-Disposition: form-data; name="' + name.encode() + b'"' + extra + b"\r\n\r\n" + content
+
+
+_ALIAS, _CONFIG, _MODEL = _part("alias", b"legal"), _part("adapter_config", b"{}"), _part("adapter_model", b"x")
+
+
+@pytest.mark.parametrize(
+    ("body", "words", "param"),
+    [
+        (_raw(_CONFIG, _MODEL), "'alias' is missing", "alias"),
+        (_raw(_ALIAS, _MODEL), "'adapter_config' is missing", "adapter_config"),
+        (_raw(_ALIAS, _CONFIG), "'adapter_model' is missing", "adapter_model"),
+        (_raw(_ALIAS, _ALIAS, _CONFIG, _MODEL), "is given twice", "alias"),
+        (_raw(_ALIAS, _CONFIG, _CONFIG, _MODEL), "is given twice", "adapter_config"),
+        (_raw(_ALIAS, _part("../config", b"x")), "unknown part '../config'", "../config"),
+        (_raw(b"X: y\r\n\r\nz"), "unknown part ''", None),
+        (_raw(_part("alias", b"a" * 300), _CONFIG, _MODEL), "longer than 256 bytes", "alias"),
+        (_raw(_part("alias", b"../x"), _CONFIG, _MODEL), "is not an alias", "alias"),
+        (_raw(_part("alias", b"base"), _CONFIG, _MODEL), "is reserved", "alias"),
+        (_raw(_part("alias", b"\xff"), _CONFIG, _MODEL), "is not an alias", "alias"),
+        (_raw(_ALIAS, _CONFIG, _MODEL, _part("promote", b"yes")), "expected true or false, found 'yes'", "promote"),
+        (_raw(_ALIAS, _CONFIG, _MODEL, end=b""), "ends before its last boundary", None),
+        (b"", "ends before its last boundary", None),
+        (b"garbage", "is not multipart/form-data", None),
+        (_raw(b"Content-Disposition" + b"x" * 10_000 + b": y\r\n\r\nz"), "is not multipart/form-data", None),
+    ],
+)
+def test_import_is_400_saying_what_is_wrong_when_the_body_has_another_form(
+    body: bytes, words: str, param: str | None, site: Site
+) -> None:
+    """Nothing is published and nothing stays in the temporary folder."""
+    headers = {"content-type": "multipart/form-data; boundary=B"}
+    response = _call(site, "POST", "", content=body, headers=headers)
+    error = _error(response)
+    assert (400, param) == (response.status_code, error["param"])
+    assert words in error["message"]
+    assert [] == site.registry.aliases()
+
+
+@pytest.mark.parametrize(
+    "kind", ["application/json", "multipart/form-data", f"multipart/form-data; boundary={'b' * 999}"]
+)
+def test_import_is_400_when_the_content_type_gives_no_boundary(kind: str, site: Site) -> None:
+    """JSON, or a form without a usable boundary."""
+    response = _call(site, "POST", "", content=b"{}", headers={"content-type": kind})
+    assert (400, "invalid_value") == (response.status_code, _error(response)["code"])
+
+
+def test_import_is_cut_while_it_streams_when_it_is_over_the_cap(site: Site) -> None:
+    """413 as soon as the cap is passed: the rest is never asked for, and no file stays."""
+    site.app.add_middleware(BodyLimitMiddleware, max_bytes=10, larger={("POST", API): 50_000})
+    num_sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal num_sent
+        yield b"--B\r\n" + _part("adapter_model", b"")
+        while True:
+            num_sent += 1
+            assert num_sent < 100
+            yield b"x" * 10_000
+
+    headers = {"content-type": "multipart/form-data; boundary=B"}
+    response = _call(site, "POST", "", content=endless(), headers=headers)
+    assert (413, 5) == (response.status_code, num_sent)
+    assert "50000 bytes" in _error(response)["message"]
+    assert 413 == _call(site, "POST", "/legal/promote", content=b"x" * 11).status_code
+
+
+def test_import_is_429_when_two_others_are_under_way(site: Site, tmp_path: Path) -> None:
+    """Imports hold files and memory, so there are few at a time; the next one is taken when one has ended."""
+    folder = save_random_adapter(tmp_path / "adapter", site.base.folder, seed=3)
+
+    async def scenario(http: httpx.AsyncClient) -> tuple[httpx.Response, list[httpx.Response], httpx.Response]:
+        gate = asyncio.Event()
+
+        async def slow() -> AsyncIterator[bytes]:
+            yield b"--B\r\n"
+            await gate.wait()
+            yield b""
+
+        headers = {"content-type": "multipart/form-data; boundary=B"}
+        held = [asyncio.create_task(http.post(API, content=slow(), headers=headers)) for _ in range(2)]
+        while len(_uploads_left()) < 2:
+            await asyncio.sleep(0)
+        refused = await http.post(API, data={"alias": "legal"}, files=_parts(folder))
+        gate.set()
+        ended = await asyncio.gather(*held)
+        return refused, ended, await http.post(API, data={"alias": "legal"}, files=_parts(folder))
+
+    refused, ended, taken = on_site(site, scenario)
+    assert (429, "overloaded", "1") == (
+        refused.status_code, _error(refused)["code"], refused.headers["retry-after"],
+    )  # fmt: skip
+    assert ([400, 400], 201) == ([response.status_code for response in ended], taken.status_code)
+
+
+# Moves and deletion --------------------------------------------------------------------------------------------------
+
+
+def test_promote_and_rollback_move_the_alias_when_called(site: Site) -> None:
+    """By number, by digest, and back."""
+    first = site.publish("legal", FIRST)
+    site.publish("legal", SECOND)
+    by_digest = _call(site, "POST", "/legal/promote", json={"version": first.version.digest[:10]})
+    back = _call(site, "POST", "/legal/rollback")
+    again = _call(site, "POST", "/legal/promote", json={"version": "v1"})
+    assert ["legal@v1", "legal@v2", "legal@v1"] == [answer.json()["version"] for answer in (by_digest, back, again)]
+    assert "legal@v1" == site.registry.alias("legal").current.label
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [({}, "version"), ({"version": "2"}, "version"), ({"version": None}, "version"), ({"version": "v1", "x": 1}, "x")],
+)
+def test_promote_is_400_when_the_body_is_wrong(body: dict[str, Any], param: str, site: Site) -> None:
+    """The version is required and has one of two forms."""
+    site.publish("legal", FIRST)
+    response = _call(site, "POST", "/legal/promote", json=body)
+    assert (400, param) == (response.status_code, _error(response)["param"])
+
+
+def test_delete_removes_a_version_when_nothing_points_to_it(site: Site) -> None:
+    """The version that answers is refused, the other one goes, then the alias with what is left."""
+    site.publish("legal", FIRST)
+    site.publish("legal", SECOND)
+    refused = _call(site, "DELETE", "/legal/versions/v2")
+    gone = _call(site, "DELETE", "/legal/versions/v1")
+    alias = _call(site, "DELETE", "/legal")
+    assert (409, "conflict") == (refused.status_code, _error(refused)["code"])
+    assert {"id": "legal@v1", "object": "adapter.deleted", "deleted": True, "versions": ["legal@v1"]} == gone.json()
+    assert (["legal@v2"], []) == (alias.json()["versions"], site.registry.aliases())
+    assert set() == site.registry.store.digests()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("DELETE", "/legal", None),
+        ("DELETE", "/legal/versions/v1", None),
+        ("POST", "/legal/rollback", None),
+        ("POST", "/legal/promote", {"version": "v1"}),
+    ],
+)
+def test_change_is_409_when_an_experiment_uses_the_alias(
+    method: str, path: str, body: dict[str, str] | None, site: Site
+) -> None:
+    """Arms stay what they are while they are compared."""
+    site.publish("legal", FIRST)
+    site.publish("legal", SECOND)
+    experiment = site.experiments.create("legal", [("A", "v1", 50), ("B", "v2", 50)])
+    response = _call(site, method, path, json=body)
+    assert 409 == response.status_code
+    assert experiment.id in _error(response)["message"]
+    assert 2 == len(site.registry.versions("legal"))
+
+
+# Pins ----------------------------------------------------------------------------------------------------------------
+
+
+def _places(site: Site) -> dict[str, bool]:
+    """The versions in slots by their digest, and whether they are pinned."""
+    return {entry.digest: entry.is_pinned for entry in site.engine.residency.report() if entry.slot is not None}
+
+
+def _settle(site: Site) -> None:
+    while site.engine.residency.is_loading:
+        wait_for_loads(site.engine)
+        site.engine.step()
+
+
+def test_pin_brings_a_version_into_a_slot_and_keeps_it_when_the_alias_moves(site: Site) -> None:
+    """The pin of an alias follows it; that of a version stays; both are listed."""
+    one, two = site.publish("legal", FIRST).version, site.publish("legal", SECOND, promote=False).version
+    pinned = _call(site, "POST", "/legal/pin").json()
+    _settle(site)
+    assert ({"id": "legal", "object": "adapter.pins", "pinned": ["legal"]}, {one.digest: True}) == (
+        pinned, _places(site),
+    )  # fmt: skip
+    _call(site, "POST", "/legal/promote", json={"version": "v2"})
+    assert ["legal", "legal@v1"] == _call(site, "POST", "/legal/pin", json={"version": "v1"}).json()["pinned"]
+    _settle(site)
+    assert {one.digest: True, two.digest: True} == _places(site)
+    assert ["legal@v1"] == _call(site, "POST", "/legal/unpin", json={}).json()["pinned"]
+    assert {one.digest: True, two.digest: False} == _places(site)
+    assert ["legal@v1"] == _call(site, "GET", "").json()["data"][0]["pinned"]
+
+
+def test_pins_are_told_again_when_another_worker_speaks(site: Site, bench: Bench) -> None:
+    """A worker that died forgot them; the next one hears them without anybody asking. Once each, not every second."""
+    digest = site.publish("legal", FIRST).version.digest
+    keeper = site.app.state.services.pins
+
+    async def scenario(http: httpx.AsyncClient) -> list[Any]:
+        await http.post(f"{API}/legal/pin")
+        await keeper.reconcile()
+        site.transport.restart(site.engine, epoch="epoch-2")
+        while site.client.status is None or site.client.status.epoch != "epoch-2":
+            await asyncio.sleep(0)
+        await keeper.reconcile()
+        await keeper.reconcile()
+        return site.transport.commands
+
+    assert [PinCommand((digest,)), PinCommand((digest,))] == on_site(site, scenario)
+
+
+def test_pin_is_409_when_no_slot_would_be_left(site: Site) -> None:
+    """Of four slots one is for all others; what was refused is not kept."""
+    for number, recipe in enumerate(RECIPES):
+        site.publish(f"a{number}", recipe)
+    answers = [_call(site, "POST", f"/a{number}/pin") for number in range(4)]
+    assert [200, 200, 200, 409] == [answer.status_code for answer in answers]
+    assert [["a2"], []] == [_call(site, "GET", f"/a{number}").json()["pinned"] for number in (2, 3)]
+
+
+@pytest.mark.parametrize("act", ["pin", "unpin", "unload"])
+@pytest.mark.parametrize("body", [{"version": "2"}, {"versions": "v1"}, [], "v1"])
+def test_pin_is_400_when_the_body_is_wrong(act: str, body: Any, site: Site) -> None:
+    """An unknown field is never taken for the whole alias."""
+    site.publish("legal", FIRST)
+    assert 400 == _call(site, "POST", f"/legal/{act}", json=body).status_code
+    assert [] == site.transport.commands
+
+
+def test_unload_frees_the_slot_when_the_version_is_idle(site: Site) -> None:
+    """The version answers again when it is asked for."""
+    digest = site.publish("legal", FIRST).version.digest
+    _call(site, "POST", "/legal/pin")
+    _settle(site)
+    refused = _call(site, "POST", "/legal/unload", json={"version": "v1"})
+    assert (409, {digest: True}) == (refused.status_code, _places(site))
+    _call(site, "POST", "/legal/unpin")
+    done = _call(site, "POST", "/legal/unload")
+    assert (202, {"id": "legal@v1", "object": "adapter.unload", "digest": digest}) == (done.status_code, done.json())
+    assert ({}, UnloadCommand(digest)) == (_places(site), site.transport.commands[-1])
+
+
+def test_unload_waits_for_the_running_request_when_there_is_one(site: Site, open_chat: Callable[..., Any]) -> None:
+    """The slot drains: the answer is the one without the unload, then the slot is empty."""
+    digest = site.publish("legal", FIRST).version.digest
+    alone, _ = open_chat(unload=False)
+    answer, places = open_chat(unload=True)
+    assert alone == answer
+    assert ["draining"] == places
+    assert {} == _places(site)
+    assert digest not in site.engine.residency.resident
+
+
+@pytest.fixture
+def open_chat(site: Site) -> Callable[..., tuple[str, list[str]]]:
+    """Chat with `legal`, unload it after the first step if asked to; returns the text, and where it was meanwhile."""
+
+    def chat(*, unload: bool) -> tuple[str, list[str]]:
+        body = {"model": "legal", "messages": [_HELLO], "max_tokens": 10, "temperature": 0, "ignore_eos": True}
+
+        async def scenario(http: httpx.AsyncClient) -> tuple[str, list[str]]:
+            answering = asyncio.create_task(http.post("/v1/chat/completions", json=body))
+            while not site.engine.num_running:
+                await asyncio.sleep(0)
+            site.transport.permits = 1
+            places = []
+            if unload:
+                await http.post(f"{API}/legal/unload")
+                site.transport.permits = 2
+                while site.transport.permits:
+                    await asyncio.sleep(0)
+                places = [(await http.get(f"{API}/legal")).json()["current"]["residency"]["place"]]
+            site.transport.permits = None
+            return (await answering).json()["choices"][0]["message"]["content"], places
+
+        return on_site(site, scenario)
+
+    return chat
+
+
+def test_unload_is_503_when_there_is_no_engine(site: Site) -> None:
+    """There is nobody to tell."""
+    site.publish("legal", FIRST)
+
+    async def scenario(http: httpx.AsyncClient) -> httpx.Response:
+        return await http.post(f"{API}/legal/unload")
+
+    assert 503 == on_site(site, scenario, is_up=False).status_code
+
+
+def test_unpin_is_409_when_the_settings_pin_the_alias(bench: Bench, registry: Registry, tmp_path: Path) -> None:
+    """The setting says so for good; the answer names it, and the version is in the list of pins."""
+    (tmp_path / "hotswap.toml").write_text('[serve]\npinned = ["legal"]\n')
+    site = Site.build(bench, registry, tmp_path)
+    site.publish("legal", FIRST)
+    refused = _call(site, "POST", "/legal/unpin")
+    unload = _call(site, "POST", "/legal/unload")
+    site.engine.close()
+    assert (409, 409) == (refused.status_code, unload.status_code)
+    assert "serve.pinned" in _error(refused)["message"]
+    assert ["legal"] == _call(site, "GET", "/legal").json()["pinned"]
+
+
+_HELLO = {"role": "user", "content": "hello there"}
