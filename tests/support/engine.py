@@ -82,6 +82,7 @@ __all__ = [
 
 Result = TypeVar("Result")
 KERNELS_FOLDER = Path(__file__).resolve().parents[2] / ".cache" / "kernels"
+_HEARTBEAT_S = 1.0
 _FIRST_CHARACTER = 0x4E00  # a stretch of letters without combining marks, longer than the tiny vocabulary
 
 
@@ -386,9 +387,13 @@ class EngineTransport:
         self._events += obey(self.engine, command, self.epoch)
 
     async def receive(self) -> list[EngineMessage]:
-        """The events of the next step that has any; the first message is a sign of life."""
+        """The events of the next step that has any; the first message, and one a second of silence, is a sign of life.
+
+        Without it the client would take the worker for stuck after a while, and kill its process: this one.
+        """
+        started = time.monotonic()
         while True:
-            if not self._has_greeted:
+            if not self._has_greeted or time.monotonic() - started > _HEARTBEAT_S:
                 self._has_greeted = True
                 return [self._message(())]
             # Gives the routes their turn; the engine's steps are what passes the time here.
