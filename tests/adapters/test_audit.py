@@ -11,6 +11,7 @@ from adapters.errors import HotswapError
 from adapters.experiments import ExperimentService
 from adapters.keys import KeyService
 from adapters.manifest import ADAPTER_WEIGHTS_FILE
+from adapters.pins import PinService
 from adapters.records import Actor, AuditAction, AuditEntry
 from adapters.registry import Registry
 from tests.support.versions import PLAIN_MANIFEST, publish_text, write_files
@@ -38,6 +39,12 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
     experiments = ExperimentService(registry.database)
     experiment = experiments.create("legal", HALVES)
     experiments.stop("legal")
+    pins = PinService(registry.database)
+    pins.pin("legal", max_versions=1)
+    pins.pin("legal", max_versions=1)
+    pins.unpin("legal")
+    pins.unpin("legal")
+    AuditLog(registry.database).record("unload", "legal@v2")
     registry.remove("legal@v2")
     keys = KeyService(registry.database)
     key, _ = keys.create("web", scopes=["chat"])
@@ -50,6 +57,9 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
         ("rollback", "legal"),
         ("start_experiment", experiment.id),
         ("stop_experiment", experiment.id),
+        ("pin", "legal"),
+        ("unpin", "legal"),
+        ("unload", "legal@v2"),
         ("remove", "legal@v2"),
         ("create_key", key.id),
         ("revoke_key", key.id),

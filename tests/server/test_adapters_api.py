@@ -13,7 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
+from adapters.audit import AuditLog
 from adapters.manifest import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, MANIFEST_FILE
+from adapters.pins import PinService
 from adapters.registry import Registry
 from server.limits import BodyLimitMiddleware
 from server.messages import PinCommand, UnloadCommand
@@ -555,3 +557,33 @@ def test_unpin_is_409_when_the_settings_pin_the_alias(bench: Bench, registry: Re
 
 
 _HELLO = {"role": "user", "content": "hello there"}
+
+
+def test_other_aliases_are_absent_when_the_key_is_limited(site: Site, tmp_path: Path) -> None:
+    """Lists, pins, unloading, moves and imports: what the key may not use is not there for it, and stays as it was."""
+    for alias in ("legal", "support"):
+        site.publish(alias, next(iter(RECIPES)))
+    key, secret = site.keys.create("web", scopes=["adapters"], aliases=["legal"])
+    headers = {"authorization": f"Bearer {secret}"}
+    listed = _call(site, "GET", "", headers=headers).json()
+    assert ["legal"] == [alias["id"] for alias in listed["data"]]
+    for method, path, body in (
+        ("GET", "/support", None),
+        ("POST", "/support/pin", {}),
+        ("POST", "/support/unpin", {}),
+        ("POST", "/support/unload", {}),
+        ("POST", "/support/promote", {"version": "v1"}),
+        ("POST", "/support/rollback", None),
+        ("DELETE", "/support", None),
+        ("DELETE", "/support/versions/v1", None),
+        ("GET", "/support/versions/v1/export", None),
+    ):
+        assert 404 == _call(site, method, path, json=body, headers=headers).status_code, path
+    folder = save_random_adapter(tmp_path / "new", site.base.folder, seed=3)
+    imported = _call(site, "POST", "", files=_parts(folder), data={"alias": "support"}, headers=headers)
+    assert 403 == imported.status_code
+    assert ["support@v1"] == [version.label for version in site.registry.versions("support")]
+    assert frozenset() == PinService(site.registry.database).names()
+    assert 200 == _call(site, "POST", "/legal/pin", json={}, headers=headers).status_code
+    (entry,) = [entry for entry in AuditLog(site.registry.database).list(limit=9) if entry.action == "pin"]
+    assert (key.id, "legal") == (entry.actor, entry.subject)
