@@ -2,10 +2,10 @@
 
 from fastapi import APIRouter
 
-from server.routes import chat, experiments, models, operations
+from server.routes import chat, completions, experiments, models, operations
 
 __all__ = ["router"]
 
 router = APIRouter()
-for topic in (chat, models, experiments, operations):
+for topic in (chat, completions, models, experiments, operations):
     router.include_router(topic.router)

@@ -9,17 +9,17 @@ import httpx
 import pytest
 
 from adapters.errors import InvalidNameError, PromptTooLongError
-from server.chat import ChatCall
+from server.calls import Call
 from server.schemas import ChatRequest
 from tests.support.engine import RECIPES, Site, on_site
 
 FIRST, SECOND, *_ = RECIPES
 
 
-def _accept(site: Site, **fields: Any) -> ChatCall:
+def _accept(site: Site, **fields: Any) -> Call:
     body = {"model": "base", "messages": [{"role": "user", "content": "hi"}], **fields}
     services = site.app.state.services
-    call: ChatCall = asyncio.run(services.chat.accept(ChatRequest.model_validate(body), request_id="id1"))
+    call: Call = asyncio.run(services.chat.accept(ChatRequest.model_validate(body), request_id="id1"))
     return call
 
 
