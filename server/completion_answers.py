@@ -89,8 +89,12 @@ class _Columns:
         found = self._writer.body(entries)["content"]
         offsets = []
         for entry in found:
+            content = bytes(entry["bytes"] or ())
+            if content and not _is_continuation(content[0]):
+                # Whatever is pending was half a character and stays one.
+                self._offset += len(self._decoder.decode(b"", final=True))
             offsets.append(self._offset)
-            self._offset += len(self._decoder.decode(bytes(entry["bytes"] or ())))
+            self._offset += len(self._decoder.decode(content))
         return {
             "tokens": [_name(entry) for entry in found],
             "token_logprobs": [entry["logprob"] for entry in found],
@@ -99,6 +103,11 @@ class _Columns:
             ],
             "text_offset": offsets,
         }
+
+
+def _is_continuation(byte: int) -> bool:
+    """Whether a character of UTF-8 can't begin with it."""
+    return 0x80 <= byte < 0xC0
 
 
 def _name(entry: Mapping[str, Any]) -> str:

@@ -242,10 +242,11 @@ def _parse_call(text: str, use: ToolUse) -> tuple[str, str] | None:
         call = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(call, dict) or call.get("name") not in use.names:
+    if not isinstance(call, dict) or not isinstance(name := call.get("name"), str) or name not in use.names:
         return None
     arguments = call.get(_ARGUMENTS_KEY[use.format], {})
-    return (call["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+    # As ASCII: what a model escapes may be half a surrogate pair, which no answer could carry otherwise.
+    return (name, json.dumps(arguments)) if isinstance(arguments, dict) else None
 
 
 def _refused(field: str, why: str) -> InvalidInputError:
