@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,6 @@ WEATHER = {
 TIME = {"type": "function", "function": {"name": "time"}}
 LLAMA_TEMPLATE = CHATML_WITH_TOOLS.replace('<tool_call>{"name": <name>, "arguments"', '{"name": <name>, "parameters"')
 CALL = '<tool_call>{"name": "weather", "arguments": {"day": "mon"}}</tool_call>'
-
-
-@pytest.fixture
-def tool_site(own_bench: Callable[..., Bench], registry: Registry, tmp_path: Path) -> Iterator[Site]:
-    """The API over a base model whose template shows tools, with room for prompts that hold some."""
-    site = Site.build(own_bench(max_context=512), registry, tmp_path, max_context=512, chat_template=CHATML_WITH_TOOLS)
-    yield site
-    site.engine.close()
 
 
 def _body(**fields: Any) -> dict[str, Any]:
