@@ -60,8 +60,8 @@ def check_length(prompt: tuple[int, ...], *, max_context: int, param: str) -> No
     if len(prompt) >= max_context:
         raise PromptTooLongError(
             # In words by which clients that have several models know when to take another one.
-            f"the prompt is too long: it takes {len(prompt)} tokens, but this model's maximum context length is {max_context} tokens, "
-            "prompt and answer together",
+            f"the prompt is too long: it takes {len(prompt)} tokens, but this model's maximum context length is "
+            f"{max_context} tokens, prompt and answer together",
             param=param,
         )
 
