@@ -57,7 +57,7 @@ class ChatWriter:
                 {"role": "assistant", "content": None if name in self._readers else "", **(deltas or [{}])[0]}
             ]
         elif event.logprobs and not deltas:
-            deltas = [{"content": ""}]
+            deltas = [{} if name in self._readers else {"content": ""}]
         for delta in deltas:
             yield self._chunk(index=index, delta=delta, logprobs=logprobs)
             logprobs = None  # those of the event came with its first chunk
