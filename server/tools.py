@@ -166,6 +166,7 @@ class ToolReader:
         self._call_id = call_id
         self._held = ""  # text that may be, or begin, a call
         self._is_open = False  # whether it is behind a begin tag
+        self._gap = ""  # white space before that tag, which belongs to the text if no call comes
         self._is_blank = True  # whether nothing but calls and white space came so far, or since the last call
         self.num_calls = 0
 
@@ -174,13 +175,13 @@ class ToolReader:
         self._held += text
         if self._use.format == "hermes":
             yield from self._read_tagged()
-        elif not self._held.lstrip().startswith("{") and self._held.strip():
+        elif self._held.strip() and not (self._is_blank and self._held.lstrip().startswith("{")):
             yield self._take_held()
 
     def finish(self) -> Iterator[str | dict[str, Any]]:
         """What is left when the answer has ended."""
         held, self._held = self._held, ""
-        begin = _BEGIN if self._is_open else ""
+        begin = f"{self._gap}{_BEGIN}" if self._is_open else ""
         is_call = self._is_open or self._use.format == "llama"
         yield from self._read_call(held, f"{begin}{held}") if is_call else self._shown(held, is_last=True)
         self._is_open = False
@@ -198,9 +199,11 @@ class ToolReader:
             self._held = behind
             self._is_open = not self._is_open
             if self._is_open:
-                yield from self._shown(before.rstrip())
+                shown = before.rstrip()
+                self._gap = before[len(shown) :]
+                yield from self._shown(shown)
             else:
-                yield from self._read_call(before, f"{_BEGIN}{before}{_END}")
+                yield from self._read_call(before, f"{self._gap}{_BEGIN}{before}{_END}")
         if not self._is_open:
             safe = _length_before_tag(self._held)
             shown, self._held = self._held[:safe], self._held[safe:]

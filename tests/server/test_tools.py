@@ -201,6 +201,7 @@ def test_calls_are_read_when_they_come_in_tags(answer: str, expected: list[Any])
         "<tool_call>[]</tool_call>",
         "<tool_call></tool_call>",
         '<tool_call>{"name": "ti',
+        "Write \n<tool_call>x</tool_call> \n<tool_call>",
     ],
 )
 def test_text_stays_text_when_it_only_looks_like_a_call(answer: str) -> None:
@@ -248,3 +249,8 @@ def test_text_is_shown_at_once_when_no_call_can_begin_with_it() -> None:
 def test_call_is_read_when_it_is_the_whole_answer(answer: str, expected: list[Any]) -> None:
     """One call, or text."""
     assert expected == _read(answer, tool_format="llama")
+
+
+def test_text_stays_text_when_a_call_comes_behind_it_in_a_piece_of_its_own() -> None:
+    """Where a piece begins means nothing."""
+    assert [f"I say {LLAMA_CALL}"] == _read("I say ", LLAMA_CALL, tool_format="llama")
