@@ -7,15 +7,15 @@ model is asked at serving time with the very tokens that it was trained on.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from adapters.errors import InvalidInputError
 
-__all__ = ["RenderedRow", "hash_chat_template", "render_prompt", "render_training_row"]
+__all__ = ["RenderedRow", "hash_chat_template", "render_prompt", "render_text", "render_training_row"]
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +26,22 @@ class RenderedRow:
     loss_mask: list[bool]
 
 
-def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+def render_prompt(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
     """Token ids of a conversation up to where the assistant is to speak.
 
     Raises:
         InvalidInputError: the model's chat template refuses the conversation, or its text holds a control token.
     """
-    return _tokenize(tokenizer, _render(tokenizer, messages, add_generation_prompt=True))
+    return _tokenize(tokenizer, render_text(tokenizer, messages, tools))
+
+
+def render_text(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The same as text.
+
+    Raises:
+        InvalidInputError: the model's chat template refuses the conversation, or its text holds a control token.
+    """
+    return _render(tokenizer, messages, tools, add_generation_prompt=True)
 
 
 def render_training_row(tokenizer: Any, messages: Sequence[Message]) -> RenderedRow:
@@ -64,27 +73,53 @@ def hash_chat_template(tokenizer: Any) -> str:
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+def _render(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    add_generation_prompt: bool,
+) -> str:
     from jinja2.exceptions import TemplateError
 
-    _check_no_control_tokens(tokenizer, messages)
+    _check_no_control_tokens(tokenizer, messages, tools)
     try:
         text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+            [dict(message) for message in messages],
+            tools=[dict(tool) for tool in tools] or None,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
-    except (TemplateError, ValueError) as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise InvalidInputError(f"the chat template refuses this conversation: {error}", param="messages") from None
     return str(text)
 
 
-def _check_no_control_tokens(tokenizer: Any, messages: Sequence[Message]) -> None:
+def _check_no_control_tokens(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+) -> None:
     """Refuse text that would become a control token: with one, a user could end their turn and speak as the system."""
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    for index, message in enumerate(messages):
-        if found := next((text for text in control if text in message["content"]), None):
-            raise InvalidInputError(
-                f"messages[{index}].content holds the model's control token {found}", param="messages"
-            )
+    for name, items in (("messages", messages), ("tools", tools)):
+        for index, item in enumerate(items):
+            for path, value in _texts_in(item, ""):
+                if found := next((text for text in control if text in value), None):
+                    raise InvalidInputError(
+                        f"{name}[{index}]{path} holds the model's control token {found}", param=name
+                    )
+
+
+def _texts_in(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Every text in a message or a tool with the path to it; of an object its keys, too."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield path, key
+            yield from _texts_in(item, f"{path}.{key}"[:80])
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _texts_in(item, f"{path}[{index}]"[:80])
 
 
 def _tokenize(tokenizer: Any, text: str) -> list[int]:

@@ -35,7 +35,7 @@ from server.engine.families import SUPPORTED_FAMILIES
 from server.engine_client import EngineClient
 from server.engine_factory import build_engine, find_pinned
 from server.errors import install_error_handlers
-from server.limits import BodyLimitMiddleware
+from server.limits import BodyLimitMiddleware, larger_bodies
 from server.metrics import Metrics
 from server.observe import RequestIdMiddleware, configure_logging
 from server.openapi import describe_api
@@ -70,7 +70,7 @@ def serve(core: CoreSettings, settings: ServeSettings, build: EngineBuilder = bu
 
     def configure_app(app: FastAPI, spec: RoutesSpec) -> None:
         describe_api(app)
-        app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes, larger=_larger_bodies(settings))
+        app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes, larger=larger_bodies(settings))
         app.add_middleware(AuthMiddleware, is_loopback=settings.is_loopback)
         app.add_middleware(RequestIdMiddleware)
         install_error_handlers(app)
@@ -126,11 +126,6 @@ async def _running_services(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         registry.database.close()
-
-
-def _larger_bodies(settings: ServeSettings) -> dict[tuple[str, str], int]:
-    """The routes that take files, by method and path, and how large their bodies may be."""
-    return {("POST", "/v1/adapters"): settings.max_adapter_bytes}
 
 
 def _end_if_crashed(task: asyncio.Task[None]) -> None:

@@ -1,17 +1,14 @@
-"""The life of one chat request: resolve, render, admit, generate, record. Knows the wire's schema, not HTTP itself."""
+"""The life of one request: resolve, render, admit, generate, record. Knows the wire's schema, not HTTP itself."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
 
 import structlog
 
-from adapters.chat_template import render_prompt
 from adapters.errors import (
     AdapterLoadError,
     DeadlineExceededError,
@@ -20,73 +17,30 @@ from adapters.errors import (
     InvalidInputError,
     InvalidNameError,
     NotFoundError,
-    PromptTooLongError,
 )
 from adapters.experiments import ExperimentService
-from adapters.records import Binding, Exposure
+from adapters.records import Exposure
 from adapters.registry import Registry
-from server.callers import Caller, Meter
+from server.callers import Caller
+from server.calls import ID_PREFIXES, Answer, Call, Operation, headers_of, make_answers, time_per_token, unit_of
+from server.completion_schemas import CompletionRequest
 from server.config import ServeSettings
-from server.engine.core import EngineEvent, GenerationRequest
+from server.engine.core import Constraint, EngineEvent, GenerationRequest
 from server.engine_client import EngineClient
 from server.generation import sampling_params
 from server.logprobs import LogprobsWriter
 from server.metrics import Metrics
+from server.prompts import chat_prompt, check_length, text_prompt, token_prompt
 from server.schema_check import SchemaChecker
-from server.schemas import ChatRequest
+from server.schemas import ChatRequest, GenerationOptions
+from server.tools import ToolUse, find_tool_format, plan_tools
 from server.tracing import trace_answer
 
-__all__ = ["Answer", "ChatCall", "ChatService"]
+__all__ = ["ChatService"]
 
 _log = structlog.get_logger(__name__)
 
 _FAILURES = frozenset({"adapter_failed", "constraint_failed", "deadline", "engine_failed", "cancelled"})
-
-
-@dataclass(slots=True)
-class Answer:
-    """One of the answers to a request. `ChatService` writes the lower fields while it is made."""
-
-    index: int
-    generation: GenerationRequest
-    completion_tokens: int = 0
-    last_token: float | None = None
-    finish_reason: str | None = None
-
-
-@dataclass(slots=True)
-class ChatCall:
-    """One accepted request. `ChatService` writes the lower fields while the answers are made."""
-
-    response_id: str
-    binding: Binding
-    unit: str
-    unit_source: Literal["user", "request"]
-    answers: dict[str, Answer]  # by the engine's request id
-    created: int
-    started: float
-    meter: Meter
-    first_token: float | None = None
-    queued_s: float | None = None
-    finish_reason: str | None = None
-    error: str | None = None
-    is_recorded: bool = False
-    headers: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def generation(self) -> GenerationRequest:
-        """What the engine is asked for the first answer; the others differ in id and seed alone."""
-        return next(iter(self.answers.values())).generation
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of the prompt, which all answers share."""
-        return len(self.generation.prompt)
-
-    @property
-    def completion_tokens(self) -> int:
-        """Tokens of all answers so far."""
-        return sum(answer.completion_tokens for answer in self.answers.values())
 
 
 class ChatService:
@@ -109,6 +63,7 @@ class ChatService:
         self._settings = settings
         self._vocab_size = len(tokenizer)
         self._schemas = SchemaChecker()
+        self._tool_format = find_tool_format(tokenizer)
         self.logprobs = LogprobsWriter(tokenizer)
 
     @property
@@ -118,8 +73,8 @@ class ChatService:
 
     async def accept(
         self, body: ChatRequest, *, request_id: str, caller: Caller, timeout_s: float | None = None
-    ) -> ChatCall:
-        """Bind the request to a version and render its prompt. The binding holds to the last token.
+    ) -> Call:
+        """Bind a chat request to a version and render its prompt. The binding holds to the last token.
 
         Args:
             body: What the client sent.
@@ -133,42 +88,95 @@ class ChatService:
             PromptTooLongError: it leaves no room for an answer.
             OverloadedError: too many JSON schemas are being checked.
         """
-        unit, unit_source = _unit_of(body, request_id)
+        call = await self._bind(body, "chat", request_id, caller)
+        call.tools = plan_tools(body, self._tool_format)
+        prompt = await asyncio.to_thread(chat_prompt, self._tokenizer, body, call.tools)
+        check_length(prompt, max_context=self._settings.max_context, param="messages")
+        await self._prepare(call, body, [prompt], request_id, timeout_s)
+        return call
+
+    async def accept_completion(
+        self, body: CompletionRequest, *, request_id: str, caller: Caller, timeout_s: float | None = None
+    ) -> Call:
+        """Bind a request for completions to a version and tokenise its prompts; otherwise as `accept`."""
+        call = await self._bind(body, "text_completion", request_id, caller)
+        prompts = await asyncio.to_thread(self._tokenise, body)
+        await self._prepare(call, body, prompts, request_id, timeout_s)
+        return call
+
+    def prompt_text(self, prompt: Sequence[int]) -> str:
+        """A prompt as text, control tokens included."""
+        return str(self._tokenizer.decode(prompt, clean_up_tokenization_spaces=False))
+
+    async def _bind(self, body: GenerationOptions, operation: Operation, request_id: str, caller: Caller) -> Call:
         registry = self._registry.acting_for(caller.actor(request_id))
+        unit, unit_source = unit_of(body.user, request_id)
         try:
             binding = await asyncio.to_thread(registry.resolve, body.model, unit=unit)
         except (NotFoundError, InvalidNameError) as error:
             raise InvalidNameError(str(error), param="model") from None
         self._metrics.name_binding(binding)
-        prompt = await asyncio.to_thread(self._render, body)
-        sampling = sampling_params(
-            body, num_prompt_tokens=len(prompt), vocab_size=self._vocab_size, settings=self._settings
-        )
-        if sampling.constraint is not None and sampling.constraint.schema:
-            await self._schemas.check(sampling.constraint.schema)
-        return ChatCall(
-            response_id=f"chatcmpl-{request_id}",
+        return Call(
+            operation=operation,
+            response_id=f"{ID_PREFIXES[operation]}-{request_id}",
+            client=caller.client,
+            meter=caller.meter,
             binding=binding,
             unit=unit,
             unit_source=unit_source,
-            answers=_answers(
-                GenerationRequest(
-                    request_id,
-                    prompt,
-                    binding.digest,
-                    sampling,
-                    client=caller.client,
-                    timeout_s=self._settings.timeout_s if timeout_s is None else timeout_s,
-                ),
-                body.n,
-            ),
+            answers={},
+            num_answers=body.n,
             created=int(time.time()),
             started=time.monotonic(),
-            meter=caller.meter,
-            headers=_headers(binding),
+            headers=headers_of(binding),
         )
 
-    async def generate(self, call: ChatCall) -> AsyncGenerator[EngineEvent]:
+    async def _prepare(
+        self,
+        call: Call,
+        body: GenerationOptions,
+        prompts: Sequence[tuple[int, ...]],
+        request_id: str,
+        timeout_s: float | None,
+    ) -> None:
+        """Write what the engine is asked for, each prompt with its own limit of tokens."""
+        requests = []
+        for prompt in prompts:
+            sampling = sampling_params(
+                body,
+                num_prompt_tokens=len(prompt),
+                vocab_size=self._vocab_size,
+                settings=self._settings,
+                tools=call.tools,
+            )
+            limit_s = self._settings.timeout_s if timeout_s is None else timeout_s
+            requests.append(
+                GenerationRequest(
+                    request_id, prompt, call.binding.digest, sampling, client=call.client, timeout_s=limit_s
+                )
+            )
+        if (constraint := requests[0].sampling.constraint) is not None:
+            await self._check_constraint(constraint)
+        call.answers = make_answers(request_id, requests, body.n)
+
+    async def _check_constraint(self, constraint: Constraint) -> None:
+        if constraint.schema:
+            await self._schemas.check(constraint.schema)
+        if constraint.grammar:
+            await self._schemas.check_grammar(constraint.grammar, param="tools")
+
+    def _tokenise(self, body: CompletionRequest) -> list[tuple[int, ...]]:
+        prompts = [
+            text_prompt(self._tokenizer, prompt)
+            if isinstance(prompt, str)
+            else token_prompt(prompt, vocab_size=self._vocab_size)
+            for prompt in body.prompts
+        ]
+        for prompt in prompts:
+            check_length(prompt, max_context=self._settings.max_context, param="prompt")
+        return prompts
+
+    async def generate(self, call: Call) -> AsyncGenerator[EngineEvent]:
         """Yield the answers' events. One exposure is written for every accepted request, before its last event.
 
         If one answer fails, the request fails and the others are cancelled.
@@ -188,7 +196,7 @@ class ChatService:
                 self._note(call, event)
                 if call.finish_reason is not None:
                     await self._record(call)
-                    _raise_failure(event)
+                    _raise_failure(event, call.tools)
                 yield event
         except (asyncio.CancelledError, GeneratorExit):
             call.finish_reason = call.finish_reason or "cancelled"
@@ -202,7 +210,7 @@ class ChatService:
             finally:
                 await self._record(call)
 
-    def _admit(self, call: ChatCall) -> AsyncGenerator[EngineEvent]:
+    def _admit(self, call: Call) -> AsyncGenerator[EngineEvent]:
         call.meter.take_prompt(call.prompt_tokens)
         try:
             return self._engine.generate(*(answer.generation for answer in call.answers.values()))
@@ -210,18 +218,7 @@ class ChatService:
             call.meter.return_prompt(call.prompt_tokens)
             raise
 
-    def _render(self, body: ChatRequest) -> tuple[int, ...]:
-        messages = [{"role": message.role, "content": message.text} for message in body.messages]
-        prompt = tuple(render_prompt(self._tokenizer, messages))
-        if len(prompt) >= self._settings.max_context:
-            raise PromptTooLongError(
-                f"the prompt takes {len(prompt)} tokens, but prompt and answer together may take "
-                f"{self._settings.max_context}",
-                param="messages",
-            )
-        return prompt
-
-    def _note(self, call: ChatCall, event: EngineEvent) -> None:
+    def _note(self, call: Call, event: EngineEvent) -> None:
         answer = call.answers[event.request_id]
         if call.queued_s is None and event.queued_s is not None:
             call.queued_s = event.queued_s
@@ -237,7 +234,7 @@ class ChatService:
         elif None not in reasons:
             call.finish_reason = "length" if "length" in reasons else "stop"
 
-    def _note_token(self, call: ChatCall, answer: Answer, now: float) -> None:
+    def _note_token(self, call: Call, answer: Answer, now: float) -> None:
         if call.first_token is None:
             call.first_token = now
             self._metrics.observe_first_token(call.binding, now - call.started)
@@ -245,14 +242,14 @@ class ChatService:
             self._metrics.observe_gap(call.binding, now - answer.last_token)
         answer.last_token = now
 
-    async def _record(self, call: ChatCall) -> None:
+    async def _record(self, call: Call) -> None:
         """Write the call's exposure unless that was done; not to be stopped by whoever waits for it."""
         if not call.is_recorded:
             call.is_recorded = True
             call.meter.take_answer(call.completion_tokens)
             await asyncio.shield(self._write_exposure(call))
 
-    async def _write_exposure(self, call: ChatCall) -> None:
+    async def _write_exposure(self, call: Call) -> None:
         ended = time.monotonic()
         exposure = Exposure(
             response_id=call.response_id,
@@ -266,8 +263,8 @@ class ChatService:
             finish_reason=call.finish_reason,
             error=call.error,
         )
-        self._metrics.count_answer(exposure, per_token_s=_time_per_token(call))
-        trace_answer(exposure, operation="chat")
+        self._metrics.count_answer(exposure, per_token_s=time_per_token(call))
+        trace_answer(exposure, operation=call.operation)
         await asyncio.to_thread(self._experiments.record_exposure, exposure)
         _log.info(
             "chat_answered",
@@ -283,55 +280,12 @@ class ChatService:
         )
 
 
-def _answers(request: GenerationRequest, count: int) -> dict[str, Answer]:
-    """The engine's requests for so many answers; each has a seed of its own, counted from the one that was given."""
-    if count == 1:
-        return {request.id: Answer(0, request)}
-    seed = request.sampling.seed
-    answers = {}
-    for index in range(count):
-        sampling = replace(request.sampling, seed=None if seed is None else seed + index)
-        own = replace(request, id=f"{request.id}-{index}", sampling=sampling)
-        answers[own.id] = Answer(index, own)
-    return answers
-
-
-def _unit_of(body: ChatRequest, request_id: str) -> tuple[str, Literal["user", "request"]]:
-    """The key that experiments split by. A user's name is hashed: the database needs to tell users apart, no more."""
-    if body.user is None:
-        return request_id, "request"
-    return hashlib.sha256(body.user.encode()).hexdigest()[:32], "user"
-
-
-def _time_per_token(call: ChatCall) -> float | None:
-    """Mean seconds per token of an answer after its first; None if there are none or the answer did not end well."""
-    answer = next(iter(call.answers.values()))
-    if call.finish_reason not in ("stop", "length") or answer.completion_tokens < 2:
-        return None
-    assert call.first_token is not None, "there are tokens"
-    assert answer.last_token is not None, "there are tokens"
-    return (answer.last_token - call.first_token) / (answer.completion_tokens - 1)
-
-
-def _headers(binding: Binding) -> dict[str, str]:
-    headers = {
-        "x-hotswap-alias": binding.alias,
-        "x-hotswap-version": binding.version_label,
-        "x-hotswap-route": binding.route,
-    }
-    if binding.digest:
-        headers["x-hotswap-digest"] = binding.digest
-    if binding.arm:
-        headers["x-hotswap-arm"] = binding.arm
-        headers["x-hotswap-experiment"] = binding.experiment_id or ""
-    return headers
-
-
-def _raise_failure(event: EngineEvent) -> None:
+def _raise_failure(event: EngineEvent, tools: ToolUse | None) -> None:
     if event.finish_reason == "adapter_failed":
         raise AdapterLoadError(f"the adapter version can't be served: {event.error}")
     if event.finish_reason == "constraint_failed":
-        raise InvalidInputError(event.error or "the answer's form can't be followed", param="response_format")
+        field = "response_format" if tools is None else "tools"
+        raise InvalidInputError(event.error or "the answer's form can't be followed", param=field)
     if event.finish_reason == "deadline":
         raise DeadlineExceededError(event.error or "the answer was not finished in its time")
     if event.finish_reason in ("engine_failed", "cancelled"):

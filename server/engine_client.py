@@ -13,7 +13,7 @@ from typing import Protocol
 
 import structlog
 
-from adapters.errors import EngineUnavailableError, OverloadedError
+from adapters.errors import EngineUnavailableError, InvalidInputError, OverloadedError
 from server.engine.core import EngineEvent, GenerationRequest
 from server.engine.residency import Residence
 from server.messages import (
@@ -130,6 +130,7 @@ class EngineClient:
         finished. If the worker dies, iterating raises EngineUnavailableError.
 
         Raises:
+            InvalidInputError: there will never be room for all of them; nothing was accepted.
             OverloadedError: there is no room for all of them, or for their tokens; nothing was accepted.
             EngineUnavailableError: there is no worker, or the server is about to end; nothing was accepted.
         """
@@ -161,14 +162,28 @@ class EngineClient:
             self._end_all("the server is shutting down")
 
     def _check_load(self, requests: Sequence[GenerationRequest]) -> None:
+        num_tokens = sum(request.num_tokens for request in requests)
+        self._check_possible(len(requests), num_tokens)
         num_in_flight = len(self._in_flight)
         if num_in_flight + len(requests) > self._max_in_flight:
             raise OverloadedError(f"{num_in_flight} requests are in flight; this server takes {self._max_in_flight}")
-        num_tokens = sum(request.num_tokens for request in requests)
         if self._num_tokens + num_tokens > self._max_tokens:
             raise OverloadedError(
                 f"what is in flight may take {self._num_tokens} tokens, this request {num_tokens}; "
                 f"together this server takes {self._max_tokens}"
+            )
+
+    def _check_possible(self, num_requests: int, num_tokens: int) -> None:
+        """A retry can't help where the server would be too small with nobody else there."""
+        if num_requests > self._max_in_flight:
+            raise InvalidInputError(
+                f"n: {num_requests} answers were asked for; this server takes {self._max_in_flight} at once", param="n"
+            )
+        if num_tokens > self._max_tokens:
+            raise InvalidInputError(
+                f"n: {num_requests} answers may take {num_tokens} tokens with their prompts; "
+                f"this server takes {self._max_tokens} at once",
+                param="n",
             )
 
     async def _follow(self, commands: list[SubmitCommand], events: _Events) -> AsyncGenerator[EngineEvent]:

@@ -1,18 +1,25 @@
-"""From a chat request's options to what the engine is asked for; refuses options that contradict each other."""
+"""From a request's options to what the engine is asked for; refuses options that contradict each other."""
 
 from __future__ import annotations
 
 from adapters.errors import InvalidInputError
+from server.completion_schemas import CompletionRequest
 from server.config import ServeSettings
 from server.engine.core import Constraint, SamplingParams
 from server.schema_check import schema_text
-from server.schemas import ChatRequest
+from server.schemas import ChatRequest, GenerationOptions
+from server.tools import ToolUse
 
 __all__ = ["sampling_params"]
 
 
 def sampling_params(
-    body: ChatRequest, *, num_prompt_tokens: int, vocab_size: int, settings: ServeSettings
+    body: GenerationOptions,
+    *,
+    num_prompt_tokens: int,
+    vocab_size: int,
+    settings: ServeSettings,
+    tools: ToolUse | None = None,
 ) -> SamplingParams:
     """The engine's parameters for a request whose prompt takes so many tokens.
 
@@ -27,35 +34,46 @@ def sampling_params(
         temperature=body.temperature,
         top_p=body.top_p,
         seed=body.seed,
-        stop=body.stop_strings,
+        stop=body.stop_strings + (tools.stop if tools else ()),
         top_k=body.top_k,
         min_p=body.min_p,
         repetition_penalty=body.repetition_penalty,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
         logit_bias=_logit_bias(body, vocab_size),
-        top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        top_logprobs=body.num_top_logprobs,
         ignore_eos=body.ignore_eos,
         min_tokens=body.min_tokens,
-        constraint=_constraint(body),
+        constraint=Constraint("grammar", grammar=tools.grammar) if tools and tools.grammar else _constraint(body),
     )
 
 
-def _check_options(body: ChatRequest, max_tokens: int) -> None:
-    if body.top_logprobs is not None and not body.logprobs:
+def _check_options(body: GenerationOptions, max_tokens: int) -> None:
+    if isinstance(body, ChatRequest) and body.top_logprobs is not None and not body.logprobs:
         raise _refused("top_logprobs", "needs logprobs to be true")
+    if isinstance(body, CompletionRequest):
+        _check_completion_options(body)
+    if body.wants_usage and not body.stream:
+        raise _refused("stream_options", "include_usage needs stream to be true")
     if body.min_tokens > max_tokens:
         raise _refused("min_tokens", f"{body.min_tokens} is more than the answer may take, {max_tokens}")
 
 
-def _logit_bias(body: ChatRequest, vocab_size: int) -> tuple[tuple[int, float], ...]:
+def _check_completion_options(body: CompletionRequest) -> None:
+    if body.echo and body.logprobs is not None:
+        raise _refused("echo", "there are no log-probabilities of prompts; leave echo or logprobs out")
+    if body.best_of not in (None, body.n):
+        raise _refused("best_of", f"answers are not ranked: expected {body.n}, as many as n, found {body.best_of}")
+
+
+def _logit_bias(body: GenerationOptions, vocab_size: int) -> tuple[tuple[int, float], ...]:
     biases = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
     if unknown := [token for token in biases if token >= vocab_size]:
         raise _refused("logit_bias", f"there is no token {unknown[0]}; the vocabulary has {vocab_size}")
     return tuple(biases.items())
 
 
-def _constraint(body: ChatRequest) -> Constraint | None:
+def _constraint(body: GenerationOptions) -> Constraint | None:
     constraint = _form_of(body)
     if constraint is None:
         return None
@@ -68,7 +86,7 @@ def _constraint(body: ChatRequest) -> Constraint | None:
     return constraint
 
 
-def _form_of(body: ChatRequest) -> Constraint | None:
+def _form_of(body: GenerationOptions) -> Constraint | None:
     wanted = body.response_format
     kind = "text" if wanted is None else wanted.type
     if wanted is not None and (wanted.json_schema is None) == (kind == "json_schema"):

@@ -9,8 +9,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters.errors import InvalidInputError
+from server.config import ServeSettings
 
-__all__ = ["TIMEOUT_HEADER", "BodyLimitMiddleware", "read_timeout"]
+__all__ = ["TIMEOUT_HEADER", "BodyLimitMiddleware", "larger_bodies", "read_timeout"]
 
 TIMEOUT_HEADER = "x-hotswap-timeout-s"
 _MAX_SHOWN = 40
@@ -34,6 +35,11 @@ def read_timeout(value: str | None, *, limit_s: float) -> float:
             f"{TIMEOUT_HEADER}: expected a positive number of seconds, found {shown!r}", param=TIMEOUT_HEADER
         )
     return min(seconds, limit_s)
+
+
+def larger_bodies(settings: ServeSettings) -> dict[tuple[str, str], int]:
+    """The routes that take files, by method and path, and how large their bodies may be."""
+    return {("POST", "/v1/adapters"): settings.max_adapter_bytes}
 
 
 class BodyLimitMiddleware:

@@ -38,7 +38,7 @@ class SchemaChecker:
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(max_workers=_MAX_CHECKS, thread_name_prefix="schema-check")
-        self._good: OrderedDict[str, None] = OrderedDict()
+        self._good: OrderedDict[tuple[str, bool], None] = OrderedDict()
         self._num_waiting = 0
 
     async def check(self, schema: str) -> None:
@@ -48,37 +48,47 @@ class SchemaChecker:
             InvalidInputError: it can't; says why.
             OverloadedError: too many schemas are being looked at.
         """
-        if schema not in self._good:
-            await self._look_at(schema)
-        self._good[schema] = None
-        self._good.move_to_end(schema)
+        await self._check(schema, is_grammar=False, what="the JSON schema", param=_PARAM)
+
+    async def check_grammar(self, grammar: str, *, param: str) -> None:
+        """Return if a grammar that has clients' schemas in it can be compiled; `param` names the field with them.
+
+        Raises:
+            InvalidInputError: it can't; says why.
+            OverloadedError: too many schemas are being looked at.
+        """
+        await self._check(grammar, is_grammar=True, what="a JSON schema in it", param=param)
+
+    async def _check(self, text: str, *, is_grammar: bool, what: str, param: str) -> None:
+        if (text, is_grammar) not in self._good and (problem := await self._look_at(text, is_grammar)):
+            raise InvalidInputError(f"{param}: {what} can't be followed: {problem}", param=param)
+        self._good[text, is_grammar] = None
+        self._good.move_to_end((text, is_grammar))
         if len(self._good) > _MAX_KNOWN:
             self._good.popitem(last=False)
 
-    async def _look_at(self, schema: str) -> None:
+    async def _look_at(self, text: str, is_grammar: bool) -> str:
         if self._num_waiting >= _MAX_WAITING:
             raise OverloadedError(f"{self._num_waiting} JSON schemas are being checked, as many as this server takes")
         self._num_waiting += 1
         try:
-            problem = await asyncio.get_running_loop().run_in_executor(self._threads, _find_problem, schema)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, _find_problem, text, is_grammar)
         finally:
             self._num_waiting -= 1
-        if problem:
-            raise InvalidInputError(f"{_PARAM}: the JSON schema can't be followed: {problem}", param=_PARAM)
 
 
-def schema_text(schema: dict[str, Any]) -> str:
-    """A schema as text, so that equal schemas are equal.
+def schema_text(schema: dict[str, Any] | list[dict[str, Any]], *, param: str = _PARAM) -> str:
+    """A schema, or several, as text, so that equal schemas are equal; `param` names the field that they came in.
 
     Raises:
         InvalidInputError: it is too large or too deep.
     """
     if _depth_exceeds(schema, _MAX_DEPTH):
-        raise InvalidInputError(f"{_PARAM}: the JSON schema is nested deeper than {_MAX_DEPTH} levels", param=_PARAM)
+        raise InvalidInputError(f"{param}: the JSON schema is nested deeper than {_MAX_DEPTH} levels", param=param)
     text = json.dumps(schema, separators=(",", ":"))
     if len(text) > _MAX_SCHEMA_BYTES:
         found = f"the JSON schema takes {len(text)} bytes, but may take {_MAX_SCHEMA_BYTES}"
-        raise InvalidInputError(f"{_PARAM}: {found}", param=_PARAM)
+        raise InvalidInputError(f"{param}: {found}", param=param)
     return text
 
 
@@ -97,11 +107,12 @@ def _depth_exceeds(value: Any, limit: int) -> bool:
     return True
 
 
-def _find_problem(schema: str) -> str:
-    """Why a schema can't be used; empty if it can."""
+def _find_problem(text: str, is_grammar: bool) -> str:
+    """Why a schema or a grammar can't be used; empty if it can."""
     command = [sys.executable, "-P", str(Path(grammar.__file__))]  # -P: the file's neighbours are no modules of its own
+    command += ["--grammar"] if is_grammar else []
     try:
-        result = subprocess.run(command, input=schema, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        result = subprocess.run(command, input=text, capture_output=True, text=True, timeout=_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return "it takes too long to compile"
     if result.returncode != 0:

@@ -5,14 +5,19 @@ What the wire leaves optional is resolved here and nowhere deeper.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from abc import abstractmethod
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StringConstraints, field_validator
+from pydantic import Field, StrictBool, StringConstraints, field_validator, model_validator
+
+from server.tool_schemas import MAX_TOOLS, Tool, ToolCall, ToolChoice
+from server.wire import MAX_CONTENT_CHARS, FunctionName, LenientNulls, Text, Wire
 
 __all__ = [
     "ChatMessage",
     "ChatRequest",
     "FeedbackRequest",
+    "GenerationOptions",
     "ResponseFormat",
     "chat_choice",
     "chat_chunk",
@@ -21,76 +26,85 @@ __all__ = [
     "usage_body",
 ]
 
-_MAX_CONTENT_CHARS = 200_000
 _MAX_MESSAGES = 1000
 _MAX_PARTS = 100
 
 _MAX_STOP_STRINGS = 4
 _MAX_BIASES = 300
 _MAX_NEW_TOKENS = 131_072
+_MAX_METADATA = 16
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 AllowedAnswer = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 TokenId = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,6})$")]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+MetadataKey = Annotated[str, StringConstraints(max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 
 
-class _Wire(BaseModel):
-    # Strict: "3" and true are no numbers, whatever pydantic could make of them.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class TextPart(_Wire):
+class TextPart(Wire):
     """One piece of a message's content in the list form; only text is supported."""
 
     type: Literal["text"]
-    text: str = Field(max_length=_MAX_CONTENT_CHARS)
+    text: str = Field(max_length=MAX_CONTENT_CHARS)
 
 
-class ChatMessage(_Wire):
+class ChatMessage(LenientNulls):
     """One message of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
-    content: (
-        Annotated[str, StringConstraints(max_length=_MAX_CONTENT_CHARS)]
-        | Annotated[list[TextPart], Field(min_length=1, max_length=_MAX_PARTS)]
-    )
+    unsupported: ClassVar[frozenset[str]] = frozenset({"audio", "function_call", "refusal"})
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=_MAX_PARTS)] | None = None
+    name: str | None = Field(None, pattern=r"^[^\s<|\\/>]{1,64}$")
+    tool_calls: list[ToolCall] | None = Field(None, min_length=1, max_length=MAX_TOOLS)
+    tool_call_id: str | None = Field(None, min_length=1, max_length=128)
+
+    @model_validator(mode="after")
+    def _has_what_its_role_needs(self) -> Self:
+        if self.content is None and self.tool_calls is None:
+            raise ValueError("expected content, or tool_calls of an assistant, found neither")
+        if self.tool_calls is not None and self.role != "assistant":
+            raise ValueError(f"tool_calls are an assistant's, found them in a message of role {self.role!r}")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError("tool_call_id goes with the role 'tool', and with no other")
+        return self
 
     @property
     def text(self) -> str:
-        """The content as one string."""
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
+        """The content as one string; empty where there are only calls."""
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
 
 
-class StreamOptions(_Wire):
-    """Options of a streamed answer."""
+class StreamOptions(LenientNulls):
+    """Options of a streamed answer. Chunks are never padded, so obfuscation can only be declined."""
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
-class JsonSchemaFormat(_Wire):
+class JsonSchemaFormat(Wire):
     """A named JSON schema. `strict` changes nothing: the schema is always followed."""
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    name: FunctionName
     description: str | None = Field(None, max_length=2000)
     definition: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(_Wire):
+class ResponseFormat(Wire):
     """The form of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
 
-class ChatRequest(_Wire):
-    """Body of POST /v1/chat/completions. What the fields do, and which are extensions: docs/generation.md."""
+class GenerationOptions(LenientNulls):
+    """What chat and completions have in common. What the fields do, and which are extensions: docs/generation.md."""
 
     model: str = Field(min_length=1, max_length=200)
-    messages: list[ChatMessage] = Field(min_length=1, max_length=_MAX_MESSAGES)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, le=100_000)
@@ -105,21 +119,11 @@ class ChatRequest(_Wire):
     stream_options: StreamOptions | None = None
     stop: StopString | list[StopString] | None = None
     max_tokens: int | None = Field(None, ge=1, le=_MAX_NEW_TOKENS)
-    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_NEW_TOKENS)
     min_tokens: int = Field(0, ge=0, le=_MAX_NEW_TOKENS)
     ignore_eos: bool = False
-    logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     guided_choice: list[AllowedAnswer] | None = Field(None, min_length=2, max_length=256)
     user: str | None = Field(None, min_length=1, max_length=512)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _null_is_default(cls, value: Any, info: Any) -> Any:
-        # The hosted API takes an explicit null for an option as "not given", and clients send it.
-        field = cls.model_fields[info.field_name]
-        return field.default if value is None and not field.is_required() else value
 
     @field_validator("stop")
     @classmethod
@@ -142,11 +146,65 @@ class ChatRequest(_Wire):
 
     @property
     def token_limit(self) -> int | None:
+        """The most tokens that an answer may take; None leaves it to the server."""
+        return self.max_tokens
+
+    @property
+    @abstractmethod
+    def num_top_logprobs(self) -> int | None:
+        """How many likeliest tokens to name at each place; None is no log-probabilities at all."""
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a streamed answer ends with token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(GenerationOptions):
+    """Body of POST /v1/chat/completions."""
+
+    unsupported: ClassVar[frozenset[str]] = frozenset(
+        {
+            "audio",
+            "function_call",
+            "functions",
+            "moderation",
+            "prediction",
+            "prompt_cache_options",
+            "prompt_cache_retention",
+            "web_search_options",
+        }
+    )
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=_MAX_MESSAGES)
+    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_NEW_TOKENS)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    # Without effect from here on; each value that is taken asks for what happens anyway.
+    metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=_MAX_METADATA)
+    modalities: list[Literal["text"]] | None = Field(None, min_length=1, max_length=1)
+    prompt_cache_key: str | None = Field(None, max_length=512)
+    reasoning_effort: Literal["none"] | None = None
+    safety_identifier: str | None = Field(None, max_length=512)
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] = False
+    verbosity: Literal["medium"] | None = None
+
+    @property
+    def token_limit(self) -> int | None:
         """The answer's limit under either of its two names; the newer one wins."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """How many likeliest tokens to name at each place; None is no log-probabilities at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
-class FeedbackRequest(_Wire):
+
+class FeedbackRequest(Wire):
     """Body of POST /v1/feedback: an outcome for the response with this id."""
 
     id: str = Field(min_length=1, max_length=64)
@@ -170,10 +228,17 @@ def chat_completion(
 
 
 def chat_choice(
-    *, index: int, text: str, finish_reason: str | None, logprobs: dict[str, Any] | None = None
+    *,
+    index: int,
+    text: str,
+    finish_reason: str | None,
+    logprobs: dict[str, Any] | None = None,
+    tool_calls: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """One of the answers in a whole answer."""
-    message = {"role": "assistant", "content": text}
+    """One of the answers in a whole answer; without text, `content` is null where there are calls."""
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if tool_calls:
+        message |= {"content": text or None, "tool_calls": tool_calls}
     return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
@@ -183,7 +248,7 @@ def chat_chunk(
     created: int,
     model: str,
     index: int = 0,
-    delta: dict[str, str],
+    delta: dict[str, Any],
     finish_reason: str | None = None,
     logprobs: dict[str, Any] | None = None,
 ) -> dict[str, Any]:

@@ -9,11 +9,14 @@ import pytest
 import typer.main
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import completion_create_params as chat_params
 
 from adapters.records import SCOPES
 from adapters.settings import CoreSettings, SettingsSection
 from clients.cli.main import app
 from server.auth import read_access
+from server.completion_schemas import CompletionRequest
 from server.config import ServeSettings
 from server.routes import adapters, experiments, router
 from server.schemas import ChatRequest
@@ -38,7 +41,7 @@ def test_generation_page_has_a_row_for_every_option_when_compared() -> None:
     """What a chat request takes beside model, messages and user, with its numeric bounds."""
     rows = [line for line in (_ROOT / "docs/generation.md").read_text().splitlines() if line.startswith("| `")]
     options = [name for name in ChatRequest.model_fields if name not in ("model", "messages", "user")]
-    assert len(options) >= 20
+    assert len(options) >= 30
     assert [name for name in options if not any(f"`{name}`" in row.split("|")[1] for row in rows)] == []
     for name in options:
         bounds = [
@@ -47,8 +50,33 @@ def test_generation_page_has_a_row_for_every_option_when_compared() -> None:
             for bound in ("ge", "le")
             if hasattr(item, bound)
         ]
-        (row,) = [row for row in rows if f"`{name}`" in row.split("|")[1]]
+        row = next(row for row in rows if f"`{name}`" in row.split("|")[1])
         assert name == "seed" or all(f"{bound:g}" in row.split("|")[2] for bound in bounds), (name, bounds)
+
+
+def test_generation_page_has_a_row_for_every_field_of_completions_when_compared() -> None:
+    """Those that chat has not, or has with other bounds, stand in the endpoint's own table."""
+    page = (_ROOT / "docs/generation.md").read_text()
+    own = page[page.index("## Completions") : page.index("## Without effect")]
+    fields = [
+        name
+        for name, field in CompletionRequest.model_fields.items()
+        if name != "prompt" and repr(field) != repr(ChatRequest.model_fields.get(name))
+    ]
+    assert {"echo", "best_of", "logprobs", "max_tokens"} == set(fields)
+    assert [name for name in fields if f"\n| `{name}` |" not in own] == []
+
+
+def test_every_field_of_the_hosted_api_is_decided_when_compared() -> None:
+    """Taken, or refused by name and listed as such; the list is that of the installed SDK."""
+    page = (_ROOT / "docs/generation.md").read_text()
+    refused = page[page.index("## Not supported") :]
+    for ours, theirs in ((ChatRequest, chat_params), (CompletionRequest, completion_params)):
+        hosted = set(theirs.CompletionCreateParamsStreaming.__annotations__)
+        hosted |= set(theirs.CompletionCreateParamsBase.__annotations__)
+        assert len(hosted) >= 18
+        assert hosted - set(ours.model_fields) == ours.unsupported
+        assert [name for name in ours.unsupported if f"`{name}`" not in refused] == []
 
 
 @pytest.mark.parametrize(("command", "section"), [("train", TrainSettings), ("serve", ServeSettings)])

@@ -161,6 +161,8 @@ def _reason(request_id: str, error: BaseException) -> str:
 def _grammar_of(constraint: Constraint) -> str:
     if constraint.kind == "choices":
         return choices_grammar(constraint.choices)
+    if constraint.kind == "grammar":
+        return constraint.grammar
     return json_grammar(constraint.schema if constraint.kind == "json_schema" else '{"type": "object"}')
 
 

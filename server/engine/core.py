@@ -49,11 +49,16 @@ class Wait(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """The form that an answer must have: any JSON object, JSON by a schema (its text), or exactly one of `choices`."""
+    """The form that an answer must have.
 
-    kind: Literal["json_object", "json_schema", "choices"]
+    Any JSON object, JSON by a schema (its text), exactly one of `choices`, or what a grammar of llguidance (its text)
+    allows.
+    """
+
+    kind: Literal["json_object", "json_schema", "choices", "grammar"]
     schema: str = ""
     choices: tuple[str, ...] = ()
+    grammar: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ from clients.sdk import (
     Hotswap,
 )
 from tests.support.engine import RECIPES, Bench, Site, make_bench, save_recipes
-from tests.support.live import serving
+from tests.support.http import serve_site
 from tests.support.tiny import save_random_adapter
 
 FIRST, SECOND, *_ = RECIPES
@@ -67,8 +67,8 @@ def site(bench: Bench, registry: Registry, tmp_path: Path) -> Iterator[Site]:
 @pytest.fixture
 def url(site: Site) -> Iterator[str]:
     """Where the site listens."""
-    with serving(site) as address:
-        yield address
+    with serve_site(site) as served:
+        yield served.root
 
 
 def _scripted(*answers: Answer) -> tuple[httpx.MockTransport, list[httpx.Request]]:

@@ -253,8 +253,8 @@ def test_bad_bodies_are_answered_in_the_envelope_when_sent(tiny_server: str) -> 
         (b"{", None),
         (json.dumps({"model": "base", "messages": "hi"}).encode(), "messages"),
         (
-            json.dumps({"model": "base", "messages": [{"role": "user", "content": "x"}], "tools": []}).encode(),
-            "tools",
+            json.dumps({"model": "base", "messages": [{"role": "user", "content": "x"}], "functions": []}).encode(),
+            "functions",
         ),
     ]
     for content, field in bodies:

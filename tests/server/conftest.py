@@ -10,7 +10,7 @@ import structlog
 
 from adapters.registry import Registry
 from tests.support.engine import Bench, Reference, Site, make_bench, save_recipes
-from tests.support.tiny import FAMILIES
+from tests.support.tiny import CHATML_WITH_TOOLS, FAMILIES
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +73,11 @@ def site(bench: Bench, registry: Registry, tmp_path: Path) -> Iterator[Site]:
     made = Site.build(bench, registry, tmp_path)
     yield made
     made.engine.close()
+
+
+@pytest.fixture
+def tool_site(own_bench: Callable[..., Bench], registry: Registry, tmp_path: Path) -> Iterator[Site]:
+    """The API over a base model whose template shows tools, with room for prompts that hold some."""
+    site = Site.build(own_bench(max_context=512), registry, tmp_path, max_context=512, chat_template=CHATML_WITH_TOOLS)
+    yield site
+    site.engine.close()

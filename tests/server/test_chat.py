@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from adapters.errors import InvalidNameError, PromptTooLongError
+from adapters.registry import Registry
 from server.callers import Caller
-from server.chat import ChatCall
+from server.calls import Call
 from server.schemas import ChatRequest
-from tests.support.engine import RECIPES, Site, on_site
+from tests.support.engine import RECIPES, Bench, Site, on_site
+from tests.support.tiny import CHATML
 
 FIRST, SECOND, *_ = RECIPES
 
 
-def _accept(site: Site, **fields: Any) -> ChatCall:
+def _accept(site: Site, **fields: Any) -> Call:
     body = {"model": "base", "messages": [{"role": "user", "content": "hi"}], **fields}
     services = site.app.state.services
-    call: ChatCall = asyncio.run(
+    call: Call = asyncio.run(
         services.chat.accept(ChatRequest.model_validate(body), request_id="id1", caller=Caller.local())
     )
     return call
@@ -41,6 +44,31 @@ def test_call_has_the_rendered_prompt_when_messages_are_given(site: Site) -> Non
     call = _accept(site)
     assert site.prompt("hi") == call.generation.prompt
     assert call.response_id == "chatcmpl-id1"
+
+
+def test_prompt_is_the_systems_when_a_developer_speaks(site: Site) -> None:
+    """No base model knows the newer name; parts are one text, and null fields of the SDK's messages are nothing."""
+    parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]
+    known = _accept(site, messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}])
+    newer = _accept(
+        site,
+        messages=[
+            {"role": "developer", "content": parts, "name": None},
+            {"role": "user", "content": "hi", "refusal": None, "function_call": None, "audio": None},
+        ],
+    )
+    assert known.generation.prompt == newer.generation.prompt
+
+
+def test_prompt_has_the_name_when_the_template_shows_names(bench: Bench, registry: Registry, tmp_path: Path) -> None:
+    """What to make of a name is the template's business; one that shows none drops it."""
+    template = CHATML.replace("{{ message['role'] }}", "{{ message['role'] }}{{ message.get('name', '') }}")
+    site = Site.build(bench, registry, tmp_path, chat_template=template)
+    text = site.app.state.services.chat.prompt_text(
+        _accept(site, messages=[{"role": "user", "name": "ann", "content": "hi"}]).generation.prompt
+    )
+    site.engine.close()
+    assert text.startswith("<|im_start|>userann\nhi<|im_end|>")
 
 
 @pytest.mark.parametrize("model", ["nobody", "auto", "base@v1", "No Such", "../etc", "legal@v9", "legal@deadbeef"])

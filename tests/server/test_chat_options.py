@@ -110,6 +110,47 @@ def test_every_option_reaches_the_engine_when_it_is_given(site: Site) -> None:
     assert SamplingParams(NUM_TOKENS, temperature=0, top_logprobs=0) == alone
 
 
+NEUTRAL = {
+    "audio": None,
+    "frequency_penalty": 0,
+    "function_call": None,
+    "functions": None,
+    "logit_bias": {},
+    "logprobs": False,
+    "max_completion_tokens": None,
+    "metadata": {"run": "1"},
+    "modalities": ["text"],
+    "moderation": None,
+    "n": 1,
+    "parallel_tool_calls": False,
+    "prediction": None,
+    "presence_penalty": 0,
+    "prompt_cache_key": "k",
+    "reasoning_effort": "none",
+    "response_format": {"type": "text"},
+    "safety_identifier": "u",
+    "seed": None,
+    "service_tier": "auto",
+    "stop": None,
+    "store": False,
+    "stream": False,
+    "stream_options": None,
+    "tool_choice": "none",
+    "tools": [],
+    "top_logprobs": None,
+    "top_p": 1,
+    "verbosity": "medium",
+    "web_search_options": None,
+}
+
+
+def test_neutral_values_change_nothing_when_clients_send_them(site: Site) -> None:
+    """Nulls, the wire's own defaults, and fields that are taken without effect: the engine is asked for the same."""
+    bodies = [_body(), _body(**NEUTRAL), *(_body(**{name: None}) for name in NEUTRAL)]
+    assert {200} == {response.status_code for response in _post(site, *bodies)}
+    assert {SamplingParams(NUM_TOKENS, temperature=0)} == set(_sampling(site))
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -351,6 +392,27 @@ def test_chat_is_429_when_there_is_no_room_for_all_answers(bench: Bench, registr
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
     assert [200, 200] == [response.status_code for response in answered]
     assert (len(site.exposures()), site.client.num_in_flight) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("limits", "n", "reason"),
+    [
+        ({"max_waiting": 2}, 3, "3 answers were asked for; this server takes 2"),
+        ({"max_queued_tokens": 128}, 4, "4 answers may take 160 tokens with their prompts; this server takes 128"),
+    ],
+)
+def test_chat_is_400_when_so_many_answers_never_fit(
+    limits: dict[str, int], n: int, reason: str, bench: Bench, registry: Registry, tmp_path: Path
+) -> None:
+    """A retry could not help, so clients must not be told to; what fits is answered."""
+    site = Site.build(bench, registry, tmp_path, **limits)  # type: ignore[arg-type]
+    refused, fine = _post(site, _body(n=n), _body(n=2))
+    site.engine.close()
+    assert (400, "n") == (refused.status_code, refused.json()["error"]["param"])
+    assert reason in refused.json()["error"]["message"]
+    assert "x-should-retry" not in refused.headers
+    assert 200 == fine.status_code
+    assert (1, 0) == (len(site.exposures()), site.client.num_in_flight)
 
 
 @pytest.mark.parametrize("stream", [False, True])

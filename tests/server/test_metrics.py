@@ -126,7 +126,7 @@ def test_errors_are_counted_by_code_when_requests_fail(site: Site) -> None:
     weights = site.registry.store.folder(digest) / ADAPTER_WEIGHTS_FILE
     weights.chmod(0o600)
     weights.write_bytes(b"damaged")
-    _, scrape = _after(site, _body("legal"), _body("nobody"), _body("base", tools=[]), _body("base"))
+    _, scrape = _after(site, _body("legal"), _body("nobody"), _body("base", guess=1), _body("base"))
 
     def count(code: str, **labels: str) -> float | None:
         return scrape.value("hotswap_errors_total", **({"alias": "", "version": ""} | labels), code=code)

@@ -22,7 +22,7 @@ from server.openapi import describe_api
 from server.resources import ALIAS_PATTERN, VERSION_PATTERN
 from server.routes import router
 from tests.support.engine import RECIPES, Bench, Site
-from tests.support.live import serving
+from tests.support.http import serve_site
 
 FIRST, SECOND, *_ = RECIPES
 NUM_EXAMPLES = int(os.environ.get("API_EXAMPLES", "20"))  # for each operation and each kind of data
@@ -84,8 +84,8 @@ def live(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
     home = tmp_path_factory.mktemp("site")
     with closing(open_database(f"sqlite:///{home / 'hotswap.db'}")) as database:
         site = Site.build(bench, Registry(database, ArtifactStore(home / "store")), home)
-        with serving(site) as address:
-            yield site, address
+        with serve_site(site) as served:
+            yield site, served.root
         site.engine.close()
 
 

@@ -175,9 +175,10 @@ def test_chat_is_400_when_the_prompt_is_too_long(site: Site) -> None:
         ({"temperature": 3}, "temperature", "invalid_value"),
         ({"temperature": "1"}, "temperature", "invalid_value"),
         ({"max_tokens": True}, "max_tokens", "invalid_value"),
-        ({"tools": []}, "tools", "unknown_field"),
+        ({"functions": []}, "functions", "unknown_field"),
+        ({"service_tier": "priority"}, "service_tier", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
-        ({"messages": [{"role": "user", "content": "x", "name": "n"}]}, "messages.0.name", "unknown_field"),
+        ({"messages": [{"role": "user", "content": "x", "mood": "n"}]}, "messages.0.mood", "unknown_field"),
     ],
 )
 def test_chat_is_400_naming_the_field_when_the_body_is_wrong(

@@ -20,6 +20,7 @@ from server.schemas import (
 )
 
 MESSAGES = [{"role": "user", "content": "hi"}]
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 MODELS: list[type[BaseModel]] = [ChatRequest, ChatMessage, FeedbackRequest]
 
 
@@ -129,7 +130,13 @@ def test_feedback_is_refused_when_a_field_is_out_of_bounds(fields: dict[str, Any
         {"messages": [{"role": "user"}]},
         {"messages": [{"role": "user", "content": "a" * 200_001}]},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
-        {"messages": [{"role": "user", "content": "x", "name": "me"}]},
+        {"messages": [{"role": "user", "content": "x", "name": "m e"}]},
+        {"messages": [{"role": "user", "content": "x", "mood": "me"}]},
+        {"messages": [{"role": "function", "content": "x", "name": "f"}]},
+        {"messages": [{"role": "assistant", "content": "x", "refusal": "no"}]},
+        {"messages": [{"role": "assistant", "tool_calls": []}]},
+        {"messages": [{"role": "user", "tool_calls": [CALL]}]},
+        {"messages": [{"role": "user", "content": "x", "tool_call_id": "c"}]},
         {"messages": [{"role": "user", "content": "\ud800"}]},
         {"n": 0},
         {"n": 9},
@@ -142,7 +149,24 @@ def test_feedback_is_refused_when_a_field_is_out_of_bounds(fields: dict[str, Any
         {"stream_options": {"verbose": True}},
         {"user": ""},
         {"user": "u" * 513},
-        {"tools": []},
+        {"tools": [{"type": "custom", "custom": {"name": "f"}}]},
+        {"tools": [{"type": "function", "function": {"name": "f f"}}]},
+        {"tools": [{"type": "function", "function": {"name": "f"}}] * 129},
+        {"tool_choice": "some"},
+        {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}},
+        {"functions": []},
+        {"prediction": {"type": "content", "content": "x"}},
+        {"store": True},
+        {"service_tier": "priority"},
+        {"modalities": ["text", "audio"]},
+        {"modalities": ["audio"]},
+        {"reasoning_effort": "high"},
+        {"verbosity": "low"},
+        {"metadata": {"a": 1}},
+        {"metadata": {str(number): "x" for number in range(17)}},
+        {"metadata": {"a": "x" * 513}},
+        {"safety_identifier": "x" * 513},
+        {"stream_options": {"include_obfuscation": True}},
         {"logit_bias": {"a": 1}},
         {"logit_bias": {"-1": 1}},
         {"logit_bias": {"01": 1}},

@@ -11,7 +11,7 @@ import json
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,14 +36,15 @@ from server.api import obey
 from server.auth import AuthMiddleware
 from server.chat import ChatService
 from server.config import ServeSettings
-from server.engine.core import EngineEvent, GenerationRequest, SamplingParams
+from server.engine.core import Constraint, EngineEvent, GenerationRequest, SamplingParams
 from server.engine.lora import SlottedLinear
 from server.engine.runner import ModelRunner
 from server.engine.scheduler import Engine
 from server.engine_client import EngineClient
 from server.engine_factory import make_weights_reader
 from server.errors import install_error_handlers
-from server.messages import Command, EngineMessage, EngineStatus
+from server.limits import BodyLimitMiddleware, larger_bodies
+from server.messages import Command, EngineMessage, EngineStatus, SubmitCommand
 from server.metrics import Metrics
 from server.observe import RequestIdMiddleware
 from server.openapi import describe_api
@@ -51,7 +52,14 @@ from server.pins import PinKeeper
 from server.routes import router
 from server.services import Services
 from server.uploads import AdapterUploads
-from tests.support.tiny import load_tiny_base, make_manifest, make_tokenizer, save_random_adapter, tiny_settings
+from tests.support.tiny import (
+    CHATML,
+    load_tiny_base,
+    make_manifest,
+    make_tokenizer,
+    save_random_adapter,
+    tiny_settings,
+)
 
 __all__ = [
     "KERNELS_FOLDER",
@@ -365,13 +373,15 @@ class GatedReader:
 class EngineTransport:
     """A line to an engine in the same process: steps it whenever the API waits for messages.
 
-    `permits` bounds the steps, so that a test can act in the middle of an answer; None is no bound.
+    `permits` bounds the steps, so that a test can act in the middle of an answer; None is no bound. `script`, if not
+    empty, is what the model has to say to every request: a grammar leaves it no other choice.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.epoch = "epoch-1"
         self.permits: int | None = None
+        self.script = ""
         self.commands: list[Command] = []
         self._events: list[EngineEvent] = []
         self._has_greeted = False
@@ -384,6 +394,8 @@ class EngineTransport:
     async def send(self, command: Command) -> None:
         """Obey at once, as the worker's loop does."""
         self.commands.append(command)
+        if isinstance(command, SubmitCommand):
+            command = replace(command, request=_scripted(command.request, self.script))
         self._events += obey(self.engine, command, self.epoch)
 
     async def receive(self) -> list[EngineMessage]:
@@ -412,6 +424,13 @@ class EngineTransport:
         return EngineMessage(status, events, self.engine.take_timings(), self.engine.residency.report())
 
 
+def _scripted(request: GenerationRequest, script: str) -> GenerationRequest:
+    if not script:
+        return request
+    constraint = Constraint("grammar", grammar=f"start: {json.dumps(script)}")
+    return replace(request, sampling=replace(request.sampling, constraint=constraint))
+
+
 @dataclass
 class Site:
     """The API over a real engine, registry and database, in one process."""
@@ -435,10 +454,20 @@ class Site:
         home: Path,
         *,
         max_waiting: int = 64,
+        max_context: int = 128,
+        max_queued_tokens: int = 200_000,
+        chat_template: str = CHATML,
         clock: Callable[[], float] = time.monotonic,
     ) -> Site:
         """Join the parts as `server.app` does, with a transport that needs no second process."""
-        settings = ServeSettings.load(home, max_context=128, max_tokens=12, max_waiting=max_waiting)
+        settings = ServeSettings.load(
+            home,
+            max_context=max_context,
+            max_tokens=12,
+            max_waiting=max_waiting,
+            max_queued_tokens=max_queued_tokens,
+            max_body_bytes=1_000_000,
+        )
         read = make_weights_reader(registry.store, bench.base, bench.runner.slots.module_shapes)
         engine = bench.engine(tokenizer=bench.base.tokenizer, read=read, clock=clock)
         transport = EngineTransport(engine)
@@ -452,8 +481,9 @@ class Site:
         metrics.watch(client)
         experiments = ExperimentService(registry.database)
         keys = KeyService(registry.database)
-        chat = ChatService(registry, experiments, client, make_tokenizer(), settings, metrics)
+        chat = ChatService(registry, experiments, client, make_tokenizer(chat_template), settings, metrics)
         app = FastAPI()
+        app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes, larger=larger_bodies(settings))
         app.add_middleware(AuthMiddleware, is_loopback=True)
         app.add_middleware(RequestIdMiddleware)
         install_error_handlers(app)

@@ -1,0 +1,118 @@
+"""One accepted request and its answers: what is asked of the engine, and what is known of how it goes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from adapters.records import Binding
+from server.callers import Meter
+from server.engine.core import GenerationRequest
+from server.tools import ToolUse
+
+__all__ = ["ID_PREFIXES", "Answer", "Call", "Operation", "headers_of", "make_answers", "time_per_token", "unit_of"]
+
+
+Operation = Literal["chat", "text_completion"]  # OpenTelemetry's names for them
+ID_PREFIXES: dict[Operation, str] = {"chat": "chatcmpl", "text_completion": "cmpl"}
+
+
+@dataclass(slots=True)
+class Answer:
+    """One of the answers to a request. `ChatService` writes the lower fields while it is made."""
+
+    index: int
+    generation: GenerationRequest
+    completion_tokens: int = 0
+    last_token: float | None = None
+    finish_reason: str | None = None
+
+
+@dataclass(slots=True)
+class Call:
+    """One accepted request. `ChatService` writes the lower fields while the answers are made."""
+
+    operation: Operation
+    response_id: str
+    client: str  # whose turn it takes in the engine's queue
+    meter: Meter
+    binding: Binding
+    unit: str
+    unit_source: Literal["user", "request"]
+    answers: dict[str, Answer]  # by the engine's request id
+    num_answers: int  # to each prompt
+    created: int
+    started: float
+    tools: ToolUse | None = None
+    first_token: float | None = None
+    queued_s: float | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+    is_recorded: bool = False
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def generation(self) -> GenerationRequest:
+        """What the engine is asked for the first answer; those to the same prompt differ in id and seed alone."""
+        return next(iter(self.answers.values())).generation
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts; the answers to one share it."""
+        answers = list(self.answers.values())
+        return sum(len(answer.generation.prompt) for answer in answers[:: self.num_answers])
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of all answers so far."""
+        return sum(answer.completion_tokens for answer in self.answers.values())
+
+
+def make_answers(request_id: str, requests: Sequence[GenerationRequest], count: int) -> dict[str, Answer]:
+    """The engine's requests for so many answers to each prompt, by their ids.
+
+    The answers to one prompt have seeds of their own, counted from the one that was given.
+    """
+    answers: dict[str, Answer] = {}
+    for request in requests:
+        seed = request.sampling.seed
+        for number in range(count):
+            index = len(answers)
+            own_id = request_id if len(requests) * count == 1 else f"{request_id}-{index}"
+            sampling = replace(request.sampling, seed=None if seed is None else seed + number)
+            answers[own_id] = Answer(index, replace(request, id=own_id, sampling=sampling))
+    return answers
+
+
+def unit_of(user: str | None, request_id: str) -> tuple[str, Literal["user", "request"]]:
+    """The key that experiments split by. A user's name is hashed: the database needs to tell users apart, no more."""
+    if user is None:
+        return request_id, "request"
+    return hashlib.sha256(user.encode()).hexdigest()[:32], "user"
+
+
+def headers_of(binding: Binding) -> dict[str, str]:
+    """The headers that say what answered."""
+    headers = {
+        "x-hotswap-alias": binding.alias,
+        "x-hotswap-version": binding.version_label,
+        "x-hotswap-route": binding.route,
+    }
+    if binding.digest:
+        headers["x-hotswap-digest"] = binding.digest
+    if binding.arm:
+        headers["x-hotswap-arm"] = binding.arm
+        headers["x-hotswap-experiment"] = binding.experiment_id or ""
+    return headers
+
+
+def time_per_token(call: Call) -> float | None:
+    """Mean seconds per token of an answer after its first; None if there are none or the answer did not end well."""
+    answer = next(iter(call.answers.values()))
+    if call.finish_reason not in ("stop", "length") or answer.completion_tokens < 2:
+        return None
+    assert call.first_token is not None, "there are tokens"
+    assert answer.last_token is not None, "there are tokens"
+    return (answer.last_token - call.first_token) / (answer.completion_tokens - 1)
