@@ -51,13 +51,30 @@ class FileService:
             DataError: a line is no chat row; all bad lines are counted, the first 20 named.
             InvalidInputError: the name can't be one, or the content is larger than `max_bytes`.
         """
-        return self._store(content, _check_name(filename), TRAINING_PURPOSE, check=check_chat_file)
+        with self._placed(content, _check_name(filename), TRAINING_PURPOSE, check_chat_file) as file:
+            with self.database.write() as session:
+                self.register(session, file)
+            return file
 
-    def store_result(
-        self, content: IO[bytes], filename: str, also: Callable[[Session, StoredFile], None] | None = None
-    ) -> StoredFile:
-        """Keep what a job made; `also` writes further rows in the same transaction."""
-        return self._store(content, filename, RESULTS_PURPOSE, also=also)
+    @contextmanager
+    def placed_result(self, content: IO[bytes], filename: str) -> Iterator[StoredFile]:
+        """Put on the disk what a job made; `register` it within the block, or nothing stays."""
+        with self._placed(content, filename, RESULTS_PURPOSE) as file:
+            yield file
+
+    @staticmethod
+    def register(session: Session, file: StoredFile) -> None:
+        """Make a file that was put on the disk known, in the caller's transaction."""
+        session.add(
+            FileRow(
+                id=file.id,
+                filename=file.filename,
+                purpose=file.purpose,
+                size_bytes=file.size_bytes,
+                sha256=file.sha256,
+                created_at=file.created_at,
+            )
+        )
 
     def get(self, file_id: str) -> StoredFile:
         """One file.
@@ -130,47 +147,25 @@ class FileService:
                 path.unlink()
             return len(leftovers)
 
-    def _store(
-        self,
-        content: IO[bytes],
-        filename: str,
-        purpose: str,
-        *,
-        check: Callable[[Path], object] | None = None,
-        also: Callable[[Session, StoredFile], None] | None = None,
-    ) -> StoredFile:
+    @contextmanager
+    def _placed(
+        self, content: IO[bytes], filename: str, purpose: str, check: Callable[[Path], object] | None = None
+    ) -> Iterator[StoredFile]:
+        """Content under a new id, whole and synced; deleted again if the block fails, which has to register it."""
         file_id = f"file-{secrets.token_hex(12)}"
-        temporary = self._incoming / file_id
+        temporary, final = self._incoming / file_id, self.root / file_id
         with self._held():
             try:
                 size_bytes, sha256 = _write_synced(temporary, content, self.max_bytes)
                 if check is not None:
                     check(temporary)
-                os.rename(temporary, self.root / file_id)
-            finally:
-                temporary.unlink(missing_ok=True)
-            try:
+                os.rename(temporary, final)
                 _sync_folder(self.root)
-                return self._register(StoredFile(file_id, filename, purpose, size_bytes, sha256, utc_now()), also)
+                yield StoredFile(file_id, filename, purpose, size_bytes, sha256, utc_now())
             except BaseException:
-                (self.root / file_id).unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
+                final.unlink(missing_ok=True)
                 raise
-
-    def _register(self, file: StoredFile, also: Callable[[Session, StoredFile], None] | None) -> StoredFile:
-        with self.database.write() as session:
-            session.add(
-                FileRow(
-                    id=file.id,
-                    filename=file.filename,
-                    purpose=file.purpose,
-                    size_bytes=file.size_bytes,
-                    sha256=file.sha256,
-                    created_at=file.created_at,
-                )
-            )
-            if also is not None:
-                also(session, file)
-        return file
 
     @contextmanager
     def _held(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ message to anybody.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 from sqlalchemy import func, select
@@ -45,7 +46,13 @@ class Registry:
         self.store = store
 
     def publish(
-        self, source: Path, manifest: Manifest, *, alias: str, promote: bool = True
+        self,
+        source: Path,
+        manifest: Manifest,
+        *,
+        alias: str,
+        promote: bool = True,
+        also: Callable[[Session, NumberedVersion], None] | None = None,
     ) -> tuple[NumberedVersion, bool]:
         """Store a checked adapter as the next version of `alias`, and move the alias to it.
 
@@ -57,6 +64,7 @@ class Registry:
             manifest: What to record about it.
             alias: The name to publish under.
             promote: Whether to move the alias.
+            also: Writes further rows in the same transaction; if it raises, nothing is registered.
 
         Returns:
             The version, and whether the alias points to it afterwards.
@@ -71,7 +79,10 @@ class Registry:
                 row = session.get_one(AliasRow, alias)
                 if row.number is None or (promote and find_running(session, alias) is None):
                     _move(session, row, number, "publish")
-                return _load_numbered(session, alias, number), row.number == number
+                published = _load_numbered(session, alias, number)
+                if also is not None:
+                    also(session, published)
+                return published, row.number == number
 
     def promote(self, name: str) -> Alias:
         """Point an alias to one of its versions: `legal@v2`.
