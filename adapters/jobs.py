@@ -257,19 +257,22 @@ class JobService:
                     row.status = "queued"
             return _to_job(row)
 
-    def note(self, claim: Claim, message: str, *, data: Mapping[str, Any] | None = None) -> None:
-        """Write an event of a job that one holds; with `data`, the metrics of a step."""
+    def note(self, claim: Claim, message: str) -> None:
+        """Write an event of a job that one holds."""
         with self.database.write() as session:
             if _find(session, claim.job.id).claim == claim.token:
-                self._add_event(session, claim.job.id, message, data=data)
+                self._add_event(session, claim.job.id, message)
 
-    def note_progress(self, claim: Claim, *, trained_tokens: int, seconds_left: float) -> None:
-        """Write how far a job is, and when it will be at its end."""
+    def note_metrics(
+        self, claim: Claim, message: str, data: Mapping[str, Any], *, trained_tokens: int, seconds_left: float
+    ) -> None:
+        """Write what was measured at `data["step"]`, how far the job is, and when it will be at its end."""
         with self.database.write() as session:
             row = _find(session, claim.job.id)
             if row.claim == claim.token:
                 row.trained_tokens = trained_tokens
                 row.estimated_finish = self._clock() + timedelta(seconds=seconds_left)
+                self._add_event(session, row.id, message, data=data)
 
     def add_checkpoint(self, claim: Claim, step: int, metrics: Mapping[str, float]) -> None:
         """Record that a step's state lies in the job's folder, whole. The job is given all its attempts again."""

@@ -8,9 +8,11 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from adapters.experiments import ExperimentService
+from adapters.files import FileService
 from adapters.registry import Registry
 from server.chat import ChatService
 from server.engine_client import EngineClient
+from server.fine_tuning import FineTuningService
 from server.metrics import Metrics
 
 __all__ = ["CurrentServices", "Services"]
@@ -25,6 +27,8 @@ class Services:
     engine: EngineClient
     chat: ChatService
     metrics: Metrics
+    files: FileService
+    fine_tuning: FineTuningService
 
 
 def _services(request: Request) -> Services:

@@ -24,7 +24,7 @@ _PROBE_TOKENS = (1, 2, 3, 4)
 
 @dataclass(frozen=True, slots=True)
 class TokenSums:
-    """Sums over the tokens that carry loss: cross-entropy in nats (a float32 scalar) and how many were guessed right."""
+    """Sums over the tokens that carry loss: cross-entropy in nats (a float32 scalar), and how many were guessed."""
 
     loss: torch.Tensor
     num_correct: torch.Tensor

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clients.cli import adapters, base, bench, chat, demo, doctor, experiments, serve, train
+from clients.cli import adapters, base, bench, chat, demo, doctor, experiments, jobs, serve, train
 
 __all__ = ["app", "main"]
 
@@ -24,6 +24,7 @@ app.command("serve")(serve.serve)
 app.command("chat")(chat.chat)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(experiments.app, name="experiments")
+app.add_typer(jobs.app, name="jobs")
 app.add_typer(base.app, name="base")
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)

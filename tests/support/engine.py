@@ -26,6 +26,8 @@ from adapters.base_model import LoadedBase
 from adapters.chat_template import render_prompt
 from adapters.errors import AdapterWeightsError, NotFoundError
 from adapters.experiments import ExperimentService
+from adapters.files import FileService
+from adapters.jobs import JobService
 from adapters.manifest import BaseReference
 from adapters.records import NumberedVersion
 from adapters.registry import Registry
@@ -39,6 +41,8 @@ from server.engine.scheduler import Engine
 from server.engine_client import EngineClient
 from server.engine_factory import make_weights_reader
 from server.errors import install_error_handlers
+from server.fine_tuning import FineTuningService
+from server.limits import BodyLimitMiddleware
 from server.messages import CancelCommand, EngineMessage, EngineStatus, SubmitCommand
 from server.metrics import Metrics
 from server.observe import RequestIdMiddleware
@@ -421,7 +425,14 @@ class Site:
         clock: Callable[[], float] = time.monotonic,
     ) -> Site:
         """Join the parts as `server.app` does, with a transport that needs no second process."""
-        settings = ServeSettings.load(home, max_context=128, max_tokens=12, max_waiting=max_waiting)
+        settings = ServeSettings.load(
+            home,
+            max_context=128,
+            max_tokens=12,
+            max_waiting=max_waiting,
+            max_file_bytes=200_000,
+            max_body_bytes=100_000,
+        )
         read = make_weights_reader(registry.store, bench.base, bench.runner.slots.module_shapes)
         engine = bench.engine(tokenizer=bench.base.tokenizer, read=read, clock=clock)
         transport = EngineTransport(engine)
@@ -436,10 +447,15 @@ class Site:
         experiments = ExperimentService(registry.database)
         chat = ChatService(registry, experiments, client, make_tokenizer(), settings, metrics)
         app = FastAPI()
+        app.add_middleware(
+            BodyLimitMiddleware, max_bytes=settings.max_body_bytes, max_file_bytes=settings.max_file_bytes
+        )
         app.add_middleware(RequestIdMiddleware)
         install_error_handlers(app)
         app.include_router(router)
-        app.state.services = Services(registry, experiments, client, chat, metrics)
+        files = FileService(registry.database, home / "files", max_bytes=settings.max_file_bytes)
+        fine_tuning = FineTuningService(JobService(registry.database), base_name="tiny", max_rank=16)
+        app.state.services = Services(registry, experiments, client, chat, metrics, files, fine_tuning)
         return cls(app, registry, experiments, engine, transport, client, bench.base, bench.adapters, settings)
 
     def publish(
