@@ -32,6 +32,7 @@ from adapters.settings import CoreSettings, resolve_home
 from adapters.store import ArtifactStore
 from training.config import TrainSettings
 from training.losses import Evaluation
+from training.process_log import configure_process_log
 from training.trainers import NextMove, StepMetrics, TrainedCounts
 from training.worker import DataFile, JobFolder, train_and_publish
 
@@ -236,6 +237,7 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, _setter(stopping))
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     os.nice(_NICENESS)
+    configure_process_log()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     core = CoreSettings.load(resolve_home())
     database = open_database(core.resolved_database_url)

@@ -25,6 +25,7 @@ from adapters.files import ACTIVE_STATUSES
 from adapters.jobs import Claim, JobService
 from adapters.records import JobError
 from adapters.settings import CoreSettings, resolve_home
+from training.process_log import configure_process_log
 
 __all__ = ["Supervisor", "main"]
 
@@ -147,6 +148,7 @@ class Supervisor:
 
 def main() -> None:
     """Supervise until SIGTERM, or until the process that started this one is gone."""
+    configure_process_log()
     core = CoreSettings.load(resolve_home())
     database = open_database(core.resolved_database_url)
     supervisor = Supervisor(core, JobService(database))

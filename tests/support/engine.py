@@ -431,7 +431,6 @@ class Site:
             max_tokens=12,
             max_waiting=max_waiting,
             max_file_bytes=200_000,
-            max_body_bytes=100_000,
         )
         read = make_weights_reader(registry.store, bench.base, bench.runner.slots.module_shapes)
         engine = bench.engine(tokenizer=bench.base.tokenizer, read=read, clock=clock)
