@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -221,7 +221,7 @@ def describe_failure(error: Exception) -> JobError:
     return JobError(kind, f"the trainer failed with {type(error).__name__}; the job's log on the server says why")
 
 
-def write_csv(rows: list[Mapping[str, Any]]) -> str:
+def write_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """The metrics of all steps in the columns that tools for the hosted API read; empty where nothing was measured."""
     names = ("step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
     lines = [",".join(_CSV_COLUMNS)]
