@@ -81,7 +81,7 @@ def test_job_goes_on_from_its_checkpoint_when_its_trainer_is_killed(
 
 def test_job_is_finished_by_another_supervisor_when_the_first_is_killed(place: JobPlace) -> None:
     """SIGKILL of the supervisor in the middle of a run: its trainer ends too, and nothing runs twice."""
-    job = place.create(validate=False, n_epochs=300, checkpoint_steps=20)
+    job = place.create(validate=False, n_epochs=40, checkpoint_steps=20)
     process = subprocess.Popen([sys.executable, "-c", _SUPERVISOR], env=place.core.environment)
     place.wait(lambda: bool(place.jobs.checkpoints(job.id, limit=1)[0]))
     process.send_signal(signal.SIGKILL)
