@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from pydantic import BaseModel
 
 from adapters.settings import CoreSettings, SettingsSection
 from clients.cli.main import app
 from server.config import ServeSettings
+from server.fine_tuning_schemas import CreateJobRequest, Hyperparameters
 from server.schemas import ChatRequest
 from training.config import TrainSettings
 
@@ -44,6 +46,22 @@ def test_generation_page_has_a_row_for_every_option_when_compared() -> None:
         ]
         (row,) = [row for row in rows if f"`{name}`" in row.split("|")[1]]
         assert name == "seed" or all(f"{bound:g}" in row.split("|")[2] for bound in bounds), (name, bounds)
+
+
+@pytest.mark.parametrize(("model", "least"), [(CreateJobRequest, 9), (Hyperparameters, 14)])
+def test_fine_tuning_page_has_a_row_for_every_field_when_compared(model: type[BaseModel], least: int) -> None:
+    """What a job may be asked for, and each hyperparameter with its numeric bounds."""
+    rows = [line for line in (_ROOT / "docs/fine-tuning.md").read_text().splitlines() if line.startswith("| `")]
+    assert len(model.model_fields) >= least
+    for name, field in model.model_fields.items():
+        (row,) = [row for row in rows if row.startswith(f"| `{name}` |")]
+        bounds = [
+            getattr(item, bound)
+            for item in field.metadata
+            for bound in ("ge", "gt", "le", "lt")
+            if hasattr(item, bound)
+        ]
+        assert [f"{bound}" for bound in bounds if f"{bound}" not in row.split("|")[2]] == [], name
 
 
 @pytest.mark.parametrize(("command", "section"), [("train", TrainSettings), ("serve", ServeSettings)])

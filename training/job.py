@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -36,7 +37,16 @@ from training.process_log import configure_process_log
 from training.trainers import NextMove, StepMetrics, TrainedCounts
 from training.worker import DataFile, JobFolder, train_and_publish
 
-__all__ = ["JobRun", "checkpoints_folder", "main", "newest_checkpoint"]
+__all__ = [
+    "JobRun",
+    "checkpoints_folder",
+    "describe_failure",
+    "discard_unrecorded",
+    "main",
+    "newest_checkpoint",
+    "resolve_settings",
+    "write_csv",
+]
 
 _log = structlog.get_logger(__name__)
 
@@ -180,6 +190,7 @@ class JobRun:
     def _folder(self, job: Job) -> JobFolder:
         folder = checkpoints_folder(self._core.home, job.id)
         steps = [checkpoint.step for checkpoint in self._jobs.checkpoints(job.id, limit=2)[0]]
+        discard_unrecorded(folder, steps)
         every_steps = _hyperparameters(job).get("checkpoint_steps")
         return JobFolder(folder, self, every_steps, newest_checkpoint(folder, steps))
 
@@ -190,9 +201,17 @@ def checkpoints_folder(home: Path, job_id: str) -> Path:
 
 
 def newest_checkpoint(folder: Path, steps: list[int]) -> Path | None:
-    """The folder of the latest recorded step that is still there; what is not recorded may be half written."""
+    """The folder of the latest recorded step that is still there."""
     found = [folder / f"checkpoint-{step}" for step in sorted(steps, reverse=True)]
     return next((path for path in found if path.is_dir()), None)
+
+
+def discard_unrecorded(folder: Path, steps: list[int]) -> None:
+    """Delete what a killed trainer left half written, or did not come to record: it could push out what is needed."""
+    recorded = {f"checkpoint-{step}" for step in steps}
+    for path in folder.glob("checkpoint-*"):
+        if path.name not in recorded:
+            shutil.rmtree(path)
 
 
 def resolve_settings(job: Job, home: Path) -> TrainSettings:

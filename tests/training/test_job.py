@@ -18,7 +18,15 @@ from adapters.records import Job, JobError
 from tests.support.conversations import easy_rows, make_messages
 from tests.support.jobs import JobPlace, supervised
 from tests.support.tiny import tiny_settings
-from training.job import JobRun, checkpoints_folder, describe_failure, newest_checkpoint, resolve_settings, write_csv
+from training.job import (
+    JobRun,
+    checkpoints_folder,
+    describe_failure,
+    discard_unrecorded,
+    newest_checkpoint,
+    resolve_settings,
+    write_csv,
+)
 from training.trainers import StepMetrics
 
 
@@ -209,6 +217,8 @@ def test_newest_checkpoint_is_one_that_is_recorded_and_there_when_chosen(tmp_pat
         (tmp_path / f"checkpoint-{step}").mkdir()
     assert newest_checkpoint(tmp_path, [3, 6, 12]) == tmp_path / "checkpoint-6"
     assert newest_checkpoint(tmp_path, []) is None
+    discard_unrecorded(tmp_path, [6, 12])
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
 
 
 def test_csv_leaves_cells_empty_when_nothing_was_measured() -> None:
