@@ -74,7 +74,7 @@ def serve(core: CoreSettings, settings: ServeSettings, build: EngineBuilder = bu
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt_parent(os.getpid(), stopping))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with _training_jobs(core, settings):
+    with _training_jobs(core, settings, stopping):
         server.run(
             host=settings.host,
             port=settings.port,
@@ -86,12 +86,12 @@ def serve(core: CoreSettings, settings: ServeSettings, build: EngineBuilder = bu
 
 
 @contextlib.contextmanager
-def _training_jobs(core: CoreSettings, settings: ServeSettings) -> Iterator[None]:
-    """Train jobs beside the block, if that is wanted."""
+def _training_jobs(core: CoreSettings, settings: ServeSettings, stopping: threading.Event) -> Iterator[None]:
+    """Train jobs beside the block, if that is wanted; a running one is stopped as soon as `stopping` is set."""
     if not settings.jobs:
         yield
         return
-    supervisor = SupervisorProcess(core, settings)
+    supervisor = SupervisorProcess(core, settings, stopping)
     supervisor.start()
     try:
         yield

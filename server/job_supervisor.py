@@ -27,14 +27,21 @@ _STOP_TIMEOUT_S = 30.0
 class SupervisorProcess:
     """Starts the supervisor in a thread, again whenever it dies, and ends it.
 
-    A supervisor that dies at once each time is started ever more rarely, up to once a minute.
+    A supervisor that dies at once each time is started ever more rarely, up to once a minute. It is told to end when
+    `stopping` is set, while the server still finishes its answers.
     """
 
-    def __init__(self, core: CoreSettings, settings: ServeSettings, command: Sequence[str] = _COMMAND) -> None:
+    def __init__(
+        self,
+        core: CoreSettings,
+        settings: ServeSettings,
+        stopping: threading.Event,
+        command: Sequence[str] = _COMMAND,
+    ) -> None:
         threads = {"OMP_NUM_THREADS": str(settings.job_threads), "TOKENIZERS_PARALLELISM": "false"}
         self._environment = os.environ | core.environment | threads
         self._command = list(command)
-        self._stopping = threading.Event()
+        self._stopping = stopping
         self._thread = threading.Thread(target=self._keep_running, name="job-supervisor", daemon=True)
 
     def start(self) -> None:
@@ -42,7 +49,7 @@ class SupervisorProcess:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the supervisor, which lets a running job write a checkpoint first."""
+        """Wait for the supervisor's end; a running job writes a checkpoint first."""
         self._stopping.set()
         self._thread.join()
 

@@ -19,9 +19,24 @@ __all__ = ["router"]
 router = APIRouter()
 _MAX_FIELD_BYTES = 1000
 _FIELDS = ("file", "purpose")
+_FORM = {  # the body is read by hand, so that its parts are bounded
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["file", "purpose"],
+                "properties": {
+                    "file": {"type": "string", "format": "binary"},
+                    "purpose": {"type": "string", "enum": [TRAINING_PURPOSE]},
+                },
+            }
+        }
+    },
+}
 
 
-@router.post("/v1/files")
+@router.post("/v1/files", openapi_extra={"requestBody": _FORM})
 async def upload_file(request: Request, services: CurrentServices) -> dict[str, Any]:
     """Check training data and keep it. The form is spooled to the disk while it is read, never held in memory."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):

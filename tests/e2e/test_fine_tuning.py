@@ -131,7 +131,7 @@ def test_job_waits_with_its_checkpoint_when_the_server_ends(tmp_path: Path, tiny
     home = make_home(tmp_path / "home", tiny_folders["llama"], HOTSWAP_QUANTISATION="none")
     with running_server(home.environment, home.path / "first.log") as url:
         client = _client(url)
-        job_id = _start_job(client, tmp_path, num_epochs=100, checkpoint_steps=20)
+        job_id = _start_job(client, tmp_path, num_epochs=150, checkpoint_steps=20)
         while not client.fine_tuning.jobs.checkpoints.list(job_id).data:
             time.sleep(0.05)
     assert home.run("jobs", "show", job_id)["status"] == "queued"
@@ -141,4 +141,4 @@ def test_job_waits_with_its_checkpoint_when_the_server_ends(tmp_path: Path, tiny
         messages = [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)]
     assert (job.status, job.fine_tuned_model) == ("succeeded", "quick@v1")
     steps = [message.split("/")[0] for message in messages if message.startswith("Step ")]
-    assert len(steps) == len(set(steps)) == 300  # none was taken twice
+    assert len(steps) == len(set(steps)) == 450  # none was taken twice

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def test_supervisor_is_started_again_and_ended_when_it_dies_and_the_server_stops
     home.mkdir()
     core = tiny_settings(tiny_folders["llama"], home=home)
     settings = ServeSettings.load(home, job_threads=3)
-    process = SupervisorProcess(core, settings, (sys.executable, "-c", _DIES_ONCE))
+    process = SupervisorProcess(core, settings, threading.Event(), (sys.executable, "-c", _DIES_ONCE))
     process.start()
     while not (home / "up").exists():
         time.sleep(0.02)
