@@ -163,8 +163,6 @@ class JobRun:
 
     def _publish(self, folder: Path, manifest: Manifest, counts: TrainedCounts) -> tuple[NumberedVersion, bool]:
         """Version, alias, result file and the job's success become visible in one transaction."""
-        if self.next_move() != "continue":
-            raise _StoppedError
         job = self._claim.job
         content = io.BytesIO(write_csv(self._jobs.metrics(job.id)).encode())
         with self._files.placed_result(content, f"{job.id}_metrics.csv") as result:
@@ -181,7 +179,7 @@ class JobRun:
 
             try:
                 return self._registry.publish(folder, manifest, alias=job.alias, also=succeed)
-            except ConflictError as error:
+            except ConflictError as error:  # cancelled or paused in the last moment
                 raise _StoppedError from error
 
     def _data_file(self, file_id: str, param: str) -> DataFile:

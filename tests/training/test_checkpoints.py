@@ -109,6 +109,8 @@ def test_adapter_has_the_same_bits_when_the_run_was_interrupted(
 ) -> None:
     """At the end of an epoch and in the middle of one: optimiser, schedule, order and dropout go on."""
     whole = _train(tmp_path / "whole", tiny_folders["llama"], Watcher())
+    rows = _rows(tmp_path / "whole", load_tiny_base(tiny_folders["llama"]))
+    assert whole.counts == TrainedCounts(9, 3 * sum(len(row.input_ids) for row in rows), is_complete=True)
     first = Watcher(stop_after)
     stopped = _train(tmp_path / "parts", tiny_folders["llama"], first, every=every)
     assert (stopped.counts.num_steps, stopped.counts.is_complete) == (stop_after, False)
