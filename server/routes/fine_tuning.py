@@ -135,10 +135,14 @@ async def _stream_events(jobs: JobService, job_id: str, after: str | None, reque
                 yield b": still here\n\n"
             if not events:
                 await asyncio.sleep(_POLL_S)
-    except HotswapError as error:
-        answer, body = describe_error(error)
+    except Exception as error:
+        # The status line is long gone: whatever broke off, the client reads an error and not an early end.
+        known = error if isinstance(error, HotswapError) else HotswapError("the stream broke off")
+        answer, body = describe_error(known)
         count_error(request, answer.code)
         yield _sse(body)
+        if known is not error:
+            raise
 
 
 def _sse(body: dict[str, Any]) -> bytes:

@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 
+from adapters.errors import NotFoundError
 from adapters.jobs import Claim, JobService
 from adapters.records import JobError
 from server.fine_tuning_schemas import Hyperparameters
@@ -320,3 +321,25 @@ def test_event_stream_begins_behind_an_event_when_told(site: Site, file_id: str)
     for path in (f"{_JOBS}/ftjob-x/events?stream=true", f"{_JOBS}/ftjob-x/checkpoints", f"{_JOBS}/ftjob-x/events"):
         assert _get(site, path).status_code == 404
     assert _get(site, f"{_JOBS}/{job_id}/events?stream=true&after=x").json()["error"]["param"] == "after"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(NotFoundError("the job is gone"), "not_found"), (RuntimeError("/secret"), "internal_error")]
+)
+def test_event_stream_ends_in_an_error_when_it_breaks_off(
+    site: Site, file_id: str, error: Exception, code: str
+) -> None:
+    """A well-formed event in the envelope, which clients raise; never a quiet end or a path."""
+    job_id = _create(site, file_id).json()["id"]
+    follow = _jobs(site).follow
+
+    def failing(job_id: str, *, after: str | None, limit: int) -> Any:
+        if after is not None:
+            raise error
+        return follow(job_id, after=after, limit=limit)
+
+    _jobs(site).follow = failing  # type: ignore[method-assign]
+    events = _sse(_get(site, f"{_JOBS}/{job_id}/events?stream=true").text)
+    assert events[0]["object"] == "fine_tuning.job.event"
+    assert events[-1]["error"]["code"] == code
+    assert "/secret" not in str(events)
