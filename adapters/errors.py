@@ -87,13 +87,15 @@ class DataError(InvalidInputError):
     """One or more rows of training data are wrong.
 
     Args:
-        problems: One sentence each, beginning with `file:line`.
+        problems: One sentence each, beginning with where it is: `file:line`, or `line N` of an upload.
+        num_more: Problems beside those.
+        param: The field of the request that holds the data, where there is one.
     """
 
-    def __init__(self, problems: list[str], *, num_more: int = 0) -> None:
+    def __init__(self, problems: list[str], *, num_more: int = 0, param: str | None = None) -> None:
         shown = "\n".join(problems)
         more = f"\n... and {num_more} more" if num_more else ""
-        super().__init__(shown + more)
+        super().__init__(shown + more, param=param)
         self.problems = problems
 
 

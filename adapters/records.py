@@ -29,10 +29,16 @@ __all__ = [
     "Experiment",
     "Exposure",
     "Feedback",
+    "Job",
+    "JobCheckpoint",
+    "JobError",
+    "JobEvent",
+    "JobStatus",
     "KeyLimits",
     "ModelName",
     "NumberedVersion",
     "Scope",
+    "StoredFile",
     "check_alias_name",
     "parse_model_name",
 ]
@@ -45,6 +51,7 @@ _DIGEST_PATTERN = re.compile(r"[0-9a-f]{8,64}")
 
 Route = Literal["base", "alias", "version", "experiment"]
 ChangeAction = Literal["publish", "promote", "rollback"]
+JobStatus = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Scope = Literal["chat", "feedback", "train", "adapters", "experiments", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 AuditAction = Literal[
@@ -176,6 +183,72 @@ class Feedback:
     metric: str
     value: float
     comment: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file that a client uploaded or a job made. `filename` is data: it is never part of a path."""
+
+    id: str
+    filename: str
+    purpose: str
+    size_bytes: int
+    sha256: str
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class JobError:
+    """Why a job failed, as clients read it. `param` is the field of the request at fault, where there is one."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One training run. `method` is what the client asked for; `fine_tuned_model` is the label of what came of it."""
+
+    id: str
+    status: JobStatus
+    model: str
+    alias: str
+    training_file: str
+    validation_file: str | None
+    method: Mapping[str, Any]
+    seed: int
+    metadata: Mapping[str, str]
+    created_at: datetime
+    finished_at: datetime | None = None
+    estimated_finish: datetime | None = None
+    trained_tokens: int | None = None
+    fine_tuned_model: str | None = None
+    result_file: str | None = None
+    error: JobError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobEvent:
+    """Something that happened in a job: a sentence, or the metrics of a step with their sentence."""
+
+    id: str
+    created_at: datetime
+    level: Literal["info", "warn", "error"]
+    kind: Literal["message", "metrics"]
+    message: str
+    data: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobCheckpoint:
+    """A state of a job at the end of a step, from which its training can go on."""
+
+    id: str
+    job_id: str
+    step: int
+    created_at: datetime
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ message to anybody.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 from sqlalchemy import delete, func, select
@@ -56,7 +57,13 @@ class Registry:
         return self.database.actor.can_see(name)
 
     def publish(
-        self, source: Path, manifest: Manifest, *, alias: str, promote: bool = True
+        self,
+        source: Path,
+        manifest: Manifest,
+        *,
+        alias: str,
+        promote: bool = True,
+        also: Callable[[Session, NumberedVersion], None] | None = None,
     ) -> tuple[NumberedVersion, bool]:
         """Store a checked adapter as the next version of `alias`, and move the alias to it.
 
@@ -68,6 +75,7 @@ class Registry:
             manifest: What to record about it.
             alias: The name to publish under.
             promote: Whether to move the alias.
+            also: Writes further rows in the same transaction; if it raises, nothing is registered.
 
         Returns:
             The version, and whether the alias points to it afterwards.
@@ -90,6 +98,8 @@ class Registry:
                 published, is_live = _load_numbered(session, alias, number), row.number == number
                 action: AuditAction = "import" if manifest.source == "imported" else "publish"
                 record_act(session, action, published.label, digest=digest, is_live=is_live)
+                if also is not None:
+                    also(session, published)
                 return published, is_live
 
     def promote(self, name: str) -> Alias:

@@ -80,6 +80,13 @@ class CoreSettings(SettingsSection):
         """The database's URL with the default filled in."""
         return self.database_url or f"sqlite:///{self.home / 'hotswap.db'}"
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables with which another process resolves these very settings."""
+        prefix = self.model_config["env_prefix"]
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return {f"{prefix}{name.upper()}": str(value) for name, value in values.items() if value is not None}
+
 
 def _read_table(home: Path, table: str | None) -> dict[str, Any]:
     path = home / CONFIG_FILE_NAME

@@ -1,11 +1,23 @@
-"""The database's tables. Only `registry`, `experiments`, `keys` and `audit` read or write them."""
+"""The database's tables. Only the services of this package read or write them."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, DateTime, Dialect, Float, ForeignKey, Index, Integer, String, TypeDecorator, text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    DateTime,
+    Dialect,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    TypeDecorator,
+    text,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 __all__ = [
@@ -18,6 +30,10 @@ __all__ = [
     "ExperimentRow",
     "ExposureRow",
     "FeedbackRow",
+    "FileRow",
+    "JobCheckpointRow",
+    "JobEventRow",
+    "JobRow",
     "PinRow",
     "Table",
     "VersionRow",
@@ -196,3 +212,71 @@ class AuditRow(Table):
     subject: Mapped[str] = mapped_column(String(200))
     detail: Mapped[dict[str, Any]] = mapped_column(JSON)
     request_id: Mapped[str | None] = mapped_column(String(64))
+
+
+class FileRow(Table):
+    """An uploaded or made file; its content lies in the home folder under its id. `sequence` orders by arrival."""
+
+    __tablename__ = "files"
+    sequence: Mapped[int] = mapped_column(Integer, primary_key=True)
+    id: Mapped[str] = mapped_column(String(40), unique=True)
+    filename: Mapped[str] = mapped_column(String(255))
+    purpose: Mapped[str] = mapped_column(String(32))
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class JobRow(Table):
+    """One training run. Clients write `status` (cancel, pause, resume), the holder of `claim` writes the rest.
+
+    `claim` names one attempt; it is held until `lease_until`, which its holder keeps moving on.
+    """
+
+    __tablename__ = "jobs"
+    sequence: Mapped[int] = mapped_column(Integer, primary_key=True)
+    id: Mapped[str] = mapped_column(String(40), unique=True)
+    status: Mapped[str] = mapped_column(String(20), index=True)
+    model: Mapped[str] = mapped_column(String(255))
+    alias: Mapped[str] = mapped_column(String(63))
+    training_file: Mapped[str] = mapped_column(String(40), index=True)
+    validation_file: Mapped[str | None] = mapped_column(String(40))
+    method: Mapped[dict[str, Any]] = mapped_column(JSON)
+    seed: Mapped[int] = mapped_column(BigInteger)
+    details: Mapped[dict[str, str]] = mapped_column(JSON)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    estimated_finish: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    fine_tuned_model: Mapped[str | None] = mapped_column(String(80))
+    result_file: Mapped[str | None] = mapped_column(String(40))
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    claim: Mapped[str | None] = mapped_column(String(40))
+    lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    num_attempts: Mapped[int] = mapped_column(Integer)
+
+
+class JobEventRow(Table):
+    """What happened in a job, in the order of `sequence`; append-only."""
+
+    __tablename__ = "job_events"
+    sequence: Mapped[int] = mapped_column(Integer, primary_key=True)
+    id: Mapped[str] = mapped_column(String(40), unique=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    level: Mapped[str] = mapped_column(String(8))
+    kind: Mapped[str] = mapped_column(String(8))
+    message: Mapped[str] = mapped_column(String(2000))
+    data: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+
+
+class JobCheckpointRow(Table):
+    """A state of a job that training can go on from; its files lie in the job's folder under the step."""
+
+    __tablename__ = "job_checkpoints"
+    sequence: Mapped[int] = mapped_column(Integer, primary_key=True)
+    id: Mapped[str] = mapped_column(String(40), unique=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
+    step: Mapped[int] = mapped_column(Integer)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    metrics: Mapped[dict[str, float]] = mapped_column(JSON)

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,11 +16,13 @@ from types import FrameType
 import structlog
 from fastapi import FastAPI
 
-from adapters.base_files import pull_base
+from adapters.base_files import public_name, pull_base
 from adapters.base_model import load_tokenizer
 from adapters.database import open_database
 from adapters.errors import BaseModelError
 from adapters.experiments import ExperimentService
+from adapters.files import FileService
+from adapters.jobs import JobService
 from adapters.keys import KeyService
 from adapters.pins import PinService
 from adapters.registry import Registry
@@ -35,6 +37,8 @@ from server.engine.families import SUPPORTED_FAMILIES
 from server.engine_client import EngineClient
 from server.engine_factory import build_engine, find_pinned
 from server.errors import install_error_handlers
+from server.fine_tuning import FineTuningService
+from server.job_supervisor import SupervisorProcess
 from server.limits import BodyLimitMiddleware, larger_bodies
 from server.metrics import Metrics
 from server.observe import RequestIdMiddleware, configure_logging
@@ -80,14 +84,29 @@ def serve(core: CoreSettings, settings: ServeSettings, build: EngineBuilder = bu
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt_parent(os.getpid(), stopping))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    server.run(
-        host=settings.host,
-        port=settings.port,
-        num_api_servers=1,
-        generate_client_file=False,
-        log_level="warning" if settings.log_level == "info" else settings.log_level,
-        access_log=False,
-    )
+    with _training_jobs(core, settings, stopping):
+        server.run(
+            host=settings.host,
+            port=settings.port,
+            num_api_servers=1,
+            generate_client_file=False,
+            log_level="warning" if settings.log_level == "info" else settings.log_level,
+            access_log=False,
+        )
+
+
+@contextlib.contextmanager
+def _training_jobs(core: CoreSettings, settings: ServeSettings, stopping: threading.Event) -> Iterator[None]:
+    """Train jobs beside the block, if that is wanted; a running one is stopped as soon as `stopping` is set."""
+    if not settings.jobs:
+        yield
+        return
+    supervisor = SupervisorProcess(core, settings, stopping)
+    supervisor.start()
+    try:
+        yield
+    finally:
+        supervisor.stop()
 
 
 @asynccontextmanager
@@ -111,8 +130,12 @@ async def _running_services(
         PinService(registry.database), engine, always=settings.pinned, max_versions=max(0, settings.slots - 1)
     )
     uploads = AdapterUploads(core, timeout_s=settings.timeout_s)
+    files = FileService(registry.database, core.home / "files", max_bytes=settings.max_file_bytes)
+    files.sweep()
+    jobs = JobService(registry.database, max_queued=settings.max_queued_jobs)
+    fine_tuning = FineTuningService(jobs, base_name=public_name(core.base), max_rank=core.max_rank)
     app.state.services = Services(
-        registry, experiments, engine, chat, metrics, KeyService(registry.database), pins, uploads
+        registry, experiments, engine, chat, metrics, KeyService(registry.database), pins, uploads, files, fine_tuning
     )
     tasks = [asyncio.create_task(engine.run()), asyncio.create_task(pins.run())]
     for task in tasks:

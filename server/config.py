@@ -84,6 +84,14 @@ class ServeSettings(SettingsSection):
     pinned: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Aliases whose versions keep a slot, from the start and wherever the aliases move."
     )
+    jobs: bool = Field(True, description="Train fine-tuning jobs beside serving, one at a time.")
+    job_threads: int = Field(1, ge=1, le=1024, description="Processor threads of a job, which runs at low priority.")
+    max_queued_jobs: int = Field(
+        100, ge=1, le=10_000, description="Fine-tuning jobs that wait before new ones get 429."
+    )
+    max_file_bytes: int = Field(
+        100_000_000, ge=1000, le=10_000_000_000, description="Largest file that may be uploaded."
+    )
     traces: bool = Field(False, description="Send OpenTelemetry spans, one an answer; OTEL_* variables say where to.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 

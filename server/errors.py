@@ -60,7 +60,8 @@ ANSWERS: dict[type[core.HotswapError], Answer] = {
     core.AuthenticationError: Answer(401, "invalid_request_error", "invalid_api_key"),
     core.PermissionDeniedError: Answer(403, "invalid_request_error", "insufficient_scope"),
     core.ForeignPageError: Answer(403, "invalid_request_error", "forbidden_origin"),
-    core.ConflictError: Answer(409, "invalid_request_error", "conflict"),
+    # OpenAI's clients repeat a 409 by themselves; the state that forbids the request is not one that passes.
+    core.ConflictError: Answer(409, "invalid_request_error", "conflict", should_retry=False),
     core.IntegrityError: Answer(500, "server_error", "integrity_error", is_public=False),
     core.BaseModelError: Answer(500, "server_error", "base_model_error", is_public=False),
     core.OverloadedError: Answer(429, "rate_limit_error", "overloaded", should_retry=True),
@@ -127,9 +128,10 @@ async def _answer_invalid_body(request: Request, error: Exception) -> JSONRespon
 
 
 def _field_path(location: Sequence[int | str]) -> str | None:
-    """The field's path as a client wrote it, without "body" or "query" and pydantic's names for a union's members."""
-    parts = [str(part) for part in location[1:] if not re.search(r"[\[-]", str(part))]
-    return ".".join(part for part in parts if part not in ("str", "bool", "float")) or None
+    """The field's path as a client wrote it, without where it stands and pydantic's names for members of a union."""
+    start = 1 if location[:1] in (("body",), ("query",)) else 0
+    parts = [str(part) for part in location[start:] if not re.search(r"[\[-]", str(part))]
+    return ".".join(part for part in parts if part not in ("str", "bool", "int", "float")) or None
 
 
 async def _answer_http(request: Request, error: Exception) -> JSONResponse:

@@ -15,6 +15,7 @@ __all__ = ["TIMEOUT_HEADER", "BodyLimitMiddleware", "larger_bodies", "read_timeo
 
 TIMEOUT_HEADER = "x-hotswap-timeout-s"
 _MAX_SHOWN = 40
+_MAX_FORM_BYTES = 10_000  # boundaries, headers and the small fields of an upload
 
 
 def read_timeout(value: str | None, *, limit_s: float) -> float:
@@ -39,7 +40,10 @@ def read_timeout(value: str | None, *, limit_s: float) -> float:
 
 def larger_bodies(settings: ServeSettings) -> dict[tuple[str, str], int]:
     """The routes that take files, by method and path, and how large their bodies may be."""
-    return {("POST", "/v1/adapters"): settings.max_adapter_bytes}
+    return {
+        ("POST", "/v1/adapters"): settings.max_adapter_bytes,
+        ("POST", "/v1/files"): settings.max_file_bytes + _MAX_FORM_BYTES,
+    }
 
 
 class BodyLimitMiddleware:

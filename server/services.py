@@ -8,12 +8,14 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from adapters.experiments import ExperimentService
+from adapters.files import FileService
 from adapters.keys import KeyService
 from adapters.registry import Registry
 from server.auth import caller_of
 from server.callers import Caller
 from server.chat import ChatService
 from server.engine_client import EngineClient
+from server.fine_tuning import FineTuningService
 from server.metrics import Metrics
 from server.observe import request_id_of
 from server.pins import PinKeeper
@@ -34,6 +36,8 @@ class Services:
     keys: KeyService
     pins: PinKeeper
     uploads: AdapterUploads
+    files: FileService
+    fine_tuning: FineTuningService
 
 
 CurrentCaller = Annotated[Caller, Depends(caller_of)]
@@ -47,6 +51,7 @@ def _services(request: Request, caller: CurrentCaller) -> Services:
         services,
         registry=services.registry.acting_for(actor),
         experiments=services.experiments.acting_for(actor),
+        fine_tuning=services.fine_tuning.acting_for(actor),
     )
 
 

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
+from pydantic import BaseModel
 
 from adapters.records import SCOPES
 from adapters.settings import CoreSettings, SettingsSection
@@ -18,6 +19,7 @@ from clients.cli.main import app
 from server.auth import read_access
 from server.completion_schemas import CompletionRequest
 from server.config import ServeSettings
+from server.fine_tuning_schemas import CreateJobRequest, Hyperparameters
 from server.routes import adapters, experiments, router
 from server.schemas import ChatRequest
 from training.config import TrainSettings
@@ -77,6 +79,22 @@ def test_every_field_of_the_hosted_api_is_decided_when_compared() -> None:
         assert len(hosted) >= 18
         assert hosted - set(ours.model_fields) == ours.unsupported
         assert [name for name in ours.unsupported if f"`{name}`" not in refused] == []
+
+
+@pytest.mark.parametrize(("model", "least"), [(CreateJobRequest, 9), (Hyperparameters, 14)])
+def test_fine_tuning_page_has_a_row_for_every_field_when_compared(model: type[BaseModel], least: int) -> None:
+    """What a job may be asked for, and each hyperparameter with its numeric bounds."""
+    rows = [line for line in (_ROOT / "docs/fine-tuning.md").read_text().splitlines() if line.startswith("| `")]
+    assert len(model.model_fields) >= least
+    for name, field in model.model_fields.items():
+        (row,) = [row for row in rows if row.startswith(f"| `{name}` |")]
+        bounds = [
+            getattr(item, bound)
+            for item in field.metadata
+            for bound in ("ge", "gt", "le", "lt")
+            if hasattr(item, bound)
+        ]
+        assert [f"{bound}" for bound in bounds if f"{bound}" not in row.split("|")[2]] == [], name
 
 
 @pytest.mark.parametrize(("command", "section"), [("train", TrainSettings), ("serve", ServeSettings)])

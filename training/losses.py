@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +17,25 @@ from adapters.chat_template import RenderedRow
 from adapters.errors import BaseModelError
 from training.rendering import IGNORED_LABEL, collate
 
-__all__ = ["check_head_is_plain", "mean_loss", "summed_loss"]
+__all__ = ["Evaluation", "TokenSums", "check_head_is_plain", "evaluate", "mean_loss", "summed_loss", "token_sums"]
 
 _PROBE_TOKENS = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSums:
+    """Sums over the tokens that carry loss: cross-entropy in nats (a float32 scalar), and how many were guessed."""
+
+    loss: torch.Tensor
+    num_correct: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Mean cross-entropy in nats a token, and the share of tokens whose likeliest guess was right."""
+
+    loss: float
+    accuracy: float
 
 
 def check_head_is_plain(model: Any) -> None:
@@ -39,14 +56,16 @@ def check_head_is_plain(model: Any) -> None:
 
 
 def summed_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross-entropy in nats, summed over the tokens that carry loss.
+    """The loss of `token_sums` alone."""
+    return token_sums(model, batch).loss
+
+
+def token_sums(model: Any, batch: dict[str, torch.Tensor]) -> TokenSums:
+    """Cross-entropy and right guesses, summed over the tokens that carry loss.
 
     Args:
         model: A causal LM of transformers, with or without LoRA layers in it.
         batch: `input_ids`, `attention_mask`, `labels`, each `[batch, seq]`.
-
-    Returns:
-        A scalar in float32.
     """
     with _autocast(model):
         decoder = model.get_decoder()
@@ -56,22 +75,32 @@ def summed_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         targets = batch["labels"][:, 1:]
         carries_loss = targets != IGNORED_LABEL
         logits = model.get_output_embeddings()(hidden[:, :-1][carries_loss])  # [num_targets, vocab]
-    return torch.nn.functional.cross_entropy(logits.float(), targets[carries_loss], reduction="sum")
+    wanted = targets[carries_loss]
+    loss = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
+    return TokenSums(loss, (logits.detach().argmax(dim=-1) == wanted).sum())
+
+
+def mean_loss(model: Any, rows: Sequence[RenderedRow], *, batch_size: int, pad_token_id: int) -> float:
+    """The loss of `evaluate` alone."""
+    return evaluate(model, rows, batch_size=batch_size, pad_token_id=pad_token_id).loss
 
 
 @torch.no_grad()
-def mean_loss(model: Any, rows: Sequence[RenderedRow], *, batch_size: int, pad_token_id: int) -> float:
-    """Mean cross-entropy in nats a token over whole rows, in eval mode; every token weighs the same."""
+def evaluate(model: Any, rows: Sequence[RenderedRow], *, batch_size: int, pad_token_id: int) -> Evaluation:
+    """Loss and token accuracy over whole rows, in eval mode; every token weighs the same."""
     was_training = model.training
     model.eval()
-    total = 0.0
+    loss, num_correct = 0.0, 0
     try:
         for start in range(0, len(rows), batch_size):
             batch = collate(rows[start : start + batch_size], pad_token_id=pad_token_id)
-            total += float(summed_loss(model, {name: tensor.to(model.device) for name, tensor in batch.items()}))
+            sums = token_sums(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+            loss += float(sums.loss)
+            num_correct += int(sums.num_correct)
     finally:
         model.train(was_training)
-    return total / sum(sum(row.loss_mask[1:]) for row in rows)
+    num_targets = sum(sum(row.loss_mask[1:]) for row in rows)
+    return Evaluation(loss / num_targets, num_correct / num_targets)
 
 
 def _autocast(model: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from adapters.chat_rows import MAX_PROBLEMS_SHOWN
 from adapters.chat_template import RenderedRow, render_training_row
 from adapters.errors import DataError, InvalidInputError
 from training.formats import ChatDataset
@@ -14,7 +15,6 @@ from training.formats import ChatDataset
 __all__ = ["IGNORED_LABEL", "collate", "render_dataset"]
 
 IGNORED_LABEL = -100
-_MAX_PROBLEMS_SHOWN = 20
 
 
 def render_dataset(tokenizer: Any, dataset: ChatDataset, *, max_length: int) -> list[RenderedRow]:
@@ -28,7 +28,7 @@ def render_dataset(tokenizer: Any, dataset: ChatDataset, *, max_length: int) -> 
     rendered: list[RenderedRow] = []
     problems: list[str] = []
     for row in dataset.rows:
-        where = f"{dataset.path}:{row.line}"
+        where = f"{dataset.name}:{row.line}"
         try:
             result = render_training_row(tokenizer, row.messages)
         except InvalidInputError as error:
@@ -38,7 +38,7 @@ def render_dataset(tokenizer: Any, dataset: ChatDataset, *, max_length: int) -> 
             problems.append(f"{where}: {len(result.input_ids)} tokens, more than max_length {max_length}")
         rendered.append(result)
     if problems:
-        raise DataError(problems[:_MAX_PROBLEMS_SHOWN], num_more=max(0, len(problems) - _MAX_PROBLEMS_SHOWN))
+        raise DataError(problems[:MAX_PROBLEMS_SHOWN], num_more=max(0, len(problems) - MAX_PROBLEMS_SHOWN))
     return rendered
 
 

@@ -6,18 +6,19 @@ import json
 import platform
 import tempfile
 import time
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
 from adapters.adapter_files import read_adapter_config, read_adapter_weights
-from adapters.base_files import pull_base
+from adapters.base_files import public_name, pull_base
 from adapters.base_model import LoadedBase, linear_shapes, load_base, load_tokenizer
 from adapters.chat_template import RenderedRow, hash_chat_template
 from adapters.database import open_database
-from adapters.errors import RankTooHighError
+from adapters.errors import DataError, RankTooHighError
 from adapters.manifest import ADAPTER_CONFIG_FILE, DataReference, Manifest
 from adapters.records import NumberedVersion, check_alias_name
 from adapters.registry import Registry
@@ -25,13 +26,34 @@ from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
 from training.config import TrainSettings
 from training.formats import ChatDataset, read_chat_dataset
-from training.losses import mean_loss
+from training.losses import Evaluation, evaluate, mean_loss
 from training.rendering import render_dataset
-from training.trainers import StepListener, add_adapter, train_sft
+from training.trainers import (
+    Checkpointing,
+    NextMove,
+    StepListener,
+    StepMetrics,
+    TrainedCounts,
+    add_adapter,
+    train_sft,
+)
 
-__all__ = ["SilentListener", "TrainingListener", "TrainingResult", "run_training"]
+__all__ = [
+    "DataFile",
+    "JobFolder",
+    "JobWatcher",
+    "Publisher",
+    "SilentListener",
+    "TrainingListener",
+    "TrainingResult",
+    "run_training",
+    "train_and_publish",
+]
 
 _RECORDED_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
+
+# Makes the checked adapter in a folder a version; returns it, and whether its alias points to it.
+Publisher = Callable[[Path, Manifest, TrainedCounts], tuple[NumberedVersion, bool]]
 
 
 class TrainingListener(StepListener, Protocol):
@@ -49,6 +71,47 @@ class SilentListener:
 
     def on_step(self, step: int, num_steps: int, loss: float) -> None:
         """Ignored."""
+
+
+class JobWatcher(Protocol):
+    """Told how a job's run goes on, and asked whether it may."""
+
+    def next_move(self) -> NextMove:
+        """Asked after every step: go on, stop after a checkpoint, or stop at once."""
+
+    def on_metrics(self, metrics: StepMetrics) -> None:
+        """A step is done."""
+
+    def on_checkpoint(self, metrics: StepMetrics, validation: Evaluation | None) -> None:
+        """The state after this step lies on the disk, whole; `validation` is its result, if there is data for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobFolder:
+    """Where a job's run keeps its checkpoints, which of them it goes on from, and who watches it."""
+
+    path: Path
+    watcher: JobWatcher
+    every_steps: int | None = None
+    resume_from: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A file of training data, what messages call it, and the field of a request that named it."""
+
+    path: Path
+    name: str
+    param: str
+
+    def read(self) -> ChatDataset:
+        """Read and check it.
+
+        Raises:
+            DataError: as `read_chat_dataset`, with the field at fault.
+        """
+        with _blaming(self.param):
+            return read_chat_dataset(self.path, name=self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,24 +153,64 @@ def run_training(
         DataError: bad rows, named by file, line and field; nothing has been loaded by then.
         BaseModelError: the base model can't be fetched or loaded.
     """
-    listener = listener or SilentListener()
     check_alias_name(alias)
+
+    def publish(folder: Path, manifest: Manifest, counts: TrainedCounts) -> tuple[NumberedVersion, bool]:
+        with closing(open_database(core.resolved_database_url)) as database:
+            registry = Registry(database, ArtifactStore(core.home / "store"))
+            return registry.publish(folder, manifest, alias=alias, promote=promote)
+
+    train = DataFile(train_path, str(train_path), "data")
+    validation = DataFile(validation_path, str(validation_path), "validation") if validation_path else None
+    result = train_and_publish(
+        train, validation, core=core, settings=settings, listener=listener or SilentListener(), publish=publish
+    )
+    assert result is not None, "nobody stops a run without a watcher"
+    return result
+
+
+def train_and_publish(
+    train_file: DataFile,
+    validation_file: DataFile | None,
+    *,
+    core: CoreSettings,
+    settings: TrainSettings,
+    listener: TrainingListener,
+    publish: Publisher,
+    job: JobFolder | None = None,
+) -> TrainingResult | None:
+    """Train an adapter and hand it to `publish`; None if the job's watcher stopped the run before its end.
+
+    Raises:
+        RankTooHighError: no server with these settings could serve the result.
+        DataError: bad rows; nothing has been loaded by then.
+        BaseModelError: the base model can't be fetched or loaded.
+    """
     if settings.rank > core.max_rank:
         raise RankTooHighError(rank=settings.rank, max_rank=core.max_rank)
     listener.on_stage("Checking the data")
-    train_data = read_chat_dataset(train_path)
-    validation_data = read_chat_dataset(validation_path) if validation_path else None
-    listener.on_stage(f"Tokenising for the base model {core.base}")
+    train_data = train_file.read()
+    validation_data = validation_file.read() if validation_file else None
+    listener.on_stage(f"Tokenising for the base model {public_name(core.base)}")
     tokenizer = load_tokenizer(pull_base(core.base, core.home))
-    data = _render(tokenizer, train_data, validation_data, settings)
+    with _blaming(train_file.param):
+        train_rows = render_dataset(tokenizer, train_data, max_length=settings.max_length)
+    with _blaming(validation_file.param if validation_file else train_file.param):
+        validation_rows = (
+            render_dataset(tokenizer, validation_data, max_length=settings.max_length) if validation_data else []
+        )
+    data = _join(train_data, train_rows, validation_data, validation_rows)
 
-    listener.on_stage(f"Loading the base model {core.base} ({core.quantisation})")
+    listener.on_stage(f"Loading the base model {public_name(core.base)} ({core.quantisation})")
     base = load_base(core)
     model = add_adapter(base, settings)
     before = _validate(base, data, settings, listener, "before")
     listener.on_stage(f"Training on {len(data.train)} rows")
     started = time.monotonic()
-    counts = train_sft(model, base, data.train, settings, listener)
+    checkpointing = _keep_checkpoints(job, base, data, settings) if job else None
+    counts = train_sft(model, base, data.train, settings, listener, checkpointing)
+    if not counts.is_complete:
+        return None
     train_seconds = time.monotonic() - started
     after = _validate(base, data, settings, listener, "after")
 
@@ -116,9 +219,7 @@ def run_training(
         model.save_pretrained(folder, save_embedding_layers=False)
         manifest = _describe(Path(folder), base, data, settings, metrics)
         listener.on_stage("Publishing")
-        with closing(open_database(core.resolved_database_url)) as database:
-            registry = Registry(database, ArtifactStore(core.home / "store"))
-            published, is_live = registry.publish(Path(folder), manifest, alias=alias, promote=promote)
+        published, is_live = publish(Path(folder), manifest, counts)
     return TrainingResult(
         published=published,
         is_live=is_live,
@@ -131,11 +232,50 @@ def run_training(
     )
 
 
-def _render(
-    tokenizer: object, train: ChatDataset, validation: ChatDataset | None, settings: TrainSettings
+@contextmanager
+def _blaming(param: str) -> Iterator[None]:
+    """Add to an error in the data which field of a request named that data."""
+    try:
+        yield
+    except DataError as error:
+        error.param = param
+        raise
+
+
+class _EvaluatingWatcher:
+    """Validates every checkpoint before the job's watcher hears of it."""
+
+    def __init__(self, inner: JobWatcher, validate: Callable[[], Evaluation | None]) -> None:
+        self._inner = inner
+        self._validate = validate
+
+    def next_move(self) -> NextMove:
+        return self._inner.next_move()
+
+    def on_metrics(self, metrics: StepMetrics) -> None:
+        self._inner.on_metrics(metrics)
+
+    def on_checkpoint(self, metrics: StepMetrics) -> None:
+        self._inner.on_checkpoint(metrics, self._validate())
+
+
+def _keep_checkpoints(job: JobFolder, base: LoadedBase, data: _RenderedData, settings: TrainSettings) -> Checkpointing:
+    pad = base.tokenizer.pad_token_id
+
+    def validate() -> Evaluation | None:
+        if not data.validation:
+            return None
+        return evaluate(base.model, data.validation, batch_size=settings.batch_size, pad_token_id=pad)
+
+    return Checkpointing(job.path, _EvaluatingWatcher(job.watcher, validate), job.every_steps, job.resume_from)
+
+
+def _join(
+    train: ChatDataset,
+    train_rows: list[RenderedRow],
+    validation: ChatDataset | None,
+    validation_rows: list[RenderedRow],
 ) -> _RenderedData:
-    train_rows = render_dataset(tokenizer, train, max_length=settings.max_length)
-    validation_rows = render_dataset(tokenizer, validation, max_length=settings.max_length) if validation else []
     reference = DataReference(
         train_sha256=train.sha256,
         num_train_rows=len(train_rows),

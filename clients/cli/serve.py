@@ -70,6 +70,14 @@ def serve(
     pinned: Annotated[
         list[str] | None, typer.Option(help="Alias that is loaded at the start and keeps its slot; may be repeated.")
     ] = None,
+    jobs: Annotated[bool | None, typer.Option(help="Train fine-tuning jobs.", show_default="yes")] = None,
+    job_threads: Annotated[int | None, typer.Option(help="Processor threads of a job.", show_default="1")] = None,
+    max_queued_jobs: Annotated[
+        int | None, typer.Option(help="Jobs that wait before new ones get 429.", show_default="100")
+    ] = None,
+    max_file_bytes: Annotated[
+        int | None, typer.Option(help="Largest file that may be uploaded.", show_default="100000000")
+    ] = None,
     traces: Annotated[
         bool | None, typer.Option(help="Send OpenTelemetry spans, one an answer.", show_default="no")
     ] = None,
@@ -104,6 +112,10 @@ def serve(
         max_adapter_bytes=max_adapter_bytes,
         host_cache_mb=host_cache_mb,
         pinned=pinned or None,  # Typer gives an empty list for a flag that was not given
+        jobs=jobs,
+        job_threads=job_threads,
+        max_queued_jobs=max_queued_jobs,
+        max_file_bytes=max_file_bytes,
         traces=traces,
         log_level=log_level,
     )
@@ -127,6 +139,7 @@ def _announce(core: CoreSettings, settings: ServeSettings) -> None:
     error_console.print(f"Hotswap on {url}/v1 (home {core.home})")
     error_console.print(f"  base model  {core.base}, {core.quantisation}, device {core.device}")
     error_console.print(f"  adapters    {shown or 'none yet: hotswap train NAME --data FILE.jsonl'}")
+    error_console.print(f"  jobs        {'trained here, one at a time' if settings.jobs else 'not trained here'}")
     error_console.print(f"  API keys    {_describe_keys(keys)}", markup=False)
     error_console.print(f'  try         hotswap chat {names[0].split("@")[0] if names else "base"} "Hello" --url {url}')
     if keys:

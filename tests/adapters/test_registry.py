@@ -14,17 +14,31 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from sqlalchemy.orm import Session
 
 from adapters.assignment import assign_arm
 from adapters.errors import ConflictError, IntegrityError, InvalidNameError, NotFoundError, PermissionDeniedError
 from adapters.experiments import ExperimentService
 from adapters.manifest import BaseReference
-from adapters.records import Actor, Binding, Exposure, Feedback
+from adapters.records import Actor, Binding, Exposure, Feedback, NumberedVersion
 from adapters.registry import Registry
 from adapters.tables import AliasVersionRow, VersionRow
 from tests.support.kill_points import open_home
 from tests.support.tiny import make_manifest
 from tests.support.versions import PLAIN_MANIFEST, publish_text, write_files
+
+
+def test_publish_registers_nothing_when_what_belongs_to_it_fails(registry: Registry, tmp_path: Path) -> None:
+    """The version, its alias and the caller's rows become visible together, or none of them."""
+
+    def refuse(session: Session, published: NumberedVersion) -> None:
+        assert published.label == "legal@v1"
+        raise ConflictError("the job was cancelled")
+
+    with pytest.raises(ConflictError, match="cancelled"):
+        registry.publish(write_files(tmp_path / "a", "one"), PLAIN_MANIFEST, alias="legal", also=refuse)
+    assert registry.aliases() == []
+    assert registry.versions("legal") == []
 
 
 @pytest.fixture

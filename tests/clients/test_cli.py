@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -11,8 +12,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from adapters.database import open_database
 from adapters.errors import ConfigurationError, HotswapError
+from adapters.files import FileService
+from adapters.jobs import JobOrder, JobService
 from clients.cli.main import app
+from tests.support.conversations import easy_rows, write_rows
 from tests.support.tiny import save_random_adapter
 
 
@@ -213,3 +218,22 @@ def test_serve_says_what_to_do_when_others_could_reach_it_without_keys(shell: Sh
     assert isinstance(result.exception, ConfigurationError)
     assert "hotswap keys create NAME" in str(result.exception)
     assert "Hotswap on" not in result.output
+
+
+def test_jobs_are_listed_and_turned_when_asked(shell: Shell, tmp_path: Path) -> None:
+    """The commands see what the API has queued, and what they do is what the API reports."""
+    home = Path(shell.environment["HOTSWAP_HOME"])
+    database = open_database(f"sqlite:///{home / 'hotswap.db'}")
+    rows = write_rows(tmp_path / "rows.jsonl", easy_rows(2)).read_bytes()
+    stored = FileService(database, home / "files", max_bytes=10_000).upload(io.BytesIO(rows), "rows.jsonl")
+    job = JobService(database).create(JobOrder("tiny", stored.id, {}, 0, alias="legal"))
+    database.close()
+    assert [found["id"] for found in shell.json("jobs", "list")] == [job.id]
+    assert job.id in shell.text("jobs", "list")
+    assert shell.json("jobs", "pause", job.id)["status"] == "paused"
+    assert shell.json("jobs", "resume", job.id)["status"] == "queued"
+    assert "cancelled" in shell.text("jobs", "cancel", job.id)
+    assert shell.json("jobs", "show", job.id)["status"] == "cancelled"
+    messages = [event["message"] for event in shell.json("jobs", "events", job.id)]
+    assert messages[1:] == ["The job was paused", "The job was resumed", "The job was cancelled"]
+    assert "info  The job was paused" in shell.text("jobs", "events", job.id)

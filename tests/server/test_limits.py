@@ -72,3 +72,22 @@ def test_timeout_is_refused_when_it_is_no_positive_number(value: str) -> None:
         read_timeout(value, limit_s=10)
     assert error.value.param == "x-hotswap-timeout-s"
     assert len(str(error.value)) < 150
+
+
+def test_uploads_may_be_larger_when_they_are_posted_to_files() -> None:
+    """The route of uploads alone has the larger cap; the same path by another method has not."""
+    app = FastAPI()
+    app.add_middleware(BodyLimitMiddleware, max_bytes=10, larger={("POST", "/v1/files"): 10_100})
+    install_error_handlers(app)
+
+    @app.api_route("/v1/files", methods=["POST", "PUT"])
+    async def count(request: Request) -> int:
+        return len(await request.body())
+
+    async def send(method: str, size: int) -> int:
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return (await client.request(method, "/v1/files", content=b"x" * size)).status_code
+
+    found = [asyncio.run(send("POST", 10_100)), asyncio.run(send("POST", 10_101)), asyncio.run(send("PUT", 11))]
+    assert found == [200, 413, 413]

@@ -37,7 +37,16 @@ def _document() -> dict[str, Any]:
 
 DOCUMENT = _document()
 # Rules that a schema can't tell: weights that add up to 100, answers that differ, the content of files.
-_MAY_REFUSE = ("POST /v1/chat/completions", "POST /v1/experiments", "POST /v1/adapters")
+_MAY_REFUSE = (
+    "POST /v1/chat/completions",
+    "POST /v1/completions",
+    "POST /v1/experiments",
+    "POST /v1/adapters",
+    "GET /v1/files",
+    "POST /v1/files",
+    "GET /v1/fine_tuning/jobs",
+    "POST /v1/fine_tuning/jobs",
+)
 _REFUSALS = {"positive_data_acceptance": {"expected-statuses": ["2xx", 400, 404, 409, 429]}}
 SCHEMA = schemathesis.openapi.from_dict(
     DOCUMENT,

@@ -26,6 +26,8 @@ from adapters.base_model import LoadedBase
 from adapters.chat_template import render_prompt
 from adapters.errors import AdapterWeightsError, NotFoundError
 from adapters.experiments import ExperimentService
+from adapters.files import FileService
+from adapters.jobs import JobService
 from adapters.keys import KeyService
 from adapters.manifest import BaseReference
 from adapters.pins import PinService
@@ -43,6 +45,7 @@ from server.engine.scheduler import Engine
 from server.engine_client import EngineClient
 from server.engine_factory import make_weights_reader
 from server.errors import install_error_handlers
+from server.fine_tuning import FineTuningService
 from server.limits import BodyLimitMiddleware, larger_bodies
 from server.messages import Command, EngineMessage, EngineStatus, SubmitCommand
 from server.metrics import Metrics
@@ -467,6 +470,7 @@ class Site:
             max_waiting=max_waiting,
             max_queued_tokens=max_queued_tokens,
             max_body_bytes=1_000_000,
+            max_file_bytes=200_000,
         )
         read = make_weights_reader(registry.store, bench.base, bench.runner.slots.module_shapes)
         engine = bench.engine(tokenizer=bench.base.tokenizer, read=read, clock=clock)
@@ -494,7 +498,11 @@ class Site:
         )
         core = tiny_settings(bench.base.folder, home=home)
         uploads = AdapterUploads(core, timeout_s=settings.timeout_s)
-        app.state.services = Services(registry, experiments, client, chat, metrics, keys, pins, uploads)
+        files = FileService(registry.database, home / "files", max_bytes=settings.max_file_bytes)
+        fine_tuning = FineTuningService(JobService(registry.database), base_name="tiny", max_rank=16)
+        app.state.services = Services(
+            registry, experiments, client, chat, metrics, keys, pins, uploads, files, fine_tuning
+        )
         return cls(app, registry, experiments, engine, transport, client, bench.base, bench.adapters, settings, keys)
 
     def publish(

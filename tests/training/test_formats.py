@@ -201,7 +201,7 @@ def test_read_chat_dataset_keeps_rows_in_order_when_the_file_is_good(tmp_path: P
     dataset = read_chat_dataset(path)
 
     assert (ChatRow(2, tuple(first)), ChatRow(4, tuple(second))) == dataset.rows
-    assert path == dataset.path
+    assert str(path) == dataset.name
 
 
 def test_read_chat_dataset_ignores_a_column_when_it_is_not_messages(tmp_path: Path) -> None:

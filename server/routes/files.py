@@ -1,0 +1,89 @@
+"""/v1/files: training data in, results out."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import FileResponse
+from starlette.datastructures import FormData, UploadFile
+
+from adapters.errors import InvalidInputError
+from adapters.files import TRAINING_PURPOSE
+from server.auth import needs
+from server.fine_tuning_schemas import FilesQuery, file_body, page_body
+from server.services import CurrentServices
+
+__all__ = ["router"]
+
+router = APIRouter(dependencies=[needs("train")])
+_MAX_FIELD_BYTES = 1000
+_FIELDS = ("file", "purpose")
+_FORM = {  # the body is read by hand, so that its parts are bounded
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["file", "purpose"],
+                "properties": {
+                    "file": {"type": "string", "format": "binary"},
+                    "purpose": {"type": "string", "enum": [TRAINING_PURPOSE]},
+                },
+            }
+        }
+    },
+}
+
+
+@router.post("/v1/files", openapi_extra={"requestBody": _FORM})
+async def upload_file(request: Request, services: CurrentServices) -> dict[str, Any]:
+    """Check training data and keep it. The form is spooled to the disk while it is read, never held in memory."""
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise InvalidInputError("expected a form (multipart/form-data) with the fields file and purpose", param="file")
+    async with request.form(max_files=1, max_fields=len(_FIELDS), max_part_size=_MAX_FIELD_BYTES) as form:
+        upload = _check_form(form)
+        stored = await asyncio.to_thread(services.files.upload, upload.file, upload.filename or "")
+    return file_body(stored)
+
+
+@router.get("/v1/files")
+async def list_files(query: Annotated[FilesQuery, Query()], services: CurrentServices) -> dict[str, Any]:
+    """Files, newest first unless `order` says otherwise."""
+    files, has_more = await asyncio.to_thread(
+        services.files.list, limit=query.limit, after=query.after, purpose=query.purpose, order=query.order
+    )
+    return page_body([file_body(file) for file in files], has_more=has_more)
+
+
+@router.get("/v1/files/{file_id}")
+async def retrieve_file(file_id: str, services: CurrentServices) -> dict[str, Any]:
+    """One file."""
+    return file_body(await asyncio.to_thread(services.files.get, file_id))
+
+
+@router.get("/v1/files/{file_id}/content")
+async def download_file(file_id: str, services: CurrentServices) -> FileResponse:
+    """A file's bytes."""
+    path = await asyncio.to_thread(services.files.path, file_id)
+    return FileResponse(path, media_type="application/octet-stream")
+
+
+@router.delete("/v1/files/{file_id}")
+async def delete_file(file_id: str, services: CurrentServices) -> dict[str, Any]:
+    """Delete a file that no unfinished job needs."""
+    await asyncio.to_thread(services.files.delete, file_id)
+    return {"id": file_id, "object": "file", "deleted": True}
+
+
+def _check_form(form: FormData) -> UploadFile:
+    if unknown := sorted(set(form) - set(_FIELDS)):
+        raise InvalidInputError(f"unknown or unsupported field {unknown[0][:80]!r}", param=unknown[0][:80])
+    purpose, upload = form.get("purpose"), form.get("file")
+    if purpose != TRAINING_PURPOSE:
+        found = "none" if purpose is None else f"{purpose!r:.60}"
+        raise InvalidInputError(f"purpose: expected {TRAINING_PURPOSE!r}, found {found}", param="purpose")
+    if not isinstance(upload, UploadFile):
+        raise InvalidInputError("file: expected a file, found none", param="file")
+    return upload

@@ -1,0 +1,150 @@
+"""/v1/fine_tuning/jobs: create, watch, cancel, pause and resume jobs. The supervisor is what runs them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import ValidationError
+
+from adapters.errors import HotswapError
+from adapters.jobs import JobService
+from server.auth import needs
+from server.errors import count_error, describe_error
+from server.fine_tuning_schemas import (
+    CheckpointsQuery,
+    CreateJobRequest,
+    EventsQuery,
+    JobsQuery,
+    checkpoint_body,
+    event_body,
+    job_body,
+    page_body,
+)
+from server.services import CurrentServices
+
+__all__ = ["router"]
+
+router = APIRouter(dependencies=[needs("train")])
+_METADATA_KEY = re.compile(r"metadata\[(.*)\]")
+_POLL_S = 0.5
+_KEEP_ALIVE_S = 15.0
+_EVENTS_AT_ONCE = 100
+
+
+@router.post("/v1/fine_tuning/jobs")
+async def create_job(body: CreateJobRequest, services: CurrentServices) -> dict[str, Any]:
+    """Queue a job."""
+    return job_body(await asyncio.to_thread(services.fine_tuning.accept, body))
+
+
+@router.get("/v1/fine_tuning/jobs")
+async def list_jobs(request: Request, services: CurrentServices) -> dict[str, Any]:
+    """Jobs, newest first; `metadata[key]=value` leaves those that have it."""
+    query = _read_jobs_query(request)
+    found, has_more = await asyncio.to_thread(
+        services.fine_tuning.jobs.list, limit=query.limit, after=query.after, metadata=query.metadata
+    )
+    return page_body([job_body(job) for job in found], has_more=has_more)
+
+
+@router.get("/v1/fine_tuning/jobs/{job_id}")
+async def retrieve_job(job_id: str, services: CurrentServices) -> dict[str, Any]:
+    """One job."""
+    return job_body(await asyncio.to_thread(services.fine_tuning.jobs.get, job_id))
+
+
+@router.post("/v1/fine_tuning/jobs/{job_id}/cancel")
+async def cancel_job(job_id: str, services: CurrentServices) -> dict[str, Any]:
+    """End a job for good."""
+    return job_body(await asyncio.to_thread(services.fine_tuning.jobs.cancel, job_id))
+
+
+@router.post("/v1/fine_tuning/jobs/{job_id}/pause")
+async def pause_job(job_id: str, services: CurrentServices) -> dict[str, Any]:
+    """Stop a job after a checkpoint."""
+    return job_body(await asyncio.to_thread(services.fine_tuning.jobs.pause, job_id))
+
+
+@router.post("/v1/fine_tuning/jobs/{job_id}/resume")
+async def resume_job(job_id: str, services: CurrentServices) -> dict[str, Any]:
+    """Queue a paused job again."""
+    return job_body(await asyncio.to_thread(services.fine_tuning.jobs.resume, job_id))
+
+
+@router.get("/v1/fine_tuning/jobs/{job_id}/events")
+async def list_events(
+    job_id: str, query: Annotated[EventsQuery, Query()], request: Request, services: CurrentServices
+) -> Response:
+    """A job's events, newest first; with `stream`, all of them from the first as they happen."""
+    jobs = services.fine_tuning.jobs
+    if query.stream:
+        await asyncio.to_thread(jobs.follow, job_id, after=query.after, limit=1)  # what is wrong gets a status code
+        events = _stream_events(jobs, job_id, query.after, request)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+    found, has_more = await asyncio.to_thread(jobs.events, job_id, limit=query.limit, after=query.after)
+    return JSONResponse(page_body([event_body(event) for event in found], has_more=has_more))
+
+
+@router.get("/v1/fine_tuning/jobs/{job_id}/checkpoints")
+async def list_checkpoints(
+    job_id: str, query: Annotated[CheckpointsQuery, Query()], services: CurrentServices
+) -> dict[str, Any]:
+    """A job's checkpoints, newest first."""
+    jobs = services.fine_tuning.jobs
+    found, has_more = await asyncio.to_thread(jobs.checkpoints, job_id, limit=query.limit, after=query.after)
+    return page_body([checkpoint_body(checkpoint) for checkpoint in found], has_more=has_more)
+
+
+def _read_jobs_query(request: Request) -> JobsQuery:
+    given: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if match := _METADATA_KEY.fullmatch(name):
+            metadata[match.group(1)] = value
+        else:
+            given[name] = value
+    try:
+        return JobsQuery.model_validate(given | {"metadata": metadata})
+    except ValidationError as error:
+        raise RequestValidationError(
+            [{**detail, "loc": ("query", *detail["loc"])} for detail in error.errors()]
+        ) from None
+
+
+async def _stream_events(jobs: JobService, job_id: str, after: str | None, request: Request) -> AsyncIterator[bytes]:
+    """Events until the job is at its end or paused; a comment now and then, so that no proxy thinks the stream dead."""
+    sent_at = time.monotonic()
+    try:
+        while True:
+            events, status = await asyncio.to_thread(jobs.follow, job_id, after=after, limit=_EVENTS_AT_ONCE)
+            for event in events:
+                after, sent_at = event.id, time.monotonic()
+                yield _sse(event_body(event))
+            if not events and status not in ("queued", "running"):
+                yield b"data: [DONE]\n\n"
+                return
+            if time.monotonic() - sent_at > _KEEP_ALIVE_S:
+                sent_at = time.monotonic()
+                yield b": still here\n\n"
+            if not events:
+                await asyncio.sleep(_POLL_S)
+    except Exception as error:
+        # The status line is long gone: whatever broke off, the client reads an error and not an early end.
+        known = error if isinstance(error, HotswapError) else HotswapError("the stream broke off")
+        answer, body = describe_error(known)
+        count_error(request, answer.code)
+        yield _sse(body)
+        if known is not error:
+            raise
+
+
+def _sse(body: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(body)}\n\n".encode()

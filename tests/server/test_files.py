@@ -1,0 +1,171 @@
+"""/v1/files with the unmodified OpenAI client and with raw forms, in one process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from adapters.jobs import JobOrder
+from server.services import Services
+from tests.support.conversations import easy_rows, write_rows
+from tests.support.engine import Site, on_site
+from tests.support.sdk import with_sdk
+
+_BOUNDARY = "b0"
+_FORM = {"content-type": f"multipart/form-data; boundary={_BOUNDARY}"}
+
+
+@pytest.fixture
+def content(tmp_path: Path) -> bytes:
+    """Three good rows."""
+    return write_rows(tmp_path / "rows.jsonl", easy_rows(3)).read_bytes()
+
+
+def _services(site: Site) -> Services:
+    services: Services = site.app.state.services
+    return services
+
+
+def _post(site: Site, fields: dict[str, Any], files: dict[str, Any]) -> httpx.Response:
+    return on_site(site, lambda http: http.post("/v1/files", data=fields, files=files))
+
+
+def _stored(site: Site) -> list[str]:
+    return [path.name for path in _services(site).files.root.rglob("*") if path.is_file() and path.name != ".lock"]
+
+
+def test_openai_client_uploads_lists_reads_and_deletes_when_driven(site: Site, content: bytes) -> None:
+    """A file's life with the unmodified SDK."""
+
+    async def scenario(client: openai.AsyncOpenAI) -> None:
+        made = [await client.files.create(file=(f"{n}.jsonl", content), purpose="fine-tune") for n in range(3)]
+        assert (made[0].object, made[0].filename, made[0].bytes) == ("file", "0.jsonl", len(content))
+        assert (made[0].purpose, made[0].status) == ("fine-tune", "processed")
+        assert await client.files.retrieve(made[0].id) == made[0]
+        assert (await client.files.content(made[0].id)).content == content
+        assert [file.id async for file in client.files.list(limit=1)] == [file.id for file in made[::-1]]
+        assert (await client.files.delete(made[1].id)).deleted
+        assert [file.id async for file in client.files.list(order="asc")] == [made[0].id, made[2].id]
+        with pytest.raises(openai.NotFoundError):
+            await client.files.retrieve(made[1].id)
+
+    with_sdk(site, scenario)
+    assert len(_stored(site)) == 2
+
+
+def test_upload_names_every_bad_line_when_rows_are_wrong(site: Site, content: bytes) -> None:
+    """A 400 with the field and the lines, and nothing is kept."""
+    bad = content + b"{\n" + b'{"messages": [{"role": "robot", "content": "x"}]}\n'
+    response = _post(site, {"purpose": "fine-tune"}, {"file": ("rows.jsonl", bad)})
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "invalid_data", "file")
+    assert [line.split(":")[0] for line in error["message"].splitlines()] == ["line 4", "line 5"]
+    assert _stored(site) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "files", "param"),
+    [
+        ({"purpose": "assistants"}, {"file": ("a", b"x")}, "purpose"),
+        ({}, {"file": ("a", b"x")}, "purpose"),
+        ({"purpose": "fine-tune"}, {"document": ("a", b"x")}, "document"),
+        ({"purpose": "fine-tune", "file": "text"}, {}, "file"),
+        ({"purpose": "fine-tune", "expires_after[anchor]": "created_at"}, {}, "expires_after[anchor]"),
+        ({"purpose": "fine-tune"}, {"file": ("x" * 300, b"x")}, "file"),
+    ],
+)
+def test_upload_names_the_field_when_the_form_is_wrong(
+    site: Site, fields: dict[str, Any], files: dict[str, Any], param: str
+) -> None:
+    """Missing, unknown and impossible fields are each a 400 in the envelope."""
+    response = on_site(
+        site,
+        # A field without a file's name is still a form with parts.
+        lambda http: http.post("/v1/files", files={**{name: (None, value) for name, value in fields.items()}, **files}),
+    )
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert _stored(site) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "headers"),
+    [
+        (b"purpose=fine-tune", {"content-type": "application/x-www-form-urlencoded"}),
+        (b'{"purpose": "fine-tune"}', {"content-type": "application/json"}),
+        (b"x", {"content-type": "multipart/form-data"}),
+        (b"no part at all", _FORM),
+        (b"", {}),
+    ],
+)
+def test_upload_is_refused_when_the_body_is_no_form(site: Site, content: bytes, headers: dict[str, str]) -> None:
+    """A 400 in the envelope, whatever is sent; a body that is no form is not read into memory."""
+    response = on_site(site, lambda http: http.post("/v1/files", content=content, headers=headers))
+    assert response.status_code == 400
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_upload_is_cut_while_it_streams_when_it_is_too_large(site: Site) -> None:
+    """The server stops reading soon behind the cap of 200 kB, says 413, and nothing stays behind."""
+    num_sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal num_sent
+        part = 'Content-Disposition: form-data; name="file"; filename="rows.jsonl"'
+        yield f"--{_BOUNDARY}\r\n{part}\r\n\r\n".encode()
+        while num_sent < 100_000_000:
+            num_sent += 10_000
+            yield b"x" * 10_000
+            await asyncio.sleep(0)
+
+    response = on_site(site, lambda http: http.post("/v1/files", content=endless(), headers=_FORM))
+    assert response.status_code == 413
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert 200_000 <= num_sent <= 300_000
+    assert _stored(site) == []
+
+
+def test_file_is_a_400_when_it_is_larger_than_the_cap_but_its_form_is_not(site: Site) -> None:
+    """The form's own bytes don't let a file be larger."""
+    response = _post(site, {"purpose": "fine-tune"}, {"file": ("rows.jsonl", b"x" * 200_001)})
+    assert response.status_code == 400
+    assert "larger than 200000 bytes" in response.json()["error"]["message"]
+    assert _stored(site) == []
+
+
+def test_delete_is_a_conflict_when_a_job_needs_the_file(site: Site, content: bytes) -> None:
+    """409 with the job's id, and the client is told not to try again by itself."""
+
+    async def scenario(http: httpx.AsyncClient) -> httpx.Response:
+        made = await http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("rows.jsonl", content)})
+        _services(site).fine_tuning.jobs.create(JobOrder("tiny", made.json()["id"], {}, 0))
+        return await http.delete(f"/v1/files/{made.json()['id']}")
+
+    response = on_site(site, scenario)
+    assert (response.status_code, response.headers["x-should-retry"]) == (409, "false")
+    assert "needed by job ftjob-" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [("limit=0", "limit"), ("limit=10001", "limit"), ("order=up", "order"), ("after=file-x", "after"), ("x=1", "x")],
+)
+def test_list_names_the_parameter_when_it_is_wrong(site: Site, query: str, param: str) -> None:
+    """Bounds hold, and unknown parameters are errors."""
+    response = on_site(site, lambda http: http.get(f"/v1/files?{query}"))
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_files_are_not_found_when_ids_are_paths(site: Site) -> None:
+    """No id reaches the disk; a 404 tells no path."""
+    for given in ("..%2Fhotswap.db", "%2Fetc%2Fpasswd", ".incoming"):
+        for path in (f"/v1/files/{given}", f"/v1/files/{given}/content"):
+            response = on_site(site, lambda http, path=path: http.get(path))  # type: ignore[misc]
+            assert response.status_code == 404
+            assert "/etc/passwd:" not in response.text

@@ -1,0 +1,345 @@
+"""/v1/fine_tuning/jobs with the unmodified OpenAI client and with raw bodies, in one process, without a supervisor."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from adapters.errors import NotFoundError
+from adapters.jobs import Claim, JobService
+from adapters.records import JobError
+from server.fine_tuning_schemas import Hyperparameters
+from server.services import Services
+from tests.support.conversations import easy_rows, write_rows
+from tests.support.engine import Site, on_site
+from tests.support.sdk import with_sdk
+from training.config import TrainSettings
+from training.job import resolve_settings
+
+_JOBS = "/v1/fine_tuning/jobs"
+
+
+@pytest.fixture
+def file_id(site: Site, tmp_path: Path) -> str:
+    """A training file that is uploaded."""
+    rows = write_rows(tmp_path / "rows.jsonl", easy_rows(3)).read_bytes()
+    return _services(site).files.upload(io.BytesIO(rows), "rows.jsonl").id
+
+
+def _services(site: Site) -> Services:
+    services: Services = site.app.state.services
+    return services
+
+
+def _jobs(site: Site) -> JobService:
+    return _services(site).fine_tuning.jobs
+
+
+def _create(site: Site, file_id: str, **fields: Any) -> httpx.Response:
+    body = {"model": "tiny", "training_file": file_id} | fields
+    return on_site(site, lambda http: http.post(_JOBS, json=body))
+
+
+def _get(site: Site, path: str) -> httpx.Response:
+    return on_site(site, lambda http: http.get(path))
+
+
+def _claim(site: Site) -> Claim:
+    claim = _jobs(site).claim(lease_s=60)
+    assert claim is not None
+    return claim
+
+
+def test_openai_client_creates_and_reads_a_job_when_driven(site: Site, file_id: str) -> None:
+    """Every field that the SDK sends comes back as the wire has it; knobs of our own go through `extra_body`."""
+
+    async def scenario(client: openai.AsyncOpenAI) -> None:
+        job = await client.fine_tuning.jobs.create(
+            model="base",
+            training_file=file_id,
+            validation_file=file_id,
+            suffix="legal",
+            seed=5,
+            metadata={"team": "a"},
+            extra_body={
+                "method": {
+                    "type": "supervised",
+                    "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": "auto", "rank": 8}},
+                }
+            },
+        )
+        assert (job.object, job.status, job.model, job.seed) == ("fine_tuning.job", "queued", "tiny", 5)
+        assert (job.training_file, job.validation_file, job.metadata) == (file_id, file_id, {"team": "a"})
+        assert (job.fine_tuned_model, job.finished_at, job.error, job.result_files) == (None, None, None, [])
+        assert (job.hyperparameters.n_epochs, job.hyperparameters.batch_size) == (2, "auto")
+        assert job.method is not None
+        assert job.method.supervised is not None
+        assert job.method.supervised.hyperparameters is not None
+        assert job.method.supervised.hyperparameters.to_dict()["rank"] == 8
+        assert await client.fine_tuning.jobs.retrieve(job.id) == job
+        assert [found.id async for found in client.fine_tuning.jobs.list()] == [job.id]
+        paused = await client.fine_tuning.jobs.pause(job.id)
+        resumed = await client.fine_tuning.jobs.resume(job.id)
+        cancelled = await client.fine_tuning.jobs.cancel(job.id)
+        assert [paused.status, resumed.status, cancelled.status] == ["paused", "queued", "cancelled"]
+        assert cancelled.finished_at is not None
+        with pytest.raises(openai.ConflictError, match="is cancelled"):
+            await client.fine_tuning.jobs.resume(job.id)
+        with pytest.raises(openai.NotFoundError):
+            await client.fine_tuning.jobs.retrieve("ftjob-x")
+
+    with_sdk(site, scenario)
+
+
+def test_openai_client_pages_through_jobs_events_and_checkpoints_when_driven(site: Site, file_id: str) -> None:
+    """The SDK's own pagers find everything once, newest first, and the metadata filter holds."""
+    for number in range(5):
+        assert _create(site, file_id, metadata={"kind": "odd" if number % 2 else "even"}).status_code == 200
+    claim = _claim(site)
+    for step in range(1, 8):
+        data = {"step": step, "train_loss": 1 / step}
+        _jobs(site).note_metrics(claim, f"Step {step}", data, trained_tokens=step, seconds_left=1)
+    for step in (3, 6):
+        _jobs(site).add_checkpoint(claim, step, {"train_loss": 0.5, "valid_loss": 0.25})
+
+    async def scenario(client: openai.AsyncOpenAI) -> None:
+        api = client.fine_tuning.jobs
+        everything = [job.id async for job in api.list(limit=2)]
+        assert (len(everything), len(set(everything)), everything[-1]) == (5, 5, claim.job.id)
+        odd = [job.metadata async for job in api.list(limit=1, metadata={"kind": "odd"})]
+        assert odd == [{"kind": "odd"}] * 2
+        events = [event async for event in api.list_events(claim.job.id, limit=3)]
+        assert len(events) == 11  # created, running, seven steps, two checkpoints
+        steps = [event for event in events if event.type == "metrics"]
+        assert [event.message for event in steps] == [f"Step {step}" for step in range(7, 0, -1)]
+        assert steps[0].data == {"step": 7, "train_loss": 1 / 7}
+        checkpoints = [found async for found in api.checkpoints.list(claim.job.id, limit=1)]
+        assert [found.step_number for found in checkpoints] == [6, 3]
+        assert checkpoints[0].metrics.valid_loss == 0.25
+        assert checkpoints[0].fine_tuning_job_id == claim.job.id
+
+    with_sdk(site, scenario)
+
+
+def test_job_reports_what_came_of_it_when_it_has_ended(site: Site, file_id: str) -> None:
+    """Success names model, result file and tokens; failure code, message and param."""
+    first, second = _create(site, file_id).json(), _create(site, file_id).json()
+    claim = _claim(site)
+    with _jobs(site).database.write() as session:
+        _jobs(site).succeed(session, claim, fine_tuned_model="legal@v1", result_file="file-r", trained_tokens=12)
+    _jobs(site).fail(_claim(site), JobError("invalid_training_file", "line 2: bad", "training_file"))
+    done, failed = (_get(site, f"{_JOBS}/{job['id']}").json() for job in (first, second))
+    assert (done["status"], done["fine_tuned_model"], done["result_files"]) == ("succeeded", "legal@v1", ["file-r"])
+    assert (done["trained_tokens"], done["error"]) == (12, None)
+    assert failed["status"] == "failed"
+    assert failed["error"] == {"code": "invalid_training_file", "message": "line 2: bad", "param": "training_file"}
+    assert failed["finished_at"] >= failed["created_at"]
+
+
+def _supervised(**hyperparameters: Any) -> dict[str, Any]:
+    return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"model": "gpt-4o-mini"}, "model"),
+        ({"model": "legal@v1"}, "model"),
+        ({"training_file": "file-x"}, "training_file"),
+        ({"validation_file": "file-x"}, "validation_file"),
+        ({"suffix": "Not An Alias"}, "suffix"),
+        ({"suffix": "base"}, "suffix"),
+        ({"suffix": "x" * 64}, "suffix"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
+        ({"metadata": {str(n): "x" for n in range(17)}}, "metadata"),
+        ({"metadata": {"k": "x" * 513}}, "metadata.k"),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1}}}}, "method.type"),
+        ({"method": {"type": "reinforcement"}}, "method.type"),
+        ({"method": {"type": "supervised", "dpo": {}}}, "method"),
+        ({"method": _supervised(n_epochs=0)}, "method.supervised.hyperparameters.n_epochs"),
+        ({"method": _supervised(n_epochs="many")}, "method.supervised.hyperparameters.n_epochs"),
+        ({"method": _supervised(n_epochs=True)}, "method.supervised.hyperparameters.n_epochs"),
+        ({"method": _supervised(batch_size=1025)}, "method.supervised.hyperparameters.batch_size"),
+        ({"method": _supervised(rank=17)}, "rank"),
+        ({"method": _supervised(optimizer="sgd")}, "method.supervised.hyperparameters.optimizer"),
+        ({"method": _supervised(learning_rate=0.1, learning_rate_multiplier=2)}, "learning_rate"),
+        ({"method": _supervised(), "hyperparameters": {"n_epochs": 1}}, "hyperparameters"),
+        ({"hyperparameters": {"n_epochs": 1001}}, "hyperparameters.n_epochs"),
+        ({"organization": "x"}, "organization"),
+    ],
+)
+def test_create_names_the_field_when_it_is_wrong_or_not_supported(
+    site: Site, file_id: str, fields: dict[str, Any], param: str
+) -> None:
+    """A 400 in the envelope that names the field, and no job."""
+    response = _create(site, file_id, **fields)
+    error = response.json()["error"]
+    assert (response.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
+    assert _jobs(site).list(limit=1) == ([], False)
+
+
+def test_learning_rate_multiplier_is_refused_when_it_is_no_number(site: Site, file_id: str) -> None:
+    """JSON as Python writes it has NaN and Infinity; training has not."""
+    for value in ("NaN", "Infinity", "-1", "0"):
+        body = f'{{"model": "tiny", "training_file": "{file_id}", "hyperparameters": {{"learning_rate_multiplier": '
+        content = f"{body}{value}}}}}".encode()
+        response = on_site(
+            site,
+            lambda http, content=content: http.post(  # type: ignore[misc]
+                _JOBS, content=content, headers={"content-type": "application/json"}
+            ),
+        )
+        assert (value, response.status_code) == (value, 400)
+
+
+def test_older_hyperparameters_are_taken_when_no_method_is_given(site: Site, file_id: str) -> None:
+    """The wire's older place, and nothing at all, mean supervised training."""
+    older = _create(site, file_id, hyperparameters={"n_epochs": 4, "learning_rate_multiplier": 0.5}).json()
+    assert older["hyperparameters"] == {"n_epochs": 4, "batch_size": "auto", "learning_rate_multiplier": 0.5}
+    bare = _create(site, file_id).json()
+    assert bare["method"]["type"] == "supervised"
+    assert bare["hyperparameters"] == {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}
+    assert 0 <= bare["seed"] < 2**31
+
+
+def test_hyperparameters_have_the_bounds_of_the_trainer_when_compared() -> None:
+    """What a request may ask for, training takes; server and trainer know nothing of each other."""
+    names = {"n_epochs": "epochs", "learning_rate_multiplier": None, "checkpoint_steps": None}
+    compared = 0
+    for name, field in Hyperparameters.model_fields.items():
+        setting = names.get(name, name)
+        if setting is None:
+            continue
+        trained = TrainSettings.model_fields[setting]
+        ours, theirs = _bounds(field), _bounds(trained)
+        if name == "n_epochs":  # a whole number on the wire: its least value is 1, where the trainer's is any above 0
+            assert (ours, theirs) == ({"ge": 1, "le": 1000}, {"gt": 0, "le": 1000})
+        else:
+            assert ours == theirs, name
+        compared += 1
+    assert compared == len(TrainSettings.model_fields) - 2  # home, and the seed, which has a field of its own
+
+
+def _bounds(field: Any) -> dict[str, float]:
+    """Lower and upper bound of a field, also inside a union."""
+    metadata = list(field.metadata)
+    for part in getattr(field.annotation, "__args__", ()):
+        metadata += [piece for info in getattr(part, "__metadata__", ()) for piece in getattr(info, "metadata", [])]
+    bounds = ("ge", "gt", "le", "lt")
+    return {name: float(getattr(item, name)) for item in metadata for name in bounds if hasattr(item, name)}
+
+
+def test_trainer_reads_what_the_wire_wrote_when_a_job_is_created(site: Site, file_id: str, tmp_path: Path) -> None:
+    """From the request's body to the settings of the run, through the job table."""
+    _create(site, file_id, seed=3, method=_supervised(n_epochs=2, rank=8, learning_rate=0.01, checkpoint_steps=5))
+    settings = resolve_settings(_claim(site).job, tmp_path / "home")
+    assert (settings.epochs, settings.rank, settings.learning_rate, settings.seed) == (2, 8, 0.01, 3)
+    assert settings.batch_size == TrainSettings.load(tmp_path / "home").batch_size
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("limit=0", "limit"),
+        ("limit=101", "limit"),
+        ("limit=x", "limit"),
+        ("after=ftjob-x", "after"),
+        ("metadata[k]=" + "x" * 513, "metadata.k"),
+        ("status=failed", "status"),
+    ],
+)
+def test_list_names_the_parameter_when_it_is_wrong(site: Site, query: str, param: str) -> None:
+    """Bounds hold, and unknown parameters are errors."""
+    response = _get(site, f"{_JOBS}?{query}")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_too_many_waiting_jobs_are_a_429_when_created(site: Site, file_id: str) -> None:
+    """The queue is bounded; clients are told when to try again."""
+    bounded = JobService(_jobs(site).database, max_queued=1)
+    _services(site).fine_tuning.jobs = bounded
+    assert _create(site, file_id).status_code == 200
+    response = _create(site, file_id)
+    assert (response.status_code, response.headers["retry-after"]) == (429, "60")
+
+
+def _sse(text: str) -> list[Any]:
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def test_event_stream_follows_the_job_when_it_goes_on(site: Site, file_id: str) -> None:
+    """Events from the first on, those that come meanwhile, and an end when the job has ended."""
+    job_id = _create(site, file_id).json()["id"]
+    claim = _claim(site)
+
+    async def scenario(http: httpx.AsyncClient) -> str:
+        # The transport hands the body over at its end, so the job ends from within the stream's own polling.
+        _jobs(site).note(claim, "working")
+        _follow_then_cancel(_services(site))
+        return (await http.get(f"{_JOBS}/{job_id}/events?stream=true")).text
+
+    events = _sse(on_site(site, scenario))
+    messages = [event["message"] for event in events[:-1]]
+    assert messages == [f"Created fine-tuning job: {job_id}", "The job is running", "working", "The job was cancelled"]
+    assert {event["object"] for event in events[:-1]} == {"fine_tuning.job.event"}
+    assert events[-1] == "[DONE]"
+
+
+def _follow_then_cancel(services: Services) -> None:
+    """Cancel the job once the stream has looked at it and found nothing more to send."""
+    jobs = services.fine_tuning.jobs
+    follow = jobs.follow
+
+    def cancelling(job_id: str, **options: Any) -> Any:
+        found = follow(job_id, **options)
+        if not found[0] and jobs.get(job_id).status == "running":
+            jobs.cancel(job_id)
+        return found
+
+    jobs.follow = cancelling  # type: ignore[method-assign]
+
+
+def test_event_stream_begins_behind_an_event_when_told(site: Site, file_id: str) -> None:
+    """A client that was cut off goes on where it was; a paused job ends the stream."""
+    job_id = _create(site, file_id).json()["id"]
+    _jobs(site).pause(job_id)
+    newest = _get(site, f"{_JOBS}/{job_id}/events?limit=2").json()["data"]
+    text = _get(site, f"{_JOBS}/{job_id}/events?stream=true&after={newest[1]['id']}").text
+    assert [event if event == "[DONE]" else event["message"] for event in _sse(text)] == [
+        "The job was paused",
+        "[DONE]",
+    ]
+    for path in (f"{_JOBS}/ftjob-x/events?stream=true", f"{_JOBS}/ftjob-x/checkpoints", f"{_JOBS}/ftjob-x/events"):
+        assert _get(site, path).status_code == 404
+    assert _get(site, f"{_JOBS}/{job_id}/events?stream=true&after=x").json()["error"]["param"] == "after"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(NotFoundError("the job is gone"), "not_found"), (RuntimeError("/secret"), "internal_error")]
+)
+def test_event_stream_ends_in_an_error_when_it_breaks_off(
+    site: Site, file_id: str, error: Exception, code: str
+) -> None:
+    """A well-formed event in the envelope, which clients raise; never a quiet end or a path."""
+    job_id = _create(site, file_id).json()["id"]
+    follow = _jobs(site).follow
+
+    def failing(job_id: str, *, after: str | None, limit: int) -> Any:
+        if after is not None:
+            raise error
+        return follow(job_id, after=after, limit=limit)
+
+    _jobs(site).follow = failing  # type: ignore[method-assign]
+    events = _sse(_get(site, f"{_JOBS}/{job_id}/events?stream=true").text)
+    assert events[0]["object"] == "fine_tuning.job.event"
+    assert events[-1]["error"]["code"] == code
+    assert "/secret" not in str(events)

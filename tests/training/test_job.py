@@ -1,0 +1,238 @@
+"""One attempt at a job, in this process: what it publishes and reports, and how it is stopped."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapters.errors import BaseModelError, DataError, NotFoundError, RankTooHighError
+from adapters.jobs import JobOrder
+from adapters.records import Job, JobError
+from tests.support.conversations import easy_rows, make_messages
+from tests.support.jobs import JobPlace, supervised
+from tests.support.tiny import tiny_settings
+from training.job import (
+    JobRun,
+    checkpoints_folder,
+    describe_failure,
+    discard_unrecorded,
+    newest_checkpoint,
+    resolve_settings,
+    write_csv,
+)
+from training.trainers import StepMetrics
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_folders: dict[str, Path]) -> JobPlace:
+    """An empty home over a tiny Llama."""
+    return JobPlace.make(tmp_path, tiny_folders["llama"])
+
+
+@dataclass
+class Interruption:
+    """Something that happens when a run has reported a step, or has come to a stage; it is noticed a step later."""
+
+    act: Callable[[], Any]
+    at_step: int = 0
+    at_stage: str = ""
+
+
+class InterruptedRun(JobRun):
+    """A run in which something happens."""
+
+    interruption: Interruption
+
+    def on_metrics(self, metrics: StepMetrics) -> None:
+        """Act behind a step."""
+        super().on_metrics(metrics)
+        if metrics.step == self.interruption.at_step:
+            self.interruption.act()
+
+    def on_stage(self, message: str) -> None:
+        """Act at the beginning of a stage."""
+        super().on_stage(message)
+        if message == self.interruption.at_stage:
+            self.interruption.act()
+
+
+def _run(place: JobPlace, interruption: Interruption | None = None, stopping: threading.Event | None = None) -> Job:
+    """Claim the oldest job, run it and let it go."""
+    claim = place.claim()
+    parts: dict[str, Any] = {
+        "core": place.core,
+        "jobs": place.jobs,
+        "files": place.files,
+        "registry": place.registry(),
+        "stopping": stopping or threading.Event(),
+    }
+    if interruption is None:
+        JobRun(claim, **parts).run()
+    else:
+        run = InterruptedRun(claim, **parts)
+        run.interruption = interruption
+        run.run()
+    return place.jobs.release(claim)
+
+
+def _is_published(place: JobPlace, alias: str = "legal") -> bool:
+    try:
+        place.registry().find(alias)
+    except NotFoundError:
+        return False
+    return True
+
+
+def test_run_publishes_and_reports_when_all_goes_well(place: JobPlace) -> None:
+    """The version, the events of every step, the checkpoints of both epochs, and the result file."""
+    job = place.create()
+    done = _run(place)
+    assert (done.status, done.fine_tuned_model, done.error) == ("succeeded", "legal@v1", None)
+    assert place.registry().find("legal").label == "legal@v1"
+    assert (done.trained_tokens or 0) > 100
+    messages = place.messages(job.id)
+    assert messages[-2:] == ["New fine-tuned model created: legal@v1", "The job has successfully completed"]
+    assert sum(message.startswith("Step ") for message in messages) == 8
+    assert done.result_file is not None
+    lines = place.files.path(done.result_file).read_text().splitlines()
+    assert lines[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+    rows = [line.split(",") for line in lines[1:]]
+    assert [row[0] for row in rows] == ["1", "2", "3", "4", "5", "6"]
+    assert [bool(row[3]) for row in rows] == [False, False, True, False, False, True]
+    assert float(rows[5][1]) < float(rows[0][1])
+    checkpoints, _ = place.jobs.checkpoints(job.id, limit=10)
+    assert [checkpoint.step for checkpoint in checkpoints] == [6, 3]
+    assert set(checkpoints[0].metrics) == {
+        "train_loss",
+        "train_mean_token_accuracy",
+        "valid_loss",
+        "valid_mean_token_accuracy",
+    }
+
+
+def test_job_makes_the_same_version_when_it_was_paused_and_resumed(place: JobPlace) -> None:
+    """Paused in the middle of an epoch: the run that goes on ends with the same bytes as one that was let alone."""
+    place.create(alias="whole")
+    _run(place)
+    job = place.create(alias="parts")
+    paused = _run(place, Interruption(lambda: place.jobs.pause(job.id), at_step=3))
+    assert (paused.status, _is_published(place, "parts")) == ("paused", False)
+    assert checkpoints_folder(place.core.home, job.id).joinpath("checkpoint-4").is_dir()
+    place.jobs.resume(job.id)
+    done = _run(place)
+    assert done.status == "succeeded"
+    whole, parts = place.registry().find("whole"), place.registry().find("parts")
+    assert whole.version.digest == parts.version.digest
+    steps = [message.split("/")[0][5:] for message in place.messages(job.id) if message.startswith("Step ")]
+    assert steps == ["1", "2", "3", "3", "4", "4", "5", "6", "6"]  # twice where a checkpoint is validated
+
+
+def test_nothing_is_published_when_the_job_is_cancelled(place: JobPlace) -> None:
+    """At a step, and in the last moment before it would be published."""
+    for interruption in (Interruption(print, at_step=2), Interruption(print, at_stage="Publishing")):
+        interruption.act = partial(place.jobs.cancel, place.create().id)
+        assert _run(place, interruption).status == "cancelled"
+        assert not _is_published(place)
+        assert place.files.list(limit=10, purpose="fine-tune-results") == ([], False)
+
+
+def test_job_waits_again_when_the_supervisor_ends(place: JobPlace) -> None:
+    """The run writes a checkpoint, and the next goes on from it."""
+    job = place.create()
+    stopping = threading.Event()
+    assert _run(place, Interruption(stopping.set, at_step=3), stopping).status == "queued"
+    assert [checkpoint.step for checkpoint in place.jobs.checkpoints(job.id, limit=9)[0]] == [4, 3]
+    assert _run(place).status == "succeeded"
+
+
+def test_job_fails_with_the_line_when_a_row_is_too_long(place: JobPlace) -> None:
+    """Only the tokenizer tells how long a row is; the message has the field and the line, and no path."""
+    long_rows = [make_messages("short", "yes"), make_messages("x" * 100, "yes")]
+    file_id = place.upload(long_rows)
+    good = place.upload(easy_rows(4))
+    place.jobs.create(JobOrder("tiny", file_id, supervised(), 0, alias="legal"))
+    place.jobs.create(JobOrder("tiny", good, supervised(), 0, alias="legal", validation_file=file_id))
+    failed = _run(place)
+    assert failed.status == "failed"
+    assert failed.error is not None
+    assert (failed.error.code, failed.error.param) == ("invalid_training_file", "training_file")
+    assert failed.error.message.startswith("training_file:2: ")
+    assert "more than max_length 64" in failed.error.message
+    assert str(place.core.home) not in failed.error.message
+    other = _run(place).error
+    assert other is not None
+    assert (other.code, other.param) == ("invalid_validation_file", "validation_file")
+
+
+def test_job_fails_when_its_file_is_gone(place: JobPlace) -> None:
+    """Whatever happens to a job, it says so."""
+    job = place.create(validate=False)
+    (place.files.root / job.training_file).unlink()
+    failed = _run(place)
+    assert failed.error is not None
+    assert failed.error.code == "invalid_training_file"
+    assert str(place.core.home) not in failed.error.message
+
+
+def test_failures_tell_no_path_when_they_are_described() -> None:
+    """What a client can act on has a code of its own; of all else only the kind is told."""
+    expected = {
+        "invalid_training_file": DataError(["training_file:1: bad"], param="training_file"),
+        "invalid_hyperparameters": RankTooHighError(rank=32, max_rank=16),
+        "out_of_memory": torch.OutOfMemoryError("CUDA"),
+        "training_failed": BaseModelError("/secret/place holds no model"),
+        "trainer_crashed": RuntimeError("/secret/place"),
+    }
+    described = {code: describe_failure(error) for code, error in expected.items()}
+    assert {code: error.code for code, error in described.items()} == {code: code for code in expected}
+    assert [error for error in described.values() if "/secret" in error.message] == []
+    assert described["trainer_crashed"] == JobError(
+        "trainer_crashed", "the trainer failed with RuntimeError; the job's log on the server says why"
+    )
+
+
+def test_settings_come_from_the_job_when_it_gives_them(place: JobPlace) -> None:
+    """An "auto" leaves the server's own; the multiplier scales the server's learning rate, up to 1."""
+    (place.core.home / "hotswap.toml").write_text("[train]\nbatch_size = 3\nlearning_rate = 0.01\nepochs = 9\n")
+    job = place.create(
+        n_epochs="auto", batch_size="auto", learning_rate=None, learning_rate_multiplier=2.5, checkpoint_steps=5
+    )
+    settings = resolve_settings(job, place.core.home)
+    assert (settings.epochs, settings.batch_size, settings.rank, settings.seed) == (9, 3, 4, 7)
+    assert settings.learning_rate == pytest.approx(0.025)
+    job = place.create(learning_rate=None, learning_rate_multiplier=1000.0)
+    assert resolve_settings(job, place.core.home).learning_rate == 1.0
+
+
+def test_newest_checkpoint_is_one_that_is_recorded_and_there_when_chosen(tmp_path: Path) -> None:
+    """What is not recorded may be half written; what was rotated away is not there."""
+    for step in (3, 6, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert newest_checkpoint(tmp_path, [3, 6, 12]) == tmp_path / "checkpoint-6"
+    assert newest_checkpoint(tmp_path, []) is None
+    discard_unrecorded(tmp_path, [6, 12])
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
+
+
+def test_csv_leaves_cells_empty_when_nothing_was_measured() -> None:
+    """Steps stay whole numbers, however large."""
+    rows = [{"step": 1_000_000, "train_loss": 0.123456789, "train_mean_token_accuracy": 1.0}]
+    assert write_csv(rows).splitlines()[1] == "1000000,0.123457,1,,"
+
+
+def test_environment_gives_the_same_settings_when_another_process_resolves_them(
+    tmp_path: Path, tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer loads the base model that the server serves, whatever flags the server was started with."""
+    core = tiny_settings(tiny_folders["llama"], home=tmp_path / "home").model_copy(update={"max_rank": 4})
+    assert core.environment["HOTSWAP_MAX_RANK"] == "4"
+    for name, value in core.environment.items():
+        monkeypatch.setenv(name, value)
+    assert type(core).load(Path(core.environment["HOTSWAP_HOME"])) == core

@@ -1,0 +1,164 @@
+"""The supervisor with real trainer processes: crashes, kills and stops cost no job and end no supervisor."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.errors import NotFoundError
+from adapters.jobs import MAX_ATTEMPTS
+from tests.support.jobs import JobPlace
+from training.job import checkpoints_folder
+from training.supervisor import Supervisor
+
+_HANGING = "import time\nwhile True: time.sleep(1)"
+_DEAF = "import signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: time.sleep(1)"
+_SUPERVISOR = """
+from adapters.database import open_database
+from adapters.jobs import JobService
+from adapters.settings import CoreSettings, resolve_home
+from training.supervisor import Supervisor
+
+core = CoreSettings.load(resolve_home())
+Supervisor(core, JobService(open_database(core.resolved_database_url)), lease_s=2.0, poll_s=0.05).run()
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_folders: dict[str, Path]) -> JobPlace:
+    """An empty home over a tiny Llama."""
+    return JobPlace.make(tmp_path, tiny_folders["llama"])
+
+
+def _supervisor(place: JobPlace, trainer: tuple[str, ...] | None = None, **options: Any) -> Supervisor:
+    command: dict[str, Any] = {} if trainer is None else {"trainer": (sys.executable, *trainer)}
+    return Supervisor(place.core, place.jobs, poll_s=0.02, **command, **options)
+
+
+@contextmanager
+def _running(supervisor: Supervisor) -> Iterator[None]:
+    """Let a supervisor run in a thread for the length of the block."""
+    thread = threading.Thread(target=supervisor.run)
+    thread.start()
+    try:
+        yield
+    finally:
+        supervisor.stopping.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(("point", "steps"), [("checkpoint", ["3", "4", "5", "6"]), ("publish", [])])
+def test_job_goes_on_from_its_checkpoint_when_its_trainer_is_killed(
+    place: JobPlace, point: str, steps: list[str]
+) -> None:
+    """SIGKILL behind the first checkpoint, and between the publication's files and its transaction."""
+    job = place.create(validate=False)
+    supervisor = _supervisor(place, ("-m", "tests.support.dying_trainer", point))
+    assert supervisor.run_one()
+    assert place.jobs.get(job.id).status == "queued"
+    with pytest.raises(NotFoundError):
+        place.registry().find("legal")
+    first = len(place.messages(job.id))
+    assert supervisor.run_one()
+    done = place.jobs.get(job.id)
+    assert (done.status, done.fine_tuned_model) == ("succeeded", "legal@v1")
+    assert "The trainer was killed by signal 9" in place.messages(job.id)[first - 1]
+    repeated = [message.split("/")[0][5:] for message in place.messages(job.id)[first:] if message.startswith("Step ")]
+    assert repeated == [step for step in steps if step != "3"]
+    assert done.result_file is not None
+    assert len(place.files.path(done.result_file).read_text().splitlines()) == 7
+    assert not checkpoints_folder(place.core.home, job.id).exists()
+    assert not supervisor.run_one()
+
+
+def test_job_is_finished_by_another_supervisor_when_the_first_is_killed(place: JobPlace) -> None:
+    """SIGKILL of the supervisor in the middle of a run: its trainer ends too, and nothing runs twice."""
+    job = place.create(validate=False, n_epochs=40, checkpoint_steps=20)
+    process = subprocess.Popen([sys.executable, "-c", _SUPERVISOR], env=place.core.environment)
+    place.wait(lambda: bool(place.jobs.checkpoints(job.id, limit=1)[0]))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert place.jobs.get(job.id).status == "running"
+    with _running(_supervisor(place, lease_s=2.0)):
+        place.wait(lambda: place.jobs.get(job.id).status != "running")
+    assert place.jobs.get(job.id).status == "succeeded"
+    assert place.messages(job.id).count("The job is running") == 2
+    assert len(place.registry().versions("legal")) == 1
+
+
+def test_job_fails_when_its_trainer_crashes(place: JobPlace) -> None:
+    """The exit code is told; the supervisor goes on with the next job."""
+    first, second = place.create(), place.create()
+    supervisor = _supervisor(place, ("-c", "import sys; print('reason'); sys.exit(3)"))
+    assert supervisor.run_one()
+    assert supervisor.run_one()
+    for job in (first, second):
+        failed = place.jobs.get(job.id)
+        assert failed.status == "failed"
+        assert failed.error is not None
+        assert (failed.error.code, "exit code 3" in failed.error.message) == ("trainer_crashed", True)
+    assert (place.core.home / "jobs" / first.id / "log.txt").read_text() == "reason\n"
+
+
+def test_job_fails_when_every_trainer_is_killed(place: JobPlace) -> None:
+    """A job that takes all memory each time doesn't go round for ever."""
+    job = place.create()
+    supervisor = _supervisor(place, ("-c", "import os; os.kill(os.getpid(), 9)"))
+    for _ in range(MAX_ATTEMPTS):
+        assert supervisor.run_one()
+    assert not supervisor.run_one()
+    error = place.jobs.get(job.id).error
+    assert error is not None
+    assert error.code == "trainer_lost"
+
+
+def test_trainer_is_killed_when_its_job_is_cancelled_and_it_does_not_end(place: JobPlace) -> None:
+    """A trainer that is stuck holds up the jobs behind it for the grace alone."""
+    job = place.create()
+    supervisor = _supervisor(place, ("-c", _HANGING), grace_s=0.1)
+    with _running(supervisor):
+        place.wait(lambda: place.jobs.get(job.id).status == "running")
+        place.jobs.cancel(job.id)
+        other = place.create()
+        place.wait(lambda: place.jobs.get(other.id).status == "running")
+    assert place.jobs.get(job.id).status == "cancelled"
+
+
+def test_job_waits_again_when_the_supervisor_stops_and_the_trainer_is_deaf(place: JobPlace) -> None:
+    """A stop takes the grace at most, and costs the job no attempt."""
+    job = place.create()
+    for _ in range(MAX_ATTEMPTS + 1):
+        with _running(_supervisor(place, ("-c", _DEAF), grace_s=0.1)):
+            place.wait(lambda: place.jobs.get(job.id).status == "running")
+        assert place.jobs.get(job.id).status == "queued"
+
+
+def test_sweep_deletes_checkpoints_when_their_job_is_at_its_end(place: JobPlace) -> None:
+    """Those of a paused job stay."""
+    kept, cancelled = place.create(), place.create()
+    place.jobs.pause(kept.id)
+    place.jobs.cancel(cancelled.id)
+    folders = [checkpoints_folder(place.core.home, job_id) for job_id in (kept.id, cancelled.id, "ftjob-unknown")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    with _running(_supervisor(place)):
+        place.wait(lambda: not folders[2].exists() and not folders[1].exists())
+    assert folders[0].exists()
+
+
+def test_importing_the_supervisor_is_cheap_when_the_server_starts_it() -> None:
+    """It holds no model: neither torch nor the training libraries are imported."""
+    code = (
+        "import sys; import training.supervisor; heavy = {'torch', 'transformers', 'trl', 'peft'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (0, "") == (result.returncode, result.stderr)
