@@ -129,7 +129,7 @@ async def _answer_invalid_body(request: Request, error: Exception) -> JSONRespon
 
 def _field_path(location: Sequence[int | str]) -> str | None:
     """The field's path as a client wrote it, without where it stands and pydantic's names for members of a union."""
-    start = 1 if location[:1] in (("body",), ("query",)) else 0
+    start = 1 if location[:1] in (("body",), ("query",), ("path",)) else 0
     parts = [str(part) for part in location[start:] if not re.search(r"[\[-]", str(part))]
     return ".".join(part for part in parts if part not in ("str", "bool", "int", "float")) or None
 

@@ -276,7 +276,9 @@ def _sse(text: str) -> list[Any]:
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
-def test_event_stream_follows_the_job_when_it_goes_on(site: Site, file_id: str) -> None:
+def test_event_stream_follows_the_job_when_it_goes_on(
+    site: Site, file_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Events from the first on, those that come meanwhile, and an end when the job has ended."""
     job_id = _create(site, file_id).json()["id"]
     claim = _claim(site)
@@ -284,7 +286,7 @@ def test_event_stream_follows_the_job_when_it_goes_on(site: Site, file_id: str) 
     async def scenario(http: httpx.AsyncClient) -> str:
         # The transport hands the body over at its end, so the job ends from within the stream's own polling.
         _jobs(site).note(claim, "working")
-        _follow_then_cancel(_services(site))
+        _follow_then_cancel(monkeypatch)
         return (await http.get(f"{_JOBS}/{job_id}/events?stream=true")).text
 
     events = _sse(on_site(site, scenario))
@@ -294,18 +296,17 @@ def test_event_stream_follows_the_job_when_it_goes_on(site: Site, file_id: str) 
     assert events[-1] == "[DONE]"
 
 
-def _follow_then_cancel(services: Services) -> None:
+def _follow_then_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cancel the job once the stream has looked at it and found nothing more to send."""
-    jobs = services.fine_tuning.jobs
-    follow = jobs.follow
+    follow = JobService.follow
 
-    def cancelling(job_id: str, **options: Any) -> Any:
-        found = follow(job_id, **options)
+    def cancelling(jobs: JobService, job_id: str, **options: Any) -> Any:
+        found = follow(jobs, job_id, **options)
         if not found[0] and jobs.get(job_id).status == "running":
             jobs.cancel(job_id)
         return found
 
-    jobs.follow = cancelling  # type: ignore[method-assign]
+    monkeypatch.setattr(JobService, "follow", cancelling)
 
 
 def test_event_stream_begins_behind_an_event_when_told(site: Site, file_id: str) -> None:
@@ -327,19 +328,39 @@ def test_event_stream_begins_behind_an_event_when_told(site: Site, file_id: str)
     ("error", "code"), [(NotFoundError("the job is gone"), "not_found"), (RuntimeError("/secret"), "internal_error")]
 )
 def test_event_stream_ends_in_an_error_when_it_breaks_off(
-    site: Site, file_id: str, error: Exception, code: str
+    site: Site, file_id: str, error: Exception, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A well-formed event in the envelope, which clients raise; never a quiet end or a path."""
     job_id = _create(site, file_id).json()["id"]
-    follow = _jobs(site).follow
+    follow = JobService.follow
 
-    def failing(job_id: str, *, after: str | None, limit: int) -> Any:
+    def failing(jobs: JobService, job_id: str, *, after: str | None, limit: int) -> Any:
         if after is not None:
             raise error
-        return follow(job_id, after=after, limit=limit)
+        return follow(jobs, job_id, after=after, limit=limit)
 
-    _jobs(site).follow = failing  # type: ignore[method-assign]
+    monkeypatch.setattr(JobService, "follow", failing)
     events = _sse(_get(site, f"{_JOBS}/{job_id}/events?stream=true").text)
     assert events[0]["object"] == "fine_tuning.job.event"
     assert events[-1]["error"]["code"] == code
     assert "/secret" not in str(events)
+
+
+def test_jobs_for_other_aliases_are_absent_when_the_key_is_limited(site: Site, file_id: str) -> None:
+    """Not listed, not found, not to be cancelled; and no job may be made for an alias that is not the key's."""
+    theirs = _create(site, file_id, suffix="support").json()["id"]
+    _, secret = site.keys.create("web", scopes=["train"], aliases=["legal"])
+    headers = {"authorization": f"Bearer {secret}"}
+
+    def call(method: str, path: str, **options: Any) -> httpx.Response:
+        return on_site(site, lambda http: http.request(method, f"{_JOBS}{path}", headers=headers, **options))
+
+    for method, path in (("GET", ""), ("GET", "/events"), ("GET", "/checkpoints"), ("POST", "/cancel")):
+        assert 404 == call(method, f"/{theirs}{path}").status_code, path
+    body = {"model": "tiny", "training_file": file_id}
+    for suffix in ({"suffix": "support"}, {}):
+        refused = call("POST", "", json=body | suffix)
+        assert (403, "insufficient_scope") == (refused.status_code, refused.json()["error"]["code"])
+    own = call("POST", "", json=body | {"suffix": "legal"}).json()["id"]
+    assert [own] == [job["id"] for job in call("GET", "").json()["data"]]
+    assert "queued" == _jobs(site).get(theirs).status

@@ -22,7 +22,9 @@ def with_sdk(site: Site, scenario: Callable[[openai.AsyncOpenAI], Awaitable[Resu
     async def run(_: httpx.AsyncClient) -> Result:
         transport = httpx2.ASGITransport(app=site.app, raise_app_exceptions=False)
         async with httpx2.AsyncClient(transport=transport) as http:
-            client = openai.AsyncOpenAI(base_url="http://test/v1", api_key="unused", http_client=http, max_retries=0)
+            client = openai.AsyncOpenAI(
+                base_url="http://localhost/v1", api_key="unused", http_client=http, max_retries=0
+            )
             return await scenario(client)
 
     return on_site(site, run)
