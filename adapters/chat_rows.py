@@ -15,6 +15,8 @@ from adapters.errors import DataError
 __all__ = ["MAX_PROBLEMS_SHOWN", "check_chat_file", "parse_chat_line"]
 
 MAX_PROBLEMS_SHOWN = 20
+_MAX_PROBLEMS_COUNTED = 1000
+_MAX_ROLES_SHOWN = 10
 _MAX_LINE_BYTES = 4 << 20
 _ROLES = ("system", "user", "assistant")
 
@@ -23,7 +25,8 @@ def check_chat_file(path: Path) -> int:
     """Check every line of a file, reading a line at a time, and count its rows. Blank lines are skipped.
 
     Raises:
-        DataError: lines that are wrong, by their number, up to 20 of them and a count of the rest; or no rows.
+        DataError: lines that are wrong, by their number, up to 20 of them and a count of the rest; or no rows. After
+            1,000 wrong lines nobody counts on: a file of nonsense must not keep the server busy for minutes.
     """
     problems: list[str] = []
     num_problems = num_rows = 0
@@ -35,6 +38,8 @@ def check_chat_file(path: Path) -> int:
         num_problems += len(found)
         shown = found[: MAX_PROBLEMS_SHOWN - len(problems)]
         problems += [f"line {number}: {problem}" for problem in shown]
+        if num_problems >= _MAX_PROBLEMS_COUNTED:
+            break
     if num_problems:
         raise DataError(problems, num_more=num_problems - len(problems), param="file")
     if not num_rows:
@@ -97,7 +102,8 @@ def _check_order(roles: list[str]) -> Iterator[str]:
         return
     expected = [("user", "assistant")[index % 2] for index in range(len(turns))]
     if turns != expected or len(turns) % 2:
-        yield f"field messages: expected user and assistant in turn, ending with assistant, found {', '.join(roles)}"
+        shown = ", ".join(roles[:_MAX_ROLES_SHOWN]) + (", ..." if len(roles) > _MAX_ROLES_SHOWN else "")
+        yield f"field messages: expected user and assistant in turn, ending with assistant, found {shown}"
 
 
 def _find_problems(line: bytes) -> list[str]:

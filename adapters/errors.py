@@ -151,6 +151,14 @@ class PermissionDeniedError(HotswapError):
     """The API key is valid, but does not allow this."""
 
 
+class AliasForbiddenError(PermissionDeniedError):
+    """The API key is limited to other aliases than the one that would be made or moved; `param` names the field."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 class ForeignPageError(HotswapError):
     """A server without API keys answers this machine alone, and the request did not plainly come from it."""
 

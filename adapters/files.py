@@ -18,10 +18,11 @@ from typing import IO, Literal
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
+from adapters.audit import record_act
 from adapters.chat_rows import check_chat_file
-from adapters.database import Database
+from adapters.database import Database, actor_of
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
-from adapters.records import StoredFile
+from adapters.records import Actor, StoredFile
 from adapters.tables import FileRow, JobRow, utc_now
 
 __all__ = ["ACTIVE_STATUSES", "RESULTS_PURPOSE", "TRAINING_PURPOSE", "FileService"]
@@ -43,6 +44,10 @@ class FileService:
         self.max_bytes = max_bytes
         self._incoming = root / ".incoming"
         self._incoming.mkdir(parents=True, exist_ok=True)
+
+    def acting_for(self, actor: Actor) -> FileService:
+        """The same service on somebody's behalf: deletions bear the actor's name."""
+        return FileService(self.database.acting_for(actor), self.root, max_bytes=self.max_bytes)
 
     def upload(self, content: IO[bytes], filename: str) -> StoredFile:
         """Check training data and keep it; of what is refused nothing stays.
@@ -123,8 +128,11 @@ class FileService:
         with self.database.write() as session:
             row = _find(session, file_id)
             if job := _job_that_needs(session, row.id):
+                if not actor_of(session).can_see(job.alias):
+                    raise ConflictError(f"{row.id} is needed by a job for another alias than this key's")
                 raise ConflictError(f"{row.id} is needed by job {job.id}, which is {job.status}; cancel the job first")
             path = self.root / row.id
+            record_act(session, "delete_file", row.id)
             session.delete(row)
         path.unlink(missing_ok=True)
 
@@ -179,9 +187,11 @@ class FileService:
 
 
 def _check_name(filename: str) -> str:
-    if not 0 < len(filename) <= _MAX_NAME_CHARS or any(unicodedata.category(letter) == "Cc" for letter in filename):
+    if not 0 < len(filename) <= _MAX_NAME_CHARS or any(
+        unicodedata.category(letter) in ("Cc", "Cs") for letter in filename
+    ):
         raise InvalidInputError(
-            f"file: expected a name of 1 to {_MAX_NAME_CHARS} characters without control characters, "
+            f"file: expected a name of 1 to {_MAX_NAME_CHARS} characters, none of them a control character, "
             f"found {filename[:40]!r}",
             param="file",
         )

@@ -70,7 +70,7 @@ def import_folder(
     with registry.store.scratch() as copy:
         for name, content in contents.items():
             (copy / name).write_bytes(content)
-        return registry.publish(copy, manifest, alias=alias, promote=promote)
+        return registry.publish(copy, manifest, alias=alias, promote=promote, action="import")
 
 
 def _check(

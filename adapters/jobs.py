@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import func, or_, select
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy import ColumnElement, func, or_, select, sql
+from sqlalchemy.orm import Session
 
+from adapters.audit import record_act
 from adapters.database import Database, actor_of
-from adapters.errors import ConflictError, InvalidInputError, NotFoundError, OverloadedError, PermissionDeniedError
+from adapters.errors import AliasForbiddenError, ConflictError, InvalidInputError, NotFoundError, OverloadedError
 from adapters.files import ACTIVE_STATUSES, TRAINING_PURPOSE
 from adapters.records import (
     Actor,
@@ -81,7 +82,7 @@ class JobService:
         """Queue a job.
 
         Raises:
-            PermissionDeniedError: the actor is limited to other aliases.
+            AliasForbiddenError: the actor is limited to other aliases.
             InvalidInputError: a file does not exist or is no training data; names the field.
             InvalidNameError: the alias breaks the grammar.
             OverloadedError: too many jobs are waiting.
@@ -89,7 +90,9 @@ class JobService:
         job_id = f"ftjob-{secrets.token_hex(12)}"
         alias = check_alias_name(order.alias or _make_alias(order.model, job_id))
         if not self.database.actor.can_see(alias):
-            raise PermissionDeniedError(f"this API key may not train {alias!r}; the suffix names the alias")
+            raise AliasForbiddenError(
+                f"this API key may not train {alias!r}; the suffix names the alias", param="suffix"
+            )
         with self.database.write() as session:
             _check_file(session, order.training_file, "training_file")
             if order.validation_file is not None:
@@ -113,6 +116,7 @@ class JobService:
             )
             session.add(row)
             session.flush()
+            record_act(session, "create_job", job_id, alias=alias)
             self._add_event(session, job_id, f"Created fine-tuning job: {job_id}")
             return _to_job(row)
 
@@ -131,7 +135,7 @@ class JobService:
             _find(session, job_id)
             statement = select(JobEventRow).where(JobEventRow.job_id == job_id)
             if after is not None:
-                position = _find_position(session, JobEventRow.sequence, JobEventRow.id, after)
+                position = _find_position(session, JobEventRow, after, JobEventRow.job_id == job_id)
                 statement = statement.where(JobEventRow.sequence < position)
             rows = session.scalars(statement.order_by(JobEventRow.sequence.desc()).limit(limit + 1)).all()
         return [_to_event(row) for row in rows[:limit]], len(rows) > limit
@@ -142,7 +146,7 @@ class JobService:
             job = _find(session, job_id)
             statement = select(JobEventRow).where(JobEventRow.job_id == job_id)
             if after is not None:
-                position = _find_position(session, JobEventRow.sequence, JobEventRow.id, after)
+                position = _find_position(session, JobEventRow, after, JobEventRow.job_id == job_id)
                 statement = statement.where(JobEventRow.sequence > position)
             rows = session.scalars(statement.order_by(JobEventRow.sequence).limit(limit)).all()
             return [_to_event(row) for row in rows], _status(job)
@@ -160,7 +164,7 @@ class JobService:
             _find(session, job_id)
             statement = select(JobCheckpointRow).where(JobCheckpointRow.job_id == job_id)
             if after is not None:
-                position = _find_position(session, JobCheckpointRow.sequence, JobCheckpointRow.id, after)
+                position = _find_position(session, JobCheckpointRow, after, JobCheckpointRow.job_id == job_id)
                 statement = statement.where(JobCheckpointRow.sequence < position)
             rows = session.scalars(statement.order_by(JobCheckpointRow.sequence.desc()).limit(limit + 1)).all()
         return [_to_checkpoint(row) for row in rows[:limit]], len(rows) > limit
@@ -179,7 +183,9 @@ class JobService:
         found: list[Job] = []
         with self.database.read() as session:
             if after is not None:
-                position = _find_position(session, JobRow.sequence, JobRow.id, after)
+                aliases = session.scalars(select(JobRow.alias).where(JobRow.id == after)).all()
+                is_seen = all(actor_of(session).can_see(alias) for alias in aliases)
+                position = _find_position(session, JobRow, after, sql.true() if is_seen else sql.false())
                 statement = statement.where(JobRow.sequence < position)
             for row in session.scalars(statement.execution_options(yield_per=100)):
                 # Compared here: keys are the client's own, and no database's path language should read them.
@@ -342,6 +348,7 @@ class JobService:
                 row.estimated_finish = None
                 if status == "cancelled":
                     row.finished_at = self._clock()
+                    record_act(session, "cancel_job", row.id)
                 self._add_event(session, row.id, message)
             return _to_job(row)
 
@@ -408,9 +415,12 @@ def _find(session: Session, job_id: str) -> JobRow:
 
 
 def _find_position(
-    session: Session, sequence: InstrumentedAttribute[int], column: InstrumentedAttribute[str], given: str
+    session: Session,
+    table: type[JobRow] | type[JobEventRow] | type[JobCheckpointRow],
+    given: str,
+    is_listed: ColumnElement[bool],
 ) -> int:
-    position = session.scalar(select(sequence).where(column == given))
+    position = session.scalar(select(table.sequence).where(table.id == given, is_listed))
     if position is None:
         raise InvalidInputError(f"after: there is nothing called {given[:80]!r} in this list", param="after")
     return position

@@ -67,6 +67,9 @@ AuditAction = Literal[
     "stop_experiment",
     "create_key",
     "revoke_key",
+    "create_job",
+    "cancel_job",
+    "delete_file",
 ]
 
 
@@ -281,7 +284,7 @@ class ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """On whose behalf the database is read or written: an API key's id, `local`, or `command line`.
+    """On whose behalf the database is read or written: an API key's id, `local`, `job ftjob-...`, or `command line`.
 
     `aliases` None means that it sees all of them; to others those that are not named don't exist.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
@@ -16,7 +17,7 @@ from sqlalchemy.orm import Session
 from adapters.assignment import assign_arm
 from adapters.audit import record_act
 from adapters.database import Database, actor_of
-from adapters.errors import ConflictError, NotFoundError, PermissionDeniedError
+from adapters.errors import AliasForbiddenError, ConflictError, NotFoundError
 from adapters.experiments import find_running, load_arms
 from adapters.manifest import Manifest
 from adapters.records import (
@@ -25,7 +26,6 @@ from adapters.records import (
     AdapterVersion,
     Alias,
     AliasChange,
-    AuditAction,
     Binding,
     ChangeAction,
     ModelName,
@@ -63,6 +63,7 @@ class Registry:
         *,
         alias: str,
         promote: bool = True,
+        action: Literal["publish", "import"] = "publish",
         also: Callable[[Session, NumberedVersion], None] | None = None,
     ) -> tuple[NumberedVersion, bool]:
         """Store a checked adapter as the next version of `alias`, and move the alias to it.
@@ -75,17 +76,18 @@ class Registry:
             manifest: What to record about it.
             alias: The name to publish under.
             promote: Whether to move the alias.
+            action: What the audit log calls it.
             also: Writes further rows in the same transaction; if it raises, nothing is registered.
 
         Returns:
             The version, and whether the alias points to it afterwards.
 
         Raises:
-            PermissionDeniedError: the actor is limited to other aliases.
+            AliasForbiddenError: the actor is limited to other aliases.
         """
         check_alias_name(alias)
         if not self.database.actor.can_see(alias):
-            raise PermissionDeniedError(f"this API key may not publish under {alias!r}")
+            raise AliasForbiddenError(f"this API key may not publish under {alias!r}", param="alias")
         with self.store.held():
             digest, size_bytes = self.store.add(source, manifest)
             with self.database.write() as session:
@@ -96,7 +98,6 @@ class Registry:
                 if row.number is None or (promote and find_running(session, alias) is None):
                     _move(session, row, number, "publish")
                 published, is_live = _load_numbered(session, alias, number), row.number == number
-                action: AuditAction = "import" if manifest.source == "imported" else "publish"
                 record_act(session, action, published.label, digest=digest, is_live=is_live)
                 if also is not None:
                     also(session, published)

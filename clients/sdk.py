@@ -93,7 +93,7 @@ def _settings(base_url: str | None, api_key: str | None, timeout_s: float, max_r
     if not 0 <= max_retries <= _MAX_RETRIES:
         raise ValueError(f"max_retries: expected 0 to {_MAX_RETRIES}, found {max_retries}")
     url = base_url or os.environ.get("HOTSWAP_URL") or _DEFAULT_URL
-    key = api_key or os.environ.get(API_KEY_VARIABLE)
+    key = os.environ.get(API_KEY_VARIABLE) if api_key is None else api_key
     return {
         "base_url": url.rstrip("/").removesuffix("/v1"),
         "headers": {"authorization": f"Bearer {key}"} if key else {},

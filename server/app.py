@@ -47,7 +47,7 @@ from server.pins import PinKeeper
 from server.routes import router
 from server.services import Services
 from server.tracing import check_tracing, exported_traces
-from server.uploads import AdapterUploads
+from server.uploads import Uploads
 
 __all__ = ["serve"]
 
@@ -129,7 +129,7 @@ async def _running_services(
     pins = PinKeeper(
         PinService(registry.database), engine, always=settings.pinned, max_versions=max(0, settings.slots - 1)
     )
-    uploads = AdapterUploads(core, timeout_s=settings.timeout_s)
+    uploads = Uploads(core, timeout_s=settings.timeout_s)
     files = FileService(registry.database, core.home / "files", max_bytes=settings.max_file_bytes)
     files.sweep()
     jobs = JobService(registry.database, max_queued=settings.max_queued_jobs)

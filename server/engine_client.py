@@ -145,10 +145,14 @@ class EngineClient:
 
     def check_available(self) -> None:
         """Raise EngineUnavailableError, with the reason, if requests are not taken at present."""
-        if self._is_draining:
-            raise EngineUnavailableError("the server is shutting down; try again shortly")
+        self.check_not_draining()
         if self._status is None:
             raise EngineUnavailableError("the engine is starting; try again shortly")
+
+    def check_not_draining(self) -> None:
+        """Raise EngineUnavailableError if the server is about to end: for streams that need no engine."""
+        if self._is_draining:
+            raise EngineUnavailableError("the server is shutting down; try again shortly")
 
     async def drain(self, *, limit_s: float) -> None:
         """Take no more requests, and return when those in flight have ended; after `limit_s` they end in an error."""

@@ -59,6 +59,7 @@ ANSWERS: dict[type[core.HotswapError], Answer] = {
     core.NotFoundError: Answer(404, "invalid_request_error", "not_found"),
     core.AuthenticationError: Answer(401, "invalid_request_error", "invalid_api_key"),
     core.PermissionDeniedError: Answer(403, "invalid_request_error", "insufficient_scope"),
+    core.AliasForbiddenError: Answer(403, "invalid_request_error", "alias_not_allowed"),
     core.ForeignPageError: Answer(403, "invalid_request_error", "forbidden_origin"),
     # OpenAI's clients repeat a 409 by themselves; the state that forbids the request is not one that passes.
     core.ConflictError: Answer(409, "invalid_request_error", "conflict", should_retry=False),

@@ -40,7 +40,7 @@ class FineTuningService:
 
         Raises:
             InvalidInputError: something that is not supported here, or a file that does not exist; names the field.
-            PermissionDeniedError: the key is limited to other aliases than the suffix names.
+            AliasForbiddenError: the key is limited to other aliases than the suffix names.
             OverloadedError: too many jobs are waiting.
         """
         if body.model not in (BASE_MODEL_NAME, self._base_name):
@@ -76,20 +76,24 @@ class FineTuningService:
             )
         for name, given in (("dpo", method and method.dpo), ("reinforcement", method and method.reinforcement)):
             if given is not None:
-                raise InvalidInputError(f"method.{name}: does not belong to method.type 'supervised'", param="method")
+                raise InvalidInputError(
+                    f"method.{name}: does not belong to method.type 'supervised'", param=f"method.{name}"
+                )
         if method is None:
             return self._check(body.hyperparameters or Hyperparameters(), "hyperparameters")
-        return self._check((method.supervised or SupervisedMethod()).hyperparameters, "method.supervised")
+        chosen = (method.supervised or SupervisedMethod()).hyperparameters
+        return self._check(chosen, "method.supervised.hyperparameters")
 
     def _check(self, chosen: Hyperparameters, where: str) -> Hyperparameters:
         if chosen.learning_rate is not None and chosen.learning_rate_multiplier != "auto":
             raise InvalidInputError(
-                f"{where}: expected learning_rate or learning_rate_multiplier, found both", param="learning_rate"
+                f"{where}: expected learning_rate or learning_rate_multiplier, found both",
+                param=f"{where}.learning_rate",
             )
         if chosen.rank is not None and chosen.rank > self._max_rank:
             raise InvalidInputError(
                 f"{where}: rank {chosen.rank} is above {self._max_rank}, the highest that this server serves",
-                param="rank",
+                param=f"{where}.rank",
             )
         return chosen
 

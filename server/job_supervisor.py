@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import structlog
 
+from adapters.processes import child_environment
 from adapters.settings import CoreSettings
 from server.config import ServeSettings
 
@@ -56,7 +57,14 @@ class SupervisorProcess:
     def _keep_running(self) -> None:
         wait_s = _FIRST_WAIT_S
         while not self._stopping.is_set():
-            process = subprocess.Popen(self._command, env=self._environment, stdin=subprocess.DEVNULL)
+            try:
+                environment = self._environment | child_environment()
+                process = subprocess.Popen(self._command, env=environment, stdin=subprocess.DEVNULL)
+            except OSError as error:
+                # No memory or no process to be had: jobs wait, and this thread must not end silently.
+                _log.error("job_supervisor_not_started", error=str(error), retry_in_s=_LONGEST_WAIT_S)
+                self._stopping.wait(_LONGEST_WAIT_S)
+                continue
             lived_s = 0.0
             while process.poll() is None and not self._stopping.wait(0.5):
                 lived_s += 0.5

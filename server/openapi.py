@@ -49,7 +49,7 @@ _ERRORS = {
     "400": "The request is wrong; `param` says where.",
     "401": "An API key is required, or the one that was sent is not valid.",
     "403": "The key may not do this, or a server without keys was not asked from its own machine.",
-    "404": "There is no such alias, version, experiment, response or model.",
+    "404": "There is no such alias, version, experiment, response, model, file or job.",
     "409": "The request is fine, the present state forbids it.",
     "413": "The body is larger than the server takes.",
     "429": "Too much at once; nothing was started.",
@@ -57,23 +57,39 @@ _ERRORS = {
     "default": "Any other error.",
 }
 _OF_BODIES = frozenset({"400", "409", "413", "429", "503"})
-_COMPLETION = {
-    "type": "object",
-    "required": ["id", "object", "created", "model", "choices", "usage"],
-    "properties": {
-        "id": {"type": "string"},
-        "object": {"type": "string", "enum": ["chat.completion"]},
-        "created": {"type": "integer"},
-        "model": {"type": "string"},
-        "choices": {"type": "array", "items": {"type": "object"}},
-        "usage": {"type": "object"},
-    },
-}
+
+
+def _completion(kind: str) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "required": ["id", "object", "created", "model", "choices", "usage"],
+        "properties": {
+            "id": {"type": "string"},
+            "object": {"type": "string", "enum": [kind]},
+            "created": {"type": "integer"},
+            "model": {"type": "string"},
+            "choices": {"type": "array", "items": {"type": "object"}},
+            "usage": {"type": "object"},
+        },
+    }
+
+
 # Answers that the routes write themselves.
 _ANSWERS: dict[tuple[str, str], dict[str, Any]] = {
     ("/v1/chat/completions", "post"): {
-        "application/json": {"schema": _COMPLETION},
+        "application/json": {"schema": _completion("chat.completion")},
         "text/event-stream": {"schema": {"type": "string", "description": "With `stream`: chunks, then [DONE]."}},
+    },
+    ("/v1/completions", "post"): {
+        "application/json": {"schema": _completion("text_completion")},
+        "text/event-stream": {"schema": {"type": "string", "description": "With `stream`: chunks, then [DONE]."}},
+    },
+    ("/v1/files/{file_id}/content", "get"): {
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+    },
+    ("/v1/fine_tuning/jobs/{job_id}/events", "get"): {
+        "application/json": {"schema": {"type": "object"}},
+        "text/event-stream": {"schema": {"type": "string", "description": "With `stream`: events, then [DONE]."}},
     },
     ("/metrics", "get"): {"text/plain": {"schema": {"type": "string"}}},
 }

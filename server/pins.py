@@ -60,7 +60,7 @@ class PinKeeper:
             NotFoundError: no such alias or version.
             ConflictError: the server's settings pin the alias.
         """
-        if name in self._always:
+        if name in self._always and actor.can_see(name):
             raise ConflictError(f"{name!r} is pinned by the server's setting serve.pinned; take it out there")
         await asyncio.to_thread(self._service.acting_for(actor).unpin, name)
         await self.reconcile()

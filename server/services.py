@@ -19,7 +19,7 @@ from server.fine_tuning import FineTuningService
 from server.metrics import Metrics
 from server.observe import request_id_of
 from server.pins import PinKeeper
-from server.uploads import AdapterUploads
+from server.uploads import Uploads
 
 __all__ = ["CurrentCaller", "CurrentServices", "Services"]
 
@@ -35,7 +35,7 @@ class Services:
     metrics: Metrics
     keys: KeyService
     pins: PinKeeper
-    uploads: AdapterUploads
+    uploads: Uploads
     files: FileService
     fine_tuning: FineTuningService
 
@@ -51,6 +51,7 @@ def _services(request: Request, caller: CurrentCaller) -> Services:
         services,
         registry=services.registry.acting_for(actor),
         experiments=services.experiments.acting_for(actor),
+        files=services.files.acting_for(actor),
         fine_tuning=services.fine_tuning.acting_for(actor),
     )
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -24,7 +24,7 @@ from adapters.records import NumberedVersion, check_alias_name
 from adapters.registry import Registry
 from adapters.settings import CoreSettings
 
-__all__ = ["FILE_PARTS", "AdapterUploads"]
+__all__ = ["FILE_PARTS", "Uploads"]
 
 FILE_PARTS = {
     "adapter_config": ADAPTER_CONFIG_FILE,
@@ -34,7 +34,7 @@ FILE_PARTS = {
 _REQUIRED_PARTS = ("alias", "adapter_config", "adapter_model")
 _FIELD_PARTS = frozenset({"alias", "promote"})
 _MAX_FIELD_BYTES = 256
-_MAX_AT_ONCE = 2
+_MAX_IMPORTS = 2  # each may hold all its weights in memory
 _FLAGS = {"true": True, "false": False}
 
 
@@ -44,8 +44,8 @@ class _Upload:
     promote: bool
 
 
-class AdapterUploads:
-    """Takes adapters from multipart bodies, two at a time.
+class Uploads:
+    """Takes adapters from multipart bodies, and bounds uploads of every kind: so many at a time, each in its time.
 
     Args:
         core: Names the base model that they must fit.
@@ -73,7 +73,7 @@ class AdapterUploads:
             OverloadedError: others are being imported.
             DeadlineExceededError: the body did not arrive in time.
         """
-        with self._place(), tempfile.TemporaryDirectory(prefix="hotswap-upload-") as name:
+        with self.place(_MAX_IMPORTS), tempfile.TemporaryDirectory(prefix="hotswap-upload-") as name:
             folder = Path(name)
             upload = await self._receive(request, folder)
             return await asyncio.to_thread(
@@ -81,30 +81,47 @@ class AdapterUploads:
             )
 
     @contextmanager
-    def _place(self) -> Iterator[None]:
-        if self._num_running >= _MAX_AT_ONCE:
-            raise OverloadedError(f"{self._num_running} adapters are being imported, which is all at a time")
+    def place(self, most: int) -> Iterator[None]:
+        """Hold one of `most` places for uploads of any kind, each of which may fill a disk.
+
+        Raises:
+            OverloadedError: all of them are taken.
+        """
+        if self._num_running >= most:
+            raise OverloadedError(f"{self._num_running} uploads are under way, which is all at a time")
         self._num_running += 1
         try:
             yield
         finally:
             self._num_running -= 1
 
+    @asynccontextmanager
+    async def arriving(self) -> AsyncIterator[None]:
+        """Around the reading of a body.
+
+        Raises:
+            InvalidInputError: its sender hung up.
+            DeadlineExceededError: it did not arrive in time.
+        """
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                yield
+        except ClientDisconnect:
+            raise InvalidInputError("the body broke off") from None
+        except TimeoutError:
+            raise DeadlineExceededError(f"the body did not arrive in {self._timeout_s:g} seconds") from None
+
     async def _receive(self, request: Request, folder: Path) -> _Upload:
         parts = _Parts(folder)
         try:
             parser = _make_parser(request, parts)
-            async with asyncio.timeout(self._timeout_s):
+            async with self.arriving():
                 async for chunk in request.stream():
                     # In a thread: a slow disk must not hold up everybody's streams.
                     await asyncio.to_thread(parser.write, chunk)
             parser.finalize()
         except FormParserError as error:
             raise InvalidInputError(f"the body is not multipart/form-data: {error}") from None
-        except ClientDisconnect:
-            raise InvalidInputError("the body broke off") from None
-        except TimeoutError:
-            raise DeadlineExceededError(f"the body did not arrive in {self._timeout_s:g} seconds") from None
         finally:
             parts.close()
         return parts.to_upload()

@@ -27,6 +27,7 @@ from adapters.errors import ConflictError, DataError, HotswapError, RankTooHighE
 from adapters.files import FileService
 from adapters.jobs import Claim, JobService
 from adapters.manifest import Manifest
+from adapters.processes import parent_pid
 from adapters.records import Actor, Job, JobError, NumberedVersion
 from adapters.registry import Registry
 from adapters.settings import CoreSettings, resolve_home
@@ -252,7 +253,7 @@ def main(arguments: list[str]) -> None:
     stopping = threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches the whole group; the supervisor says when to stop
     signal.signal(signal.SIGTERM, _setter(stopping))
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(parent_pid(),), daemon=True).start()
     os.nice(_NICENESS)
     configure_process_log()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

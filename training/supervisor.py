@@ -23,6 +23,7 @@ from adapters.database import open_database
 from adapters.errors import NotFoundError
 from adapters.files import ACTIVE_STATUSES
 from adapters.jobs import Claim, JobService
+from adapters.processes import child_environment, parent_pid
 from adapters.records import JobError
 from adapters.settings import CoreSettings, resolve_home
 from training.process_log import configure_process_log
@@ -69,7 +70,7 @@ class Supervisor:
 
     def run(self) -> None:
         """Take one job after another until `stopping` is set or the parent process is gone."""
-        parent = os.getppid()
+        parent = parent_pid()
         self._sweep()
         while not self.stopping.is_set() and os.getppid() == parent:
             if not self.run_one():
@@ -86,7 +87,7 @@ class Supervisor:
         with (folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
                 [*self._trainer, claim.job.id, claim.token],
-                env=os.environ | self._core.environment,
+                env=os.environ | self._core.environment | child_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -97,7 +98,7 @@ class Supervisor:
 
     def _watch(self, process: subprocess.Popen[bytes], claim: Claim) -> int:
         """Renew the claim while the trainer runs; pass on a stop, and kill a trainer that doesn't obey."""
-        parent = os.getppid()
+        parent = parent_pid()
         renew_at = 0.0
         kill_at: float | None = None
         while True:

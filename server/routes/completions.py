@@ -34,7 +34,7 @@ async def create_completion(
     return await respond(call, services.chat.generate(call), writer, request, is_streamed=body.stream)
 
 
-@router.post("/v1/embeddings")
+@router.post("/v1/embeddings", status_code=404)
 async def create_embedding() -> Response:
     """There are no embeddings: a model that predicts the next token makes poor ones."""
     raise NotFoundError(

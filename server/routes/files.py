@@ -19,6 +19,7 @@ __all__ = ["router"]
 
 router = APIRouter(dependencies=[needs("train")])
 _MAX_FIELD_BYTES = 1000
+_MAX_AT_ONCE = 4  # uploads of any kind
 _FIELDS = ("file", "purpose")
 _FORM = {  # the body is read by hand, so that its parts are bounded
     "required": True,
@@ -40,11 +41,18 @@ _FORM = {  # the body is read by hand, so that its parts are bounded
 @router.post("/v1/files", openapi_extra={"requestBody": _FORM})
 async def upload_file(request: Request, services: CurrentServices) -> dict[str, Any]:
     """Check training data and keep it. The form is spooled to the disk while it is read, never held in memory."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise InvalidInputError("expected a form (multipart/form-data) with the fields file and purpose", param="file")
-    async with request.form(max_files=1, max_fields=len(_FIELDS), max_part_size=_MAX_FIELD_BYTES) as form:
-        upload = _check_form(form)
-        stored = await asyncio.to_thread(services.files.upload, upload.file, upload.filename or "")
+    if "charset" in request.headers.get("content-type", "").lower():
+        raise InvalidInputError("content-type: expected no charset; names in forms are UTF-8", param="file")
+    with services.uploads.place(_MAX_AT_ONCE):
+        async with services.uploads.arriving():
+            form = await request.form(max_files=1, max_fields=len(_FIELDS), max_part_size=_MAX_FIELD_BYTES)
+        try:
+            upload = _check_form(form)
+            stored = await asyncio.to_thread(services.files.upload, upload.file, upload.filename or "")
+        finally:
+            await form.close()
     return file_body(stored)
 
 

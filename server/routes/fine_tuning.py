@@ -15,7 +15,6 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
 
 from adapters.errors import HotswapError
-from adapters.jobs import JobService
 from server.auth import needs
 from server.errors import count_error, describe_error
 from server.fine_tuning_schemas import (
@@ -28,7 +27,7 @@ from server.fine_tuning_schemas import (
     job_body,
     page_body,
 )
-from server.services import CurrentServices
+from server.services import CurrentServices, Services
 
 __all__ = ["router"]
 
@@ -87,7 +86,7 @@ async def list_events(
     jobs = services.fine_tuning.jobs
     if query.stream:
         await asyncio.to_thread(jobs.follow, job_id, after=query.after, limit=1)  # what is wrong gets a status code
-        events = _stream_events(jobs, job_id, query.after, request)
+        events = _stream_events(services, job_id, query.after, request)
         return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
     found, has_more = await asyncio.to_thread(jobs.events, job_id, limit=query.limit, after=query.after)
     return JSONResponse(page_body([event_body(event) for event in found], has_more=has_more))
@@ -119,11 +118,16 @@ def _read_jobs_query(request: Request) -> JobsQuery:
         ) from None
 
 
-async def _stream_events(jobs: JobService, job_id: str, after: str | None, request: Request) -> AsyncIterator[bytes]:
-    """Events until the job is at its end or paused; a comment now and then, so that no proxy thinks the stream dead."""
+async def _stream_events(services: Services, job_id: str, after: str | None, request: Request) -> AsyncIterator[bytes]:
+    """Events until the job is at its end or paused; a comment now and then, so that no proxy thinks the stream dead.
+
+    A server that is about to end does not wait for the job: the stream ends in an error, and clients ask again.
+    """
+    jobs = services.fine_tuning.jobs
     sent_at = time.monotonic()
     try:
         while True:
+            services.engine.check_not_draining()
             events, status = await asyncio.to_thread(jobs.follow, job_id, after=after, limit=_EVENTS_AT_ONCE)
             for event in events:
                 after, sent_at = event.id, time.monotonic()

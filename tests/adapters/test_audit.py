@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import get_args
 
 import pytest
@@ -9,11 +10,14 @@ import pytest
 from adapters.audit import AuditLog
 from adapters.errors import HotswapError
 from adapters.experiments import ExperimentService
+from adapters.files import FileService
+from adapters.jobs import JobOrder, JobService
 from adapters.keys import KeyService
 from adapters.manifest import ADAPTER_WEIGHTS_FILE
 from adapters.pins import PinService
 from adapters.records import Actor, AuditAction, AuditEntry
 from adapters.registry import Registry
+from tests.support.conversations import easy_rows, write_rows
 from tests.support.versions import PLAIN_MANIFEST, publish_text, write_files
 
 HALVES = [("A", "v1", 50.0), ("B", "v2", 50.0)]
@@ -33,7 +37,7 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
     publish_text(registry, "one")
     trained = PLAIN_MANIFEST.model_copy(update={"source": "trained"})
     source = write_files(registry.store.root.parent / "trained", "two")
-    registry.publish(source, trained, alias="legal", promote=False)
+    registry.publish(source, trained, alias="legal", promote=False, action="import")
     registry.promote("legal@v2")
     registry.rollback("legal")
     experiments = ExperimentService(registry.database)
@@ -46,13 +50,20 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
     pins.unpin("legal")
     AuditLog(registry.database).record("unload", "legal@v2")
     registry.remove("legal@v2")
+    rows = write_rows(registry.store.root.parent / "rows.jsonl", easy_rows(2)).read_bytes()
+    files = FileService(registry.database, registry.store.root.parent / "files", max_bytes=10_000)
+    stored = files.upload(io.BytesIO(rows), "rows.jsonl")
+    jobs = JobService(registry.database)
+    job = jobs.create(JobOrder("tiny", stored.id, {}, 0, alias="legal"))
+    jobs.cancel(job.id)
+    files.delete(stored.id)
     keys = KeyService(registry.database)
     key, _ = keys.create("web", scopes=["chat"])
     keys.revoke(key.id)
     acts = _acts(registry)
     assert [
-        ("import", "legal@v1"),
-        ("publish", "legal@v2"),
+        ("publish", "legal@v1"),
+        ("import", "legal@v2"),
         ("promote", "legal"),
         ("rollback", "legal"),
         ("start_experiment", experiment.id),
@@ -61,6 +72,9 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
         ("unpin", "legal"),
         ("unload", "legal@v2"),
         ("remove", "legal@v2"),
+        ("create_job", job.id),
+        ("cancel_job", job.id),
+        ("delete_file", stored.id),
         ("create_key", key.id),
         ("revoke_key", key.id),
     ] == acts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,17 @@ def test_check_chat_file_finds_what_the_trainer_finds_when_lines_are_bad(tmp_pat
     expected = [problem.replace("f:", "line ", 1) for problem in trained.value.problems]
     assert len(expected) == 3
     assert expected == uploaded.value.problems
+
+
+def test_check_gives_up_when_nothing_fits(tmp_path: Path) -> None:
+    """A file of nonsense is refused after 1,000 wrong lines, and what is said of it stays short."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("0\n" * 5000)
+    with pytest.raises(DataError) as caught:
+        check_chat_file(path)
+    assert "980 more" in str(caught.value)
+    users = {"messages": [{"role": "user", "content": "x"}] * 5000}
+    path.write_text(json.dumps(users))
+    with pytest.raises(DataError) as caught:
+        check_chat_file(path)
+    assert len(str(caught.value)) < 500

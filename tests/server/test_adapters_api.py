@@ -355,7 +355,7 @@ def test_import_is_429_when_two_others_are_under_way(site: Site, tmp_path: Path)
     assert (429, "overloaded", "1") == (
         refused.status_code, _error(refused)["code"], refused.headers["retry-after"],
     )  # fmt: skip
-    assert ([400, 400], 201) == ([response.status_code for response in ended], taken.status_code)
+    assert ([400] * 2, 201) == ([response.status_code for response in ended], taken.status_code)
 
 
 # Moves and deletion --------------------------------------------------------------------------------------------------
@@ -590,3 +590,22 @@ def test_other_aliases_are_absent_when_the_key_is_limited(site: Site, tmp_path: 
     assert 200 == _call(site, "POST", "/legal/pin", json={}, headers=headers).status_code
     (entry,) = [entry for entry in AuditLog(site.registry.database).list(limit=9) if entry.action == "pin"]
     assert (key.id, "legal") == (entry.actor, entry.subject)
+
+
+def test_pinned_alias_of_the_settings_is_absent_when_the_key_is_limited(
+    bench: Bench, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refusal that names a setting would tell that the alias is there."""
+    monkeypatch.setenv("HOTSWAP_SERVE_PINNED", "support")
+    site = Site.build(bench, registry, tmp_path)
+    for alias in ("legal", "support"):
+        site.publish(alias, next(iter(RECIPES)))
+    _, secret = site.keys.create("web", scopes=["adapters"], aliases=["legal"])
+    headers = {"authorization": f"Bearer {secret}"}
+    assert 404 == _call(site, "POST", "/support/unpin", json={}, headers=headers).status_code
+    assert 409 == _call(site, "POST", "/support/unpin", json={}, headers=_admin(site)).status_code
+
+
+def _admin(site: Site) -> dict[str, str]:
+    _, secret = site.keys.create("admin", scopes=["adapters"])
+    return {"authorization": f"Bearer {secret}"}

@@ -169,3 +169,77 @@ def test_files_are_not_found_when_ids_are_paths(site: Site) -> None:
             response = on_site(site, lambda http, path=path: http.get(path))  # type: ignore[misc]
             assert response.status_code == 404
             assert "/etc/passwd:" not in response.text
+
+
+def test_upload_is_400_when_its_sender_hangs_up(site: Site) -> None:
+    """Nobody reads it, but it is no failure of the server's, and nothing of it stays."""
+    incoming: list[dict[str, Any]] = [
+        {"type": "http.disconnect"},
+        {"type": "http.request", "body": f"--{_BOUNDARY}\r\n".encode(), "more_body": True},
+    ]
+    sent: list[Any] = []
+    headers = [(b"host", b"localhost"), (b"content-type", _FORM["content-type"].encode())]
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/files",
+        "raw_path": b"/v1/files",
+        "query_string": b"",
+        "headers": headers,
+    }
+
+    async def scenario(http: httpx.AsyncClient) -> None:
+        async def receive() -> dict[str, Any]:
+            return incoming.pop()
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await site.app(scope, receive, send)
+
+    on_site(site, scenario)
+    assert 400 == sent[0]["status"]
+    assert b"the body broke off" in sent[1]["body"]
+    assert [] == _stored(site)
+
+
+def test_upload_is_504_and_frees_its_place_when_it_does_not_arrive(
+    site: Site, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sender who stops holds one of few places, but not for ever."""
+    monkeypatch.setattr(_services(site).uploads, "_timeout_s", 0.05)
+
+    async def stalled() -> AsyncIterator[bytes]:
+        yield f"--{_BOUNDARY}\r\n".encode()
+        await asyncio.Event().wait()
+
+    async def scenario(http: httpx.AsyncClient) -> list[httpx.Response]:
+        late = [http.post("/v1/files", content=stalled(), headers=_FORM) for _ in range(4)]
+        refused = await asyncio.gather(*late)
+        monkeypatch.undo()
+        files = {"file": ("rows.jsonl", content)}
+        return [*refused, await http.post("/v1/files", data={"purpose": "fine-tune"}, files=files)]
+
+    assert [504] * 4 + [200] == [response.status_code for response in on_site(site, scenario)]
+
+
+@pytest.mark.parametrize("charset", ["undefined", "utf-7", "unicode_escape"])
+def test_upload_is_400_when_its_form_asks_for_another_charset(charset: str, site: Site) -> None:
+    """Names are UTF-8: what other codecs make of bytes may be no text at all."""
+    headers = {"content-type": f"{_FORM['content-type']}; charset={charset}"}
+    response = on_site(site, lambda http: http.post("/v1/files", content=b"--b0--\r\n", headers=headers))
+    assert (400, "file") == (response.status_code, response.json()["error"]["param"])
+
+
+def test_file_tells_of_no_job_when_the_key_may_not_see_it(site: Site, content: bytes) -> None:
+    """A file that another alias's job needs can't be deleted; which job that is, stays unsaid."""
+    stored = _post(site, {"purpose": "fine-tune"}, {"file": ("rows.jsonl", content)}).json()["id"]
+    job = _services(site).fine_tuning.jobs.create(JobOrder("tiny", stored, {}, 0, alias="support"))
+    _, secret = site.keys.create("web", scopes=["train"], aliases=["legal"])
+    headers = {"authorization": f"Bearer {secret}"}
+    refused = on_site(site, lambda http: http.delete(f"/v1/files/{stored}", headers=headers))
+    assert 409 == refused.status_code
+    assert job.id not in refused.text

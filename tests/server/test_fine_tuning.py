@@ -163,14 +163,17 @@ def _supervised(**hyperparameters: Any) -> dict[str, Any]:
         ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations"),
         ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1}}}}, "method.type"),
         ({"method": {"type": "reinforcement"}}, "method.type"),
-        ({"method": {"type": "supervised", "dpo": {}}}, "method"),
+        ({"method": {"type": "supervised", "dpo": {}}}, "method.dpo"),
         ({"method": _supervised(n_epochs=0)}, "method.supervised.hyperparameters.n_epochs"),
         ({"method": _supervised(n_epochs="many")}, "method.supervised.hyperparameters.n_epochs"),
         ({"method": _supervised(n_epochs=True)}, "method.supervised.hyperparameters.n_epochs"),
         ({"method": _supervised(batch_size=1025)}, "method.supervised.hyperparameters.batch_size"),
-        ({"method": _supervised(rank=17)}, "rank"),
+        ({"method": _supervised(rank=17)}, "method.supervised.hyperparameters.rank"),
         ({"method": _supervised(optimizer="sgd")}, "method.supervised.hyperparameters.optimizer"),
-        ({"method": _supervised(learning_rate=0.1, learning_rate_multiplier=2)}, "learning_rate"),
+        (
+            {"method": _supervised(learning_rate=0.1, learning_rate_multiplier=2)},
+            "method.supervised.hyperparameters.learning_rate",
+        ),
         ({"method": _supervised(), "hyperparameters": {"n_epochs": 1}}, "hyperparameters"),
         ({"hyperparameters": {"n_epochs": 1001}}, "hyperparameters.n_epochs"),
         ({"organization": "x"}, "organization"),
@@ -360,7 +363,23 @@ def test_jobs_for_other_aliases_are_absent_when_the_key_is_limited(site: Site, f
     body = {"model": "tiny", "training_file": file_id}
     for suffix in ({"suffix": "support"}, {}):
         refused = call("POST", "", json=body | suffix)
-        assert (403, "insufficient_scope") == (refused.status_code, refused.json()["error"]["code"])
+        assert (403, "alias_not_allowed", "suffix") == (
+            refused.status_code,
+            refused.json()["error"]["code"],
+            refused.json()["error"]["param"],
+        )
     own = call("POST", "", json=body | {"suffix": "legal"}).json()["id"]
     assert [own] == [job["id"] for job in call("GET", "").json()["data"]]
     assert "queued" == _jobs(site).get(theirs).status
+
+
+def test_event_stream_ends_in_an_error_when_the_server_is_about_to_end(site: Site, file_id: str) -> None:
+    """A job may take hours, which the end of a server does not wait for."""
+    job_id = _create(site, file_id).json()["id"]
+
+    async def scenario(http: httpx.AsyncClient) -> str:
+        await site.client.drain(limit_s=0)
+        return (await http.get(f"{_JOBS}/{job_id}/events?stream=true")).text
+
+    (error,) = _sse(on_site(site, scenario))
+    assert "engine_unavailable" == error["error"]["code"]

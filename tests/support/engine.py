@@ -54,7 +54,7 @@ from server.openapi import describe_api
 from server.pins import PinKeeper
 from server.routes import router
 from server.services import Services
-from server.uploads import AdapterUploads
+from server.uploads import Uploads
 from tests.support.tiny import (
     CHATML,
     load_tiny_base,
@@ -497,7 +497,7 @@ class Site:
             PinService(registry.database), client, always=settings.pinned, max_versions=engine.num_slots - 1
         )
         core = tiny_settings(bench.base.folder, home=home)
-        uploads = AdapterUploads(core, timeout_s=settings.timeout_s)
+        uploads = Uploads(core, timeout_s=settings.timeout_s)
         files = FileService(registry.database, home / "files", max_bytes=settings.max_file_bytes)
         fine_tuning = FineTuningService(JobService(registry.database), base_name="tiny", max_rank=16)
         app.state.services = Services(

@@ -1,7 +1,7 @@
 """Files and fine-tuning jobs with their events and checkpoints
 
 Revision ID: 0003
-Revises: 0001
+Revises: 0002
 """
 
 from __future__ import annotations
