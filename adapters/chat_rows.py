@@ -17,6 +17,8 @@ __all__ = ["MAX_PROBLEMS_SHOWN", "check_chat_file", "parse_chat_line"]
 MAX_PROBLEMS_SHOWN = 20
 _MAX_PROBLEMS_COUNTED = 1000
 _MAX_ROLES_SHOWN = 10
+# Keys of the hosted API's rows that change what is trained. Others, such as an id, are notes of the file's owner.
+_MEANINGFUL_KEYS = frozenset({"tools", "functions", "parallel_tool_calls"})
 _MAX_LINE_BYTES = 4 << 20
 _ROLES = ("system", "user", "assistant")
 
@@ -61,6 +63,10 @@ def parse_chat_line(line: bytes) -> tuple[tuple[dict[str, str], ...], list[str]]
         return (), [f"not JSON that can be read: {error}"]
     if not isinstance(document, dict) or not isinstance(document.get("messages"), list):
         return (), ['field messages: expected {"messages": [...]}, a list of messages']
+    if lost := sorted(_MEANINGFUL_KEYS & set(document)):
+        return (), [
+            f"key {lost[0]!r} is not supported: training would leave it out, and the row would mean another thing"
+        ]
     if not document["messages"]:
         return (), ["field messages: expected at least one user and one assistant message, found none"]
     problems = [p for index, message in enumerate(document["messages"]) for p in _check_message(message, index)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import threading
@@ -202,6 +203,8 @@ def _interrupt_parent(parent: int, stopping: threading.Event) -> Callable[[int, 
     def handle(number: int, frame: FrameType | None) -> None:
         if os.getpid() == parent:
             stopping.set()
+            # Its monitor does not know that the end is wanted, and would report the processes that are gone by then.
+            logging.getLogger("litserve.server").setLevel(logging.CRITICAL)
             raise KeyboardInterrupt
 
     return handle

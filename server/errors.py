@@ -122,10 +122,16 @@ async def _answer_invalid_body(request: Request, error: Exception) -> JSONRespon
     param = None if first["type"] == "json_invalid" else _field_path(first["loc"])
     if first["type"] == "extra_forbidden":
         message, code = f"unknown or unsupported field {param!r}", "unknown_field"
+    elif first["loc"] == ("body",) and not _is_json(request):
+        message, code = "expected a JSON object, sent with the header content-type: application/json", "invalid_value"
     else:
         message, code = (f"{param}: {first['msg']}" if param else first["msg"]), "invalid_value"
     count_error(request, code)
     return JSONResponse(error_body(message, kind="invalid_request_error", param=param, code=code), status_code=400)
+
+
+def _is_json(request: Request) -> bool:
+    return "json" in request.headers.get("content-type", "")
 
 
 def _field_path(location: Sequence[int | str]) -> str | None:

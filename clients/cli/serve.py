@@ -136,7 +136,8 @@ def _announce(core: CoreSettings, settings: ServeSettings) -> None:
     check_bind(settings, keys)
     shown = ", ".join(names[:_MAX_ALIASES_SHOWN]) + (" ..." if len(names) > _MAX_ALIASES_SHOWN else "")
     url = f"http://{'127.0.0.1' if settings.host != '::' else '[::1]'}:{settings.port}"
-    error_console.print(f"Hotswap on {url}/v1 (home {core.home})")
+    where = "" if settings.is_loopback else f", listening on {settings.host}: every interface"
+    error_console.print(f"Hotswap on {url}/v1 (home {core.home}){where}", markup=False)
     error_console.print(f"  base model  {core.base}, {core.quantisation}, device {core.device}")
     error_console.print(f"  adapters    {shown or 'none yet: hotswap train NAME --data FILE.jsonl'}")
     error_console.print(f"  jobs        {'trained here, one at a time' if settings.jobs else 'not trained here'}")

@@ -66,6 +66,18 @@ def test_check_chat_file_finds_what_the_trainer_finds_when_lines_are_bad(tmp_pat
     assert expected == uploaded.value.problems
 
 
+@pytest.mark.parametrize("key", ["tools", "functions", "parallel_tool_calls"])
+def test_row_is_refused_when_a_key_would_change_its_meaning(key: str, tmp_path: Path) -> None:
+    """An id is a note of the owner's; tools that nobody renders would train another conversation than the one given."""
+    row = {"messages": easy_rows(1)[0]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({**row, "id": 7}))
+    assert 1 == check_chat_file(path)
+    path.write_text(json.dumps({**row, key: []}))
+    with pytest.raises(DataError, match=f"line 1: key '{key}' is not supported"):
+        check_chat_file(path)
+
+
 def test_check_gives_up_when_nothing_fits(tmp_path: Path) -> None:
     """A file of nonsense is refused after 1,000 wrong lines, and what is said of it stays short."""
     path = tmp_path / "rows.jsonl"

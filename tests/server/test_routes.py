@@ -665,3 +665,13 @@ def test_openai_client_raises_when_a_stream_breaks_off(site: Site) -> None:
             [chunk async for chunk in stream]
 
     _with_openai(site, scenario)
+
+
+def test_body_is_400_saying_what_to_send_when_its_type_is_not_json(site: Site) -> None:
+    """What curl sends by itself."""
+    headers = {"content-type": "application/x-www-form-urlencoded"}
+    response = on_site(
+        site, lambda http: http.post("/v1/chat/completions", content=b'{"model": "base"}', headers=headers)
+    )
+    assert 400 == response.status_code
+    assert "content-type: application/json" in response.json()["error"]["message"]
