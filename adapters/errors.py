@@ -12,9 +12,10 @@ HotswapError
 |     |- AdapterConfigError         adapter_config.json asks for something unsupported
 |     |- AdapterWeightsError        tensors missing, misshapen, not finite or without effect
 |     |- AdapterManifestError       manifest.json is none, or that of other files
-|- NotFoundError                no such alias, version, experiment, response or base model
+|- NotFoundError                no such alias, version, experiment, response, file, job, key or base model
 |- AuthenticationError          an API key is required, and none or an invalid one was given
 |- PermissionDeniedError        the API key is valid, but does not allow this
+|  |- AliasForbiddenError       making or moving an alias that the key is not for
 |- ForeignPageError             without API keys, a request that did not plainly come from this machine
 |- ConflictError                the request is fine, the present state forbids it
 |- IntegrityError               a stored file is not what its manifest says
@@ -35,6 +36,7 @@ __all__ = [
     "AdapterManifestError",
     "AdapterRejectedError",
     "AdapterWeightsError",
+    "AliasForbiddenError",
     "AuthenticationError",
     "BaseModelError",
     "ConfigurationError",

@@ -65,7 +65,9 @@ class Home:
 def make_home(path: Path, base: Path, **variables: str) -> Home:
     """A home for a base model; `variables` are further settings."""
     path.mkdir(parents=True, exist_ok=True)
-    settings = {"HOTSWAP_HOME": str(path), "HOTSWAP_BASE": str(base), "HOTSWAP_DEVICE": "cpu", **variables}
+    # Most tests train by command: a supervisor beside each server would only make their starts slower.
+    usual = {"HOTSWAP_DEVICE": "cpu", "HOTSWAP_SERVE_JOBS": "false"}
+    settings = {"HOTSWAP_HOME": str(path), "HOTSWAP_BASE": str(base), **usual, **variables}
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HOTSWAP_")}
     return Home(path, base, clean | settings)
 

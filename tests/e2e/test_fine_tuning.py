@@ -25,7 +25,11 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_folders: dict[str, Path]
     """A home over a tiny random Llama, with a small cap on uploads."""
     root = tmp_path_factory.mktemp("jobs")
     return make_home(
-        root / "home", tiny_folders["llama"], HOTSWAP_QUANTISATION="none", HOTSWAP_SERVE_MAX_FILE_BYTES="200000"
+        root / "home",
+        tiny_folders["llama"],
+        HOTSWAP_QUANTISATION="none",
+        HOTSWAP_SERVE_MAX_FILE_BYTES="200000",
+        HOTSWAP_SERVE_JOBS="true",
     )
 
 
@@ -66,7 +70,7 @@ def test_script_for_the_hosted_api_runs_unchanged_when_told_where_the_server_is(
     tmp_path: Path, embedded_base: Path
 ) -> None:
     """The example, as it stands, trains the embedded 4-bit base for three steps and chats with the result."""
-    home = make_home(tmp_path / "home", embedded_base)
+    home = make_home(tmp_path / "home", embedded_base, HOTSWAP_SERVE_JOBS="true")
     data = {}
     for part, num_rows in (("train", 12), ("valid", 2)):
         lines = (_ROOT / f"examples/support.{part}.jsonl").read_text().splitlines()[:num_rows]
@@ -128,7 +132,7 @@ def test_upload_is_cut_when_it_is_larger_than_the_cap(url: str, home: Home) -> N
 
 def test_job_waits_with_its_checkpoint_when_the_server_ends(tmp_path: Path, tiny_folders: dict[str, Path]) -> None:
     """SIGTERM of the server in the middle of a run; the next server finishes the job."""
-    home = make_home(tmp_path / "home", tiny_folders["llama"], HOTSWAP_QUANTISATION="none")
+    home = make_home(tmp_path / "home", tiny_folders["llama"], HOTSWAP_QUANTISATION="none", HOTSWAP_SERVE_JOBS="true")
     with running_server(home.environment, home.path / "first.log") as url:
         client = _client(url)
         job_id = _start_job(client, tmp_path, num_epochs=150, checkpoint_steps=20)
