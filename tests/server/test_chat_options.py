@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import httpx2
 import openai
 import pytest
 from pydantic import BaseModel
@@ -18,6 +17,7 @@ from adapters.registry import Registry
 from server.engine.core import Constraint, SamplingParams
 from server.messages import CancelCommand, SubmitCommand
 from tests.support.engine import RECIPES, Bench, Exchange, Reference, Site, encode, on_site
+from tests.support.sdk import with_sdk
 
 FIRST, SECOND, *_ = RECIPES
 CHAT = "/v1/chat/completions"
@@ -65,20 +65,6 @@ def _sampling(site: Site) -> list[SamplingParams]:
 
 def _joined(logprobs: dict[str, Any]) -> str:
     return bytes(byte for entry in logprobs["content"] for byte in entry["bytes"] or ()).decode("utf-8", "replace")
-
-
-def _with_openai(site: Site, scenario: Any) -> Any:
-    async def run(http: httpx.AsyncClient) -> Any:
-        transport = httpx2.ASGITransport(app=site.app)
-        async with (
-            httpx2.AsyncClient(transport=transport) as own,
-            openai.AsyncOpenAI(
-                api_key="none", base_url="http://localhost/v1", http_client=own, max_retries=0
-            ) as client,
-        ):
-            return await scenario(client)
-
-    return on_site(site, run)
 
 
 # Parameters ----------------------------------------------------------------------------------------------------------
@@ -249,7 +235,7 @@ def test_openai_client_parses_an_answer_into_a_model_when_it_asks_for_one(site: 
             **{**_body(max_tokens=60), "response_format": Reply, "logit_bias": NO_BLANKS, "seed": 3}
         )
 
-    parsed = _with_openai(site, scenario).choices[0].message.parsed
+    parsed = with_sdk(site, scenario).choices[0].message.parsed
     assert isinstance(parsed, Reply)
 
 
@@ -303,7 +289,7 @@ def test_openai_client_reads_logprobs_when_streamed_or_not(site: Site) -> None:
         stream = await client.chat.completions.create(**fields, stream=True)
         return whole, [chunk async for chunk in stream]
 
-    whole, chunks = _with_openai(site, scenario)
+    whole, chunks = with_sdk(site, scenario)
     content = whole.choices[0].logprobs.content
     assert content == [entry for chunk in chunks if (p := chunk.choices[0].logprobs) for entry in p.content]
     assert content[0].top_logprobs[0].logprob == content[0].logprob < 0
@@ -486,6 +472,6 @@ def test_openai_client_takes_extensions_when_they_are_in_the_extra_body(site: Si
         extra = {"top_k": 3, "min_p": 0.1, "repetition_penalty": 1.1, "guided_choice": ["yes", "no"]}
         return await client.chat.completions.create(**_body(n=2), extra_body=extra)
 
-    answer = _with_openai(site, scenario)
+    answer = with_sdk(site, scenario)
     assert {"yes", "no"} >= {choice.message.content for choice in answer.choices}
     assert [(3, 0.1, 1.1)] * 2 == [(p.top_k, p.min_p, p.repetition_penalty) for p in _sampling(site)]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import httpx2
 import openai
 import pytest
 
@@ -16,6 +15,7 @@ from adapters.chat_template import render_prompt
 from adapters.registry import Registry
 from server.messages import SubmitCommand
 from tests.support.engine import Bench, Site, encode, on_site
+from tests.support.sdk import with_sdk
 from tests.support.tiny import CHATML_WITH_TOOLS, make_tokenizer
 
 CHAT = "/v1/chat/completions"
@@ -48,20 +48,6 @@ def _post(site: Site, *bodies: dict[str, Any]) -> list[httpx.Response]:
         return [await http.post(CHAT, json=body) for body in bodies]
 
     return on_site(site, scenario)
-
-
-def _with_openai(site: Site, scenario: Any) -> Any:
-    async def run(http: httpx.AsyncClient) -> Any:
-        transport = httpx2.ASGITransport(app=site.app)
-        async with (
-            httpx2.AsyncClient(transport=transport) as own,
-            openai.AsyncOpenAI(
-                api_key="none", base_url="http://localhost/v1", http_client=own, max_retries=0
-            ) as client,
-        ):
-            return await scenario(client)
-
-    return on_site(site, run)
 
 
 def _choice(response: httpx.Response) -> dict[str, Any]:
@@ -142,7 +128,7 @@ def test_call_is_made_when_one_is_required(choice: Any, names: set[str], stream:
         return answers
 
     found = set()
-    for answer in _with_openai(tool_site, scenario):
+    for answer in with_sdk(tool_site, scenario):
         assert ("tool_calls", None) == (answer.choices[0].finish_reason, answer.choices[0].message.content)
         (call,) = answer.choices[0].message.tool_calls
         found.add(call.function.name)
@@ -162,7 +148,7 @@ def test_stream_of_calls_joins_to_the_whole_answer_when_the_sdk_accumulates_it(t
             seen = [event async for event in events]
             return whole, await events.get_final_completion(), seen
 
-    whole, streamed, events = _with_openai(tool_site, scenario)
+    whole, streamed, events = with_sdk(tool_site, scenario)
     for one, other in zip(whole.choices, streamed.choices, strict=True):
         assert one.finish_reason == other.finish_reason == "tool_calls"
         assert one.message.content == other.message.content == "So:"
@@ -196,7 +182,7 @@ def test_conversation_goes_on_when_the_tools_answer_is_sent_back(tool_site: Site
         await client.chat.completions.create(**_body(messages=[*MESSAGES, first, result]))
         return first
 
-    first = _with_openai(tool_site, scenario)
+    first = with_sdk(tool_site, scenario)
     call = {
         "id": first.tool_calls[0].id,
         "type": "function",
@@ -280,7 +266,7 @@ def test_call_is_the_whole_answer_when_the_template_wants_it_so(
         async with client.chat.completions.stream(**fields) as events:
             return [await client.chat.completions.create(**fields), await events.get_final_completion()]
 
-    answers = _with_openai(site, scenario)
+    answers = with_sdk(site, scenario)
     site.engine.close()
     for answer in answers:
         (call,) = answer.choices[0].message.tool_calls

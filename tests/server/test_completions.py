@@ -7,12 +7,12 @@ from collections import defaultdict
 from typing import Any
 
 import httpx
-import httpx2
 import openai
 import pytest
 
 from server.messages import SubmitCommand
 from tests.support.engine import RECIPES, Reference, Site, encode, on_site
+from tests.support.sdk import with_sdk
 
 FIRST, SECOND, *_ = RECIPES
 PATH = "/v1/completions"
@@ -45,20 +45,6 @@ def _chunks(response: httpx.Response) -> list[dict[str, Any]]:
 
 def _requests(site: Site) -> list[Any]:
     return [command.request for command in site.transport.commands if isinstance(command, SubmitCommand)]
-
-
-def _with_openai(site: Site, scenario: Any) -> Any:
-    async def run(http: httpx.AsyncClient) -> Any:
-        transport = httpx2.ASGITransport(app=site.app)
-        async with (
-            httpx2.AsyncClient(transport=transport) as own,
-            openai.AsyncOpenAI(
-                api_key="none", base_url="http://localhost/v1", http_client=own, max_retries=0
-            ) as client,
-        ):
-            return await scenario(client)
-
-    return on_site(site, run)
 
 
 @pytest.mark.parametrize("prompt", [TEXT, [TEXT], list(encode(TEXT)), [list(encode(TEXT))]])
@@ -210,7 +196,7 @@ def test_openai_client_reads_completions_when_streamed_or_not(site: Site, refere
         stream = await client.completions.create(**_body(model="legal", stream=True, stream_options=options))
         return whole, [chunk async for chunk in stream]
 
-    whole, chunks = _with_openai(site, scenario)
+    whole, chunks = with_sdk(site, scenario)
     expected = reference_answers.text(encode(TEXT), SECOND, NUM_TOKENS)
     assert expected == whole.choices[0].text
     assert expected == "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
@@ -226,4 +212,4 @@ def test_embeddings_are_404_with_the_reason_when_they_are_asked_for(site: Site) 
             await client.embeddings.create(model="base", input="a")
         assert "not_found" == caught.value.code
 
-    _with_openai(site, scenario)
+    with_sdk(site, scenario)

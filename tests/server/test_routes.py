@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
-import httpx2
 import openai
 import pytest
 
@@ -17,6 +15,7 @@ from adapters.manifest import ADAPTER_WEIGHTS_FILE, MANIFEST_FILE, BaseReference
 from adapters.registry import Registry
 from server.messages import CancelCommand
 from tests.support.engine import RECIPES, Bench, Exchange, Reference, SetClock, Site, on_site
+from tests.support.sdk import with_sdk
 
 FIRST, SECOND, THIRD, *_ = RECIPES
 CHAT = "/v1/chat/completions"
@@ -344,7 +343,7 @@ def test_openai_client_retries_only_where_it_helps_when_requests_fail(site: Site
             await patient.chat.completions.create(**_body("base"), extra_headers={"x-hotswap-timeout-s": "1e-9"})
         assert late.value.code == "deadline_exceeded"
 
-    _with_openai(site, scenario)
+    with_sdk(site, scenario)
     assert 1 == len(site.exposures())
 
 
@@ -591,20 +590,6 @@ def test_request_id_is_sent_back_when_a_route_answers_or_not(site: Site) -> None
 # The unmodified OpenAI client ----------------------------------------------------------------------------------------
 
 
-def _with_openai(site: Site, scenario: Callable[[openai.AsyncOpenAI], Any]) -> Any:
-    async def run(http: httpx.AsyncClient) -> Any:
-        transport = httpx2.ASGITransport(app=site.app)
-        async with (
-            httpx2.AsyncClient(transport=transport) as own,
-            openai.AsyncOpenAI(
-                api_key="none", base_url="http://localhost/v1", http_client=own, max_retries=0
-            ) as client,
-        ):
-            return await scenario(client)
-
-    return on_site(site, run)
-
-
 def test_openai_client_reads_answers_when_streamed_or_not(site: Site, reference_answers: Reference) -> None:
     """The SDK finds text, finish reason and usage where it looks for them."""
     site.publish("legal", FIRST)
@@ -616,7 +601,7 @@ def test_openai_client_reads_answers_when_streamed_or_not(site: Site, reference_
         )
         return whole, [chunk async for chunk in stream]
 
-    whole, chunks = _with_openai(site, scenario)
+    whole, chunks = with_sdk(site, scenario)
     expected = _expected(site, reference_answers, FIRST)
     assert expected == whole.choices[0].message.content
     assert expected == "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
@@ -632,7 +617,7 @@ def test_openai_client_lists_models_when_some_are_published(site: Site) -> None:
         models = [model.id async for model in client.models.list()]
         return models, (await client.models.retrieve("legal@v1")).id
 
-    assert _with_openai(site, scenario) == (["base", "legal", "legal@v1"], "legal@v1")
+    assert with_sdk(site, scenario) == (["base", "legal", "legal@v1"], "legal@v1")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -651,7 +636,7 @@ def test_openai_client_raises_its_own_errors_when_requests_are_refused(stream: b
         with pytest.raises(openai.InternalServerError):
             await client.chat.completions.create(**_body("base", stream=stream))
 
-    _with_openai(site, scenario)
+    with_sdk(site, scenario)
 
 
 def test_openai_client_raises_when_a_stream_breaks_off(site: Site) -> None:
@@ -664,7 +649,7 @@ def test_openai_client_raises_when_a_stream_breaks_off(site: Site) -> None:
         with pytest.raises(openai.APIError, match="the model failed"):
             [chunk async for chunk in stream]
 
-    _with_openai(site, scenario)
+    with_sdk(site, scenario)
 
 
 def test_body_is_400_saying_what_to_send_when_its_type_is_not_json(site: Site) -> None:
