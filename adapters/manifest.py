@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapters.errors import IntegrityError
+from adapters.gate_report import GateReport
 from adapters.regular_files import read_regular
 
 __all__ = [
@@ -31,6 +32,8 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 _CHUNK_BYTES = 1 << 20
 _MAX_MANIFEST_BYTES = 4 << 20
+# Fields that came later: a manifest without them keeps the bytes, and so the name, that it always had.
+_LATER_FIELDS = ("gate",)
 
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A name that stays in its folder: manifests come from elsewhere too.
@@ -80,10 +83,15 @@ class Manifest(_Strict):
     chat_template_sha256: str | None = None
     libraries: dict[str, str] = Field(default_factory=dict)
     files: dict[_FileName, FileReference] = Field(default_factory=dict)
+    gate: GateReport | None = None
 
     def to_bytes(self) -> bytes:
         """The canonical JSON that is stored and hashed."""
-        return json.dumps(self.model_dump(), sort_keys=True, indent=1, ensure_ascii=False).encode()
+        document = self.model_dump()
+        for name in _LATER_FIELDS:
+            if document[name] is None:
+                del document[name]
+        return json.dumps(document, sort_keys=True, indent=1, ensure_ascii=False).encode()
 
     @property
     def digest(self) -> str:
