@@ -19,7 +19,7 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from adapters.audit import record_act
-from adapters.chat_rows import check_chat_file
+from adapters.chat_rows import check_rows_file
 from adapters.database import Database, actor_of
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
 from adapters.records import Actor, StoredFile
@@ -53,10 +53,11 @@ class FileService:
         """Check training data and keep it; of what is refused nothing stays.
 
         Raises:
-            DataError: a line is no chat row; all bad lines are counted, the first 20 named.
+            DataError: a line is no row of training data, or of another kind than the others; all bad lines are counted,
+                the first 20 named.
             InvalidInputError: the name can't be one, or the content is larger than `max_bytes`.
         """
-        with self._placed(content, _check_name(filename), TRAINING_PURPOSE, check_chat_file) as file:
+        with self._placed(content, _check_name(filename), TRAINING_PURPOSE, check_rows_file) as file:
             with self.database.write() as session:
                 self.register(session, file)
             return file
