@@ -89,7 +89,7 @@ class Manifest(_Strict):
         """The canonical JSON that is stored and hashed."""
         document = self.model_dump()
         for name in _LATER_FIELDS:
-            if document[name] is None:
+            if document[name] == type(self).model_fields[name].default:
                 del document[name]
         return json.dumps(document, sort_keys=True, indent=1, ensure_ascii=False).encode()
 

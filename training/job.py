@@ -23,7 +23,7 @@ import torch
 from sqlalchemy.orm import Session
 
 from adapters.database import open_database
-from adapters.errors import ConflictError, DataError, HotswapError, RankTooHighError
+from adapters.errors import ConflictError, DataError, HotswapError, RankTooHighError, TrainingDivergedError
 from adapters.files import FileService
 from adapters.jobs import Claim, JobService
 from adapters.manifest import Manifest
@@ -33,10 +33,11 @@ from adapters.registry import Registry
 from adapters.settings import CoreSettings, resolve_home
 from adapters.store import ArtifactStore
 from training.config import TrainSettings
+from training.gate_evidence import read_present
 from training.losses import Evaluation
 from training.process_log import configure_process_log
 from training.progress import NextMove, StepMetrics, TrainedCounts
-from training.worker import DataFile, JobFolder, train_and_publish
+from training.worker import DataFile, JobFolder, MoveRule, train_and_publish
 
 __all__ = [
     "JobRun",
@@ -57,6 +58,7 @@ _MAX_METRIC_EVENTS = 500
 _MAX_RESULT_BYTES = 100_000_000
 _CSV_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 _HYPERPARAMETERS = {"n_epochs": "epochs"}  # the wire's name -> the setting's; all others are called the same
+_COUNTS = ("step", "total_steps")
 _NO_SETTINGS = frozenset({"learning_rate_multiplier", "checkpoint_steps"})
 
 
@@ -105,7 +107,9 @@ class JobRun:
                 core=self._core,
                 settings=settings,
                 listener=self,
+                present=lambda: read_present(self._registry, job.alias),
                 publish=self._publish,
+                folder=checkpoints_folder(self._core.home, job.id).parent,
                 job=self._folder(job),
             )
         except _StoppedError:
@@ -135,13 +139,19 @@ class JobRun:
         if metrics.step % every == 0 or metrics.step in (1, metrics.num_steps):
             self._note_metrics(metrics, None)
 
+    def on_evaluation(self, metrics: StepMetrics, evaluation: Evaluation) -> None:
+        """Write the step's event again, with what was measured on the validation file."""
+        self._note_metrics(metrics, evaluation)
+
+    def on_warning(self, message: str) -> None:
+        """Write an event of level warn."""
+        self._jobs.note(self._claim, message, level="warn")
+
     def on_checkpoint(self, metrics: StepMetrics, validation: Evaluation | None) -> None:
-        """Record a checkpoint, and its validation as the step's metrics."""
-        if validation is not None:
-            self._note_metrics(metrics, validation)
+        """Record a checkpoint, with its validation if it was validated."""
         known = _metrics_of(metrics, validation)
         self._jobs.add_checkpoint(
-            self._claim, metrics.step, {k: v for k, v in known.items() if k not in ("step", "total_steps")}
+            self._claim, metrics.step, {k: v for k, v in known.items() if v is not None and k not in _COUNTS}
         )
 
     def _note_metrics(self, metrics: StepMetrics, validation: Evaluation | None) -> None:
@@ -162,9 +172,13 @@ class JobRun:
             return 0.0
         return (time.monotonic() - started) / (metrics.step - first_step) * (metrics.num_steps - metrics.step)
 
-    def _publish(self, folder: Path, manifest: Manifest, counts: TrainedCounts) -> tuple[NumberedVersion, bool]:
+    def _publish(
+        self, folder: Path, manifest: Manifest, counts: TrainedCounts, may_move: MoveRule
+    ) -> tuple[NumberedVersion, bool]:
         """Version, alias, result file and the job's success become visible in one transaction."""
         job = self._claim.job
+        if (report := manifest.gate) is not None:
+            self._jobs.note(self._claim, report.reason, level="info" if report.verdict == "passed" else "warn")
         content = io.BytesIO(write_csv(self._jobs.metrics(job.id)).encode())
         with self._files.placed_result(content, f"{job.id}_metrics.csv") as result:
 
@@ -179,7 +193,7 @@ class JobRun:
                 )
 
             try:
-                return self._registry.publish(folder, manifest, alias=job.alias, also=succeed)
+                return self._registry.publish(folder, manifest, alias=job.alias, promote=may_move, also=succeed)
             except ConflictError as error:  # cancelled or paused in the last moment
                 raise _StoppedError from error
 
@@ -232,6 +246,8 @@ def describe_failure(error: Exception) -> JobError:
         return JobError(f"invalid_{error.param}", str(error), error.param)
     if isinstance(error, RankTooHighError):
         return JobError("invalid_hyperparameters", str(error), "method")
+    if isinstance(error, TrainingDivergedError):
+        return JobError("training_diverged", str(error), "method")
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         message = "the device has too little memory for this job: lower batch_size or max_length"
         return JobError("out_of_memory", message, "method")
@@ -283,8 +299,8 @@ def _hyperparameters(job: Job) -> Mapping[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _metrics_of(metrics: StepMetrics, validation: Evaluation | None) -> dict[str, float]:
-    known = {
+def _metrics_of(metrics: StepMetrics, validation: Evaluation | None) -> dict[str, float | None]:
+    known: dict[str, float | None] = {
         "step": metrics.step,
         "total_steps": metrics.num_steps,
         "train_loss": metrics.loss,

@@ -4,38 +4,52 @@ from __future__ import annotations
 
 import json
 import platform
+import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+from peft import PeftModel
 
 from adapters.adapter_files import read_adapter_config, read_adapter_weights
 from adapters.base_files import public_name, pull_base
-from adapters.base_model import LoadedBase, linear_shapes, load_base, load_tokenizer
-from adapters.chat_template import RenderedRow, hash_chat_template
+from adapters.base_model import LoadedBase, load_base, load_tokenizer
+from adapters.chat_rows import Row
+from adapters.chat_template import hash_chat_template
 from adapters.database import open_database
 from adapters.errors import DataError, RankTooHighError
-from adapters.manifest import ADAPTER_CONFIG_FILE, DataReference, Manifest
+from adapters.gate_report import GateReport, may_promote
+from adapters.manifest import ADAPTER_CONFIG_FILE, DataReference, Manifest, hash_file
 from adapters.records import NumberedVersion, check_alias_name
 from adapters.registry import Registry
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
 from training.config import TrainSettings
+from training.evaluation import Evaluator
 from training.formats import Dataset, read_dataset
+from training.gate import Evidence, judge
+from training.gate_evidence import PresentVersion, gather_evidence, module_shapes, read_present
 from training.lora import add_adapter
-from training.losses import Evaluation, evaluate, mean_loss
+from training.losses import Evaluation
 from training.methods import METHODS, TrainingRun
-from training.progress import Checkpointing, NextMove, StepListener, StepMetrics, TrainedCounts
+from training.plots import write_curves
+from training.progress import Checkpointing, RunWatcher, StepListener, StepMetrics, TrainedCounts
 from training.rendering import render_dataset
+from training.run_log import RunLog
+from training.sampling import SamplePrompt, make_prompts, read_prompts, sample_answers
+from training.watching import Best, RunListener, Watch, WatchPlan
 
 __all__ = [
     "DataFile",
     "JobFolder",
-    "JobWatcher",
+    "MoveRule",
     "Publisher",
     "SilentListener",
     "TrainingListener",
@@ -44,13 +58,17 @@ __all__ = [
     "train_and_publish",
 ]
 
+_MEASURED_METHODS = ("sft", "dpo", "kto")
+_NOT_RECORDED = {"home", "promote", "sample_file"}  # where it runs and what becomes of the result, not what it is
 _RECORDED_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
+# What may move an alias: asked with the number that it points to when the version is published.
+MoveRule = Callable[[int | None], bool]
 # Makes the checked adapter in a folder a version; returns it, and whether its alias points to it.
-Publisher = Callable[[Path, Manifest, TrainedCounts], tuple[NumberedVersion, bool]]
+Publisher = Callable[[Path, Manifest, TrainedCounts, MoveRule], tuple[NumberedVersion, bool]]
 
 
-class TrainingListener(StepListener, Protocol):
+class TrainingListener(StepListener, RunListener, Protocol):
     """Told how a run goes on, for a person who watches."""
 
     def on_stage(self, message: str) -> None:
@@ -66,18 +84,11 @@ class SilentListener:
     def on_step(self, step: int, num_steps: int, loss: float) -> None:
         """Ignored."""
 
+    def on_evaluation(self, metrics: StepMetrics, evaluation: Evaluation) -> None:
+        """Ignored."""
 
-class JobWatcher(Protocol):
-    """Told how a job's run goes on, and asked whether it may."""
-
-    def next_move(self) -> NextMove:
-        """Asked after every step: go on, stop after a checkpoint, or stop at once."""
-
-    def on_metrics(self, metrics: StepMetrics) -> None:
-        """A step is done."""
-
-    def on_checkpoint(self, metrics: StepMetrics, validation: Evaluation | None) -> None:
-        """The state after this step lies on the disk, whole; `validation` is its result, if there is data for it."""
+    def on_warning(self, message: str) -> None:
+        """Ignored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +96,7 @@ class JobFolder:
     """Where a job's run keeps its checkpoints, which of them it goes on from, and who watches it."""
 
     path: Path
-    watcher: JobWatcher
+    watcher: RunWatcher
     every_steps: int | None = None
     resume_from: Path | None = None
 
@@ -120,13 +131,19 @@ class TrainingResult:
     tokens_per_second: float
     validation_loss_before: float | None
     validation_loss_after: float | None
+    validation_accuracy_after: float | None
+    best_step: int | None
+    gate: GateReport
+    folder: Path
 
 
 @dataclass(frozen=True, slots=True)
 class _RenderedData:
-    train: list[RenderedRow]
-    validation: list[RenderedRow]
+    train: list[Any]
+    validation: list[Any]
     reference: DataReference
+    sampled: list[SamplePrompt]  # answered at each validation
+    judged: list[SamplePrompt]  # answered for the gate
 
 
 def run_training(
@@ -136,7 +153,6 @@ def run_training(
     *,
     core: CoreSettings,
     settings: TrainSettings,
-    promote: bool = True,
     listener: TrainingListener | None = None,
 ) -> TrainingResult:
     """Train an adapter on a JSONL file and publish it as the next version of `alias`.
@@ -146,18 +162,31 @@ def run_training(
         RankTooHighError: no server with these settings could serve the result.
         DataError: bad rows, named by file, line and field; nothing has been loaded by then.
         BaseModelError: the base model can't be fetched or loaded.
+        TrainingDivergedError: the loss is no number, or only rises.
     """
     check_alias_name(alias)
 
-    def publish(folder: Path, manifest: Manifest, counts: TrainedCounts) -> tuple[NumberedVersion, bool]:
-        with closing(open_database(core.resolved_database_url)) as database:
-            registry = Registry(database, ArtifactStore(core.home / "store"))
-            return registry.publish(folder, manifest, alias=alias, promote=promote)
+    def present() -> PresentVersion | None:
+        with _registry(core) as registry:
+            return read_present(registry, alias)
+
+    def publish(
+        folder: Path, manifest: Manifest, counts: TrainedCounts, may_move: MoveRule
+    ) -> tuple[NumberedVersion, bool]:
+        with _registry(core) as registry:
+            return registry.publish(folder, manifest, alias=alias, promote=may_move)
 
     train = DataFile(train_path, str(train_path), "data")
     validation = DataFile(validation_path, str(validation_path), "validation") if validation_path else None
     result = train_and_publish(
-        train, validation, core=core, settings=settings, listener=listener or SilentListener(), publish=publish
+        train,
+        validation,
+        core=core,
+        settings=settings,
+        listener=listener or SilentListener(),
+        present=present,
+        publish=publish,
+        folder=core.home / "runs" / _make_run_id(),
     )
     assert result is not None, "nobody stops a run without a watcher"
     return result
@@ -170,15 +199,29 @@ def train_and_publish(
     core: CoreSettings,
     settings: TrainSettings,
     listener: TrainingListener,
+    present: Callable[[], PresentVersion | None],
     publish: Publisher,
+    folder: Path,
     job: JobFolder | None = None,
 ) -> TrainingResult | None:
     """Train an adapter and hand it to `publish`; None if the job's watcher stopped the run before its end.
+
+    Args:
+        train_file: What is trained on.
+        validation_file: What the best state is chosen by, and the gate compares on.
+        core: Base model and home.
+        settings: Of the run.
+        listener: Told of stages, steps, evaluations and alarms.
+        present: Reads what the alias points to, which the gate compares with; called once, behind the training.
+        publish: Called last.
+        folder: The run's own, for metrics, samples and curves; made when training begins.
+        job: Where a job's checkpoints lie.
 
     Raises:
         RankTooHighError: no server with these settings could serve the result.
         DataError: bad rows; nothing has been loaded by then.
         BaseModelError: the base model can't be fetched or loaded.
+        TrainingDivergedError: the loss is no number, or only rises.
     """
     if settings.rank > core.max_rank:
         raise RankTooHighError(rank=settings.rank, max_rank=core.max_rank)
@@ -186,22 +229,34 @@ def train_and_publish(
     listener.on_stage(f"Loading the base model {public_name(core.base)} ({core.quantisation})")
     base = load_base(core)
     model = add_adapter(base, settings)
-    before = _validate(base, data, settings, listener, "before")
+    evaluator = _make_evaluator(model, base, data, settings)
+    if evaluator is not None:
+        listener.on_stage("Validation loss before training")
+    before = evaluator.measure_base().loss if evaluator else None
     listener.on_stage(f"Training on {len(data.train)} rows")
     started = time.monotonic()
-    checkpointing = _keep_checkpoints(job, base, data, settings) if job else None
-    counts = METHODS["sft"](TrainingRun(model, base, data.train, settings, listener, checkpointing))
+    log = RunLog(folder, resume_step=_step_of(job.resume_from) if job and job.resume_from else 0)
+    watch = _watch(model, base, data, evaluator, settings, log=log, listener=listener)
+    checkpointing = Checkpointing(job.path, job.watcher, job.every_steps, job.resume_from) if job else None
+    counts = METHODS["sft"](TrainingRun(model, base, data.train, settings, listener, checkpointing, watch))
     if not counts.is_complete:
         return None
     train_seconds = time.monotonic() - started
-    after = _validate(base, data, settings, listener, "after")
+    watch.restore_best()
 
-    metrics = {"validation_loss_before": before, "validation_loss_after": after, "num_steps": counts.num_steps}
-    with tempfile.TemporaryDirectory(prefix="hotswap-adapter-") as folder:
-        model.save_pretrained(folder, save_embedding_layers=False)
-        manifest = _describe(Path(folder), base, data, settings, metrics)
+    with tempfile.TemporaryDirectory(prefix="hotswap-adapter-") as scratch:
+        saved = Path(scratch)
+        model.save_pretrained(saved, save_embedding_layers=False)
+        unjudged = _describe(saved, base, data, settings, _metrics(before, watch.best, counts))
+        listener.on_stage("Checking the version against the gate")
+        current = present()
+        evidence = partial(_gather, model, base, data, evaluator, watch.best, settings)
+        manifest = unjudged.model_copy(update={"gate": _judge(saved, current, evidence, settings)})
+        assert manifest.gate is not None
+        log.note("gate", counts.num_steps, {"verdict": manifest.gate.verdict, "reason": manifest.gate.reason})
+        write_curves(log)
         listener.on_stage("Publishing")
-        published, is_live = publish(Path(folder), manifest, counts)
+        published, is_live = publish(saved, manifest, counts, _move_rule(settings, manifest.gate, current))
     return TrainingResult(
         published=published,
         is_live=is_live,
@@ -210,8 +265,22 @@ def train_and_publish(
         train_seconds=train_seconds,
         tokens_per_second=counts.num_tokens / train_seconds,
         validation_loss_before=before,
-        validation_loss_after=after,
+        validation_loss_after=watch.best.evaluation.loss if watch.best else None,
+        validation_accuracy_after=watch.best.evaluation.accuracy if watch.best else None,
+        best_step=watch.best.step if watch.best else None,
+        gate=manifest.gate,
+        folder=folder,
     )
+
+
+@contextmanager
+def _registry(core: CoreSettings) -> Iterator[Registry]:
+    with closing(open_database(core.resolved_database_url)) as database:
+        yield Registry(database, ArtifactStore(core.home / "store"))
+
+
+def _make_run_id() -> str:
+    return f"run-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def _prepare_data(
@@ -230,7 +299,7 @@ def _prepare_data(
     tokenizer = load_tokenizer(pull_base(core.base, core.home))
     with _blaming(train_file.param):
         train_rows = render_dataset(tokenizer, train, max_length=settings.max_length)
-    validation_rows: list[RenderedRow] = []
+    validation_rows: list[Any] = []
     if validation_file and validation:
         with _blaming(validation_file.param):
             validation_rows = render_dataset(tokenizer, validation, max_length=settings.max_length)
@@ -240,7 +309,20 @@ def _prepare_data(
         validation_sha256=validation.sha256 if validation else None,
         num_validation_rows=len(validation.rows) if validation else 0,
     )
-    return _RenderedData(train_rows, validation_rows, reference)
+    rows = [numbered.row for numbered in (validation or train).rows]
+    return _RenderedData(
+        train_rows,
+        validation_rows,
+        reference,
+        sampled=_sampled_prompts(tokenizer, rows, settings),
+        judged=make_prompts(tokenizer, rows, limit=settings.gate_samples),
+    )
+
+
+def _sampled_prompts(tokenizer: Any, rows: Sequence[Row], settings: TrainSettings) -> list[SamplePrompt]:
+    if settings.sample_file is None:
+        return make_prompts(tokenizer, rows, limit=settings.sample_prompts)
+    return read_prompts(tokenizer, Path(settings.sample_file))
 
 
 @contextmanager
@@ -253,42 +335,101 @@ def _blaming(param: str) -> Iterator[None]:
         raise
 
 
-class _EvaluatingWatcher:
-    """Validates every checkpoint before the job's watcher hears of it."""
-
-    def __init__(self, inner: JobWatcher, validate: Callable[[], Evaluation | None]) -> None:
-        self._inner = inner
-        self._validate = validate
-
-    def next_move(self) -> NextMove:
-        return self._inner.next_move()
-
-    def on_metrics(self, metrics: StepMetrics) -> None:
-        self._inner.on_metrics(metrics)
-
-    def on_checkpoint(self, metrics: StepMetrics) -> None:
-        self._inner.on_checkpoint(metrics, self._validate())
-
-
-def _keep_checkpoints(job: JobFolder, base: LoadedBase, data: _RenderedData, settings: TrainSettings) -> Checkpointing:
-    pad = base.tokenizer.pad_token_id
-
-    def validate() -> Evaluation | None:
-        if not data.validation:
-            return None
-        return evaluate(base.model, data.validation, batch_size=settings.batch_size, pad_token_id=pad)
-
-    return Checkpointing(job.path, _EvaluatingWatcher(job.watcher, validate), job.every_steps, job.resume_from)
-
-
-def _validate(
-    base: LoadedBase, data: _RenderedData, settings: TrainSettings, listener: TrainingListener, when: str
-) -> float | None:
-    if not data.validation:
+def _make_evaluator(
+    model: PeftModel, base: LoadedBase, data: _RenderedData, settings: TrainSettings
+) -> Evaluator | None:
+    if not data.validation or settings.method not in _MEASURED_METHODS:
         return None
-    listener.on_stage(f"Validation loss {when} training")
-    pad = base.tokenizer.pad_token_id
-    return mean_loss(base.model, data.validation, batch_size=settings.batch_size, pad_token_id=pad)
+    return Evaluator(model, base, data.validation, settings)
+
+
+def _watch(
+    model: PeftModel,
+    base: LoadedBase,
+    data: _RenderedData,
+    evaluator: Evaluator | None,
+    settings: TrainSettings,
+    *,
+    log: RunLog,
+    listener: TrainingListener,
+) -> Watch:
+    plan = WatchPlan(
+        measure=evaluator.measure if evaluator else None,
+        sample=partial(
+            sample_answers,
+            base.model,
+            base.tokenizer,
+            data.sampled,
+            max_tokens=settings.sample_tokens,
+            batch_size=settings.batch_size,
+        )
+        if data.sampled
+        else None,
+        eval_steps=settings.eval_steps,
+        patience=settings.patience,
+        has_alarms=settings.method in _MEASURED_METHODS,
+    )
+    return Watch(model, plan, log=log, listener=listener)
+
+
+def _gather(
+    model: PeftModel,
+    base: LoadedBase,
+    data: _RenderedData,
+    evaluator: Evaluator | None,
+    best: Best | None,
+    settings: TrainSettings,
+    present: PresentVersion | None,
+) -> Evidence:
+    problem = "there is no validation file" if not data.validation else f"{settings.method} has no loss to compare by"
+    return gather_evidence(
+        model,
+        base,
+        evaluator,
+        candidate=best.evaluation if best else None,
+        present=present,
+        prompts=data.judged,
+        problem=problem,
+        settings=settings,
+    )
+
+
+def _judge(
+    saved: Path,
+    present: PresentVersion | None,
+    evidence: Callable[[PresentVersion | None], Evidence],
+    settings: TrainSettings,
+) -> GateReport:
+    """The gate's report. What the alias answers with already keeps its own: published again, it is the same version."""
+    manifest = present.manifest if present else None
+    if manifest is None or manifest.gate is None:
+        return judge(evidence(present), settings)
+    is_same = all(hash_file(saved / name) == file.sha256 for name, file in manifest.files.items())
+    return manifest.gate if is_same else judge(evidence(present), settings)
+
+
+def _move_rule(settings: TrainSettings, report: GateReport, present: PresentVersion | None) -> MoveRule:
+    """With the gate, the alias moves only from where it pointed to when the gate compared."""
+    compared = present.version.number if present else None
+
+    def may_move(number: int | None) -> bool:
+        return may_promote(settings.promote, report) and (settings.promote == "always" or number == compared)
+
+    return may_move
+
+
+def _metrics(before: float | None, best: Best | None, counts: TrainedCounts) -> dict[str, float | None]:
+    return {
+        "validation_loss_before": before,
+        "validation_loss_after": best.evaluation.loss if best else None,
+        "validation_accuracy_after": best.evaluation.accuracy if best else None,
+        "num_steps": counts.num_steps,
+        "best_step": best.step if best else None,
+    }
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def _describe(
@@ -297,8 +438,7 @@ def _describe(
     """Check what was saved as strictly as the server will, and write down where it comes from."""
     _sort_target_modules(folder / ADAPTER_CONFIG_FILE)
     config = read_adapter_config(folder)
-    shapes = {name.replace(".base_layer", ""): shape for name, shape in linear_shapes(base.model).items()}
-    weights = read_adapter_weights(folder, config, shapes)
+    weights = read_adapter_weights(folder, config, module_shapes(base.model))
     return Manifest(
         source="trained",
         base=base.reference,
@@ -306,7 +446,7 @@ def _describe(
         alpha=config.lora_alpha,
         target_modules=sorted({module.rsplit(".", 1)[-1] for module in weights.modules}),
         data=data.reference,
-        settings=settings.model_dump(mode="json", exclude={"home"}),
+        settings=settings.model_dump(mode="json", exclude=_NOT_RECORDED),
         metrics=metrics,
         chat_template_sha256=hash_chat_template(base.tokenizer),
         libraries={name: version(name) for name in _RECORDED_LIBRARIES} | {"python": platform.python_version()},

@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from adapters.base_model import LoadedBase
 from training.config import TrainSettings
 from training.progress import Checkpointing, Reporter, StepListener, TrainedCounts
+from training.watching import Watch
 
 __all__ = ["TrainingRun", "common_arguments", "run_trainer", "trainer_folder"]
 
@@ -27,7 +28,7 @@ R = TypeVar("R")
 class TrainingRun(Generic[R]):
     """An adapter to train in place, on rows as its method takes them.
 
-    With `checkpointing` the run goes on from a checkpoint and writes more.
+    With `checkpointing` the run goes on from a checkpoint and writes more. A `watch` validates it and may end it early.
     """
 
     model: PeftModel
@@ -36,6 +37,7 @@ class TrainingRun(Generic[R]):
     settings: TrainSettings
     listener: StepListener
     checkpointing: Checkpointing | None = None
+    watch: Watch | None = None
 
 
 @contextmanager
@@ -53,7 +55,12 @@ def run_trainer(trainer: Any, run: TrainingRun[Any], *, take_accuracy: Callable[
 
     The trainer counts the tokens that it saw in `state.num_input_tokens_seen`.
     """
-    trainer.add_callback(Reporter(run.listener, take_accuracy, run.checkpointing))
+    resume_from = run.checkpointing.resume_from if run.checkpointing else None
+    if run.watch is not None and resume_from is not None:
+        run.watch.load(resume_from)
+        if (end := run.watch.ended_at) is not None:  # it was ended early, and only its result is still to be published
+            return TrainedCounts(end.step, end.num_tokens, is_complete=True)
+    trainer.add_callback(Reporter(run.listener, take_accuracy, run.checkpointing, run.watch))
     trainer.remove_callback(PrinterCallback)
     # TRL casts the adapter of a 4-bit base to bfloat16, whose eight bits swallow small updates: back to float32.
     for parameter in run.model.parameters():
@@ -62,10 +69,10 @@ def run_trainer(trainer: Any, run: TrainingRun[Any], *, take_accuracy: Callable[
     # PEFT would copy every layer's input to the adapter's float32 and keep it for the backward pass; autocast casts
     # the small matrices instead. A step took a quarter less time so (SmolLM2-135M, 4 rows, 2 CPU cores).
     with disable_input_dtype_casting(run.model):
-        resume_from = run.checkpointing.resume_from if run.checkpointing else None
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     state = trainer.state
-    return TrainedCounts(int(state.global_step), int(state.num_input_tokens_seen), state.global_step >= state.max_steps)
+    is_complete = state.global_step >= state.max_steps or (run.watch is not None and run.watch.ended_at is not None)
+    return TrainedCounts(int(state.global_step), int(state.num_input_tokens_seen), is_complete)
 
 
 def common_arguments(run: TrainingRun[Any], folder: Path) -> dict[str, Any]:
@@ -89,6 +96,7 @@ def common_arguments(run: TrainingRun[Any], folder: Path) -> dict[str, Any]:
         "bf16": False,  # the losses choose the precision themselves
         "use_cpu": base.device.type == "cpu",
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # a loss that is no number ends the run, instead of looking like the last one
         "save_strategy": "no",  # the reporter says when
         "save_total_limit": 2,  # the one before the newest stays until the newest is known to be whole
         "report_to": "none",
