@@ -6,9 +6,9 @@ model: hidden states are picked by their labels before the head, not after.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,10 +32,15 @@ class TokenSums:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Mean cross-entropy in nats a token, and the share of tokens whose likeliest guess was right."""
+    """Mean cross-entropy in nats a token, and the share of tokens whose likeliest guess was right.
+
+    Of methods that guess no tokens, `loss` is the method's own, the lower the better, and `accuracy` is None. `extra` is
+    what they measure besides, by name.
+    """
 
     loss: float
-    accuracy: float
+    accuracy: float | None
+    extra: Mapping[str, float] = field(default_factory=dict)
 
 
 def check_head_is_plain(model: Any) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["Checkpointing", "NextMove", "Reporter", "RunWatcher", "StepListener", "StepMetrics", "TrainedCounts"]
+__all__ = ["Checkpointing", "NextMove", "Reporter", "RunWatcher", "StepListener", "StepMetrics", "StepReader", "TrainedCounts"]
 
 NextMove = Literal["continue", "pause", "stop"]
 
@@ -29,13 +29,18 @@ class TrainedCounts:
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """One optimiser step: mean loss in nats a token, share of tokens guessed right, and tokens seen since the start."""
+    """One optimiser step: its loss, share of tokens guessed right, and tokens seen since the start.
+
+    The loss of supervised fine-tuning is the mean in nats a token; that of other methods is their own. `accuracy` is None
+    where no method guesses tokens. `extra` is what a method measures besides, by name.
+    """
 
     step: int
     num_steps: int
     loss: float
-    accuracy: float
+    accuracy: float | None
     num_tokens: int
+    extra: Mapping[str, float] = field(default_factory=dict)
 
 
 class RunWatcher(Protocol):
@@ -64,6 +69,10 @@ class Checkpointing:
     resume_from: Path | None = None
 
 
+# What a trainer logs of a step -> share of tokens guessed right, and what else its method measures.
+StepReader = Callable[[Mapping[str, Any]], tuple[float | None, dict[str, float]]]
+
+
 class StepListener(Protocol):
     """Told of every optimiser step, for a progress bar."""
 
@@ -76,15 +85,15 @@ class Reporter(TrainerCallback):
 
     Args:
         listener: Told of every step.
-        take_accuracy: The share of right guesses in the step that has ended; called once a step.
+        read_step: What the method measures in a step; called once a step with what its trainer logs.
         checkpointing: Where the run keeps its states, if it does.
     """
 
     def __init__(
-        self, listener: StepListener, take_accuracy: Callable[[], float], checkpointing: Checkpointing | None
+        self, listener: StepListener, read_step: StepReader, checkpointing: Checkpointing | None
     ) -> None:
         self._listener = listener
-        self._take_accuracy = take_accuracy
+        self._read_step = read_step
         self._checkpointing = checkpointing
         self._metrics: StepMetrics | None = None
 
@@ -114,12 +123,14 @@ class Reporter(TrainerCallback):
         """Called by the trainer after every step, since logging_steps is 1."""
         if not logs or "loss" not in logs:
             return
+        accuracy, extra = self._read_step(logs)
         self._metrics = StepMetrics(
             step=state.global_step,
             num_steps=state.max_steps,
             loss=float(logs["loss"]),
-            accuracy=self._take_accuracy(),
+            accuracy=accuracy,
             num_tokens=int(state.num_input_tokens_seen),
+            extra=extra,
         )
         self._listener.on_step(state.global_step, state.max_steps, self._metrics.loss)
         if self._checkpointing is not None:
