@@ -14,6 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -106,6 +107,7 @@ class JobRun:
                 settings=settings,
                 listener=self,
                 publish=self._publish,
+                open_versions=lambda: nullcontext(self._registry),
                 job=self._folder(job),
             )
         except _StoppedError:
@@ -284,15 +286,16 @@ def _hyperparameters(job: Job) -> Mapping[str, Any]:
 
 
 def _metrics_of(metrics: StepMetrics, validation: Evaluation | None) -> dict[str, float]:
-    known = {
-        "step": metrics.step,
-        "total_steps": metrics.num_steps,
-        "train_loss": metrics.loss,
-        "train_mean_token_accuracy": metrics.accuracy,
-    }
+    known = {"step": metrics.step, "total_steps": metrics.num_steps, "train_loss": metrics.loss}
+    known |= _measured("train", metrics.accuracy, metrics.extra)
     if validation is not None:
-        known |= {"valid_loss": validation.loss, "valid_mean_token_accuracy": validation.accuracy}
+        known |= {"valid_loss": validation.loss} | _measured("valid", validation.accuracy, validation.extra)
     return known
+
+
+def _measured(part: str, accuracy: float | None, extra: Mapping[str, float]) -> dict[str, float]:
+    named = {f"{part}_{name}": value for name, value in extra.items()}
+    return named if accuracy is None else named | {f"{part}_mean_token_accuracy": accuracy}
 
 
 def _setter(event: threading.Event) -> Callable[[int, FrameType | None], None]:

@@ -31,7 +31,9 @@ def begin_from_quantisation_error(model: PeftModel, base_folder: Path) -> None:
     from bitsandbytes.functional import dequantize_4bit
     from peft.tuners.lora.bnb import Linear4bit
 
-    layers = {name.removeprefix("base_model.model."): m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+    layers = {
+        name.removeprefix("base_model.model."): m for name, m in model.named_modules() if isinstance(m, Linear4bit)
+    }
     if not layers:
         raise ConfigurationError("setting train.init: loftq begins from the error of 4 bits; this base has none (nf4)")
     stored = _locate_weights(base_folder)
@@ -53,7 +55,7 @@ def _factorise(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def _locate_weights(folder: Path) -> dict[str, Path]:
-    located = {}
+    located: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             located |= dict.fromkeys(file.keys(), path)

@@ -34,8 +34,8 @@ class TokenSums:
 class Evaluation:
     """Mean cross-entropy in nats a token, and the share of tokens whose likeliest guess was right.
 
-    Of methods that guess no tokens, `loss` is the method's own, the lower the better, and `accuracy` is None. `extra` is
-    what they measure besides, by name.
+    Of methods that guess no tokens, `loss` is the method's own, the lower the better, and `accuracy` is None. `extra`
+    is what they measure besides, by name.
     """
 
     loss: float

@@ -9,7 +9,16 @@ from typing import Any, Literal, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["Checkpointing", "NextMove", "Reporter", "RunWatcher", "StepListener", "StepMetrics", "StepReader", "TrainedCounts"]
+__all__ = [
+    "Checkpointing",
+    "NextMove",
+    "Reporter",
+    "RunWatcher",
+    "StepListener",
+    "StepMetrics",
+    "StepReader",
+    "TrainedCounts",
+]
 
 NextMove = Literal["continue", "pause", "stop"]
 
@@ -31,8 +40,8 @@ class TrainedCounts:
 class StepMetrics:
     """One optimiser step: its loss, share of tokens guessed right, and tokens seen since the start.
 
-    The loss of supervised fine-tuning is the mean in nats a token; that of other methods is their own. `accuracy` is None
-    where no method guesses tokens. `extra` is what a method measures besides, by name.
+    The loss of supervised fine-tuning is the mean in nats a token; that of other methods is their own. `accuracy` is
+    None where no tokens are guessed. `extra` is what a method measures besides, by name.
     """
 
     step: int
@@ -89,9 +98,7 @@ class Reporter(TrainerCallback):
         checkpointing: Where the run keeps its states, if it does.
     """
 
-    def __init__(
-        self, listener: StepListener, read_step: StepReader, checkpointing: Checkpointing | None
-    ) -> None:
+    def __init__(self, listener: StepListener, read_step: StepReader, checkpointing: Checkpointing | None) -> None:
         self._listener = listener
         self._read_step = read_step
         self._checkpointing = checkpointing

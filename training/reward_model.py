@@ -26,7 +26,7 @@ _HEAD_STD = 0.02  # as transformers begins the heads of its classifiers
 
 
 class RewardModel(torch.nn.Module):
-    """What TRL's reward trainer takes for a classifier with one label; the base model stays the causal LM that it is."""
+    """What TRL's reward trainer takes for a classifier of one label; the base model stays the causal LM that it is."""
 
     def __init__(self, model: PeftModel, head: torch.nn.Linear) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class RewardModel(torch.nn.Module):
         chosen = hidden[torch.arange(len(hidden), device=hidden.device), last].float()
         with torch.autocast(chosen.device.type, enabled=False):
             rewards: torch.Tensor = self.head(chosen)
-        return SequenceClassifierOutput(logits=rewards)  # type: ignore[arg-type]
+        return SequenceClassifierOutput(logits=rewards)
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """Recompute activations of the base model in the backward pass."""
@@ -88,9 +88,7 @@ def save_head(head: torch.nn.Linear, folder: Path) -> None:
 
 
 @torch.no_grad()
-def score_rows(
-    model: RewardModel, rows: Sequence[RenderedRow], *, batch_size: int, pad_token_id: int
-) -> torch.Tensor:
+def score_rows(model: RewardModel, rows: Sequence[RenderedRow], *, batch_size: int, pad_token_id: int) -> torch.Tensor:
     """The rewards of whole conversations, in eval mode: float32 `[num_rows]`, on the CPU."""
     rewards = []
     with eval_mode(model):

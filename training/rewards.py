@@ -19,7 +19,7 @@ from training.prompts import RenderedPrompt
 from training.reward_model import RewardModel, make_head, score_rows
 from training.start import StoredVersion, install_version, lora_config
 
-__all__ = ["RewardFunction", "Scorer", "is_function_name", "load_reward_function", "model_scorer", "function_scorer"]
+__all__ = ["RewardFunction", "Scorer", "function_scorer", "is_function_name", "load_reward_function", "model_scorer"]
 
 # completions, prompts, references -> one number each
 RewardFunction = Callable[[list[str], list[list[dict[str, Any]]], list[str]], Sequence[float]]
@@ -93,7 +93,7 @@ def model_scorer(model: PeftModel, base: LoadedBase, version: StoredVersion, *, 
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
         with _active(model, _REWARD_ADAPTER):
-            return score_rows(judge, rows, **options).tolist()  # type: ignore[no-any-return, no-untyped-call]
+            return score_rows(judge, rows, **options).tolist()
 
     return score
 

@@ -6,31 +6,32 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from adapters.adapter_files import read_adapter_config, read_adapter_weights
 from adapters.base_files import public_name, pull_base
-from adapters.base_model import LoadedBase, linear_shapes, load_base, load_tokenizer
-from adapters.chat_template import RenderedRow, hash_chat_template
+from adapters.base_model import LoadedBase, load_base, load_tokenizer
+from adapters.chat_template import hash_chat_template
 from adapters.database import open_database
 from adapters.errors import DataError, RankTooHighError
 from adapters.manifest import ADAPTER_CONFIG_FILE, DataReference, Manifest
 from adapters.records import NumberedVersion, check_alias_name
 from adapters.registry import Registry
+from adapters.reward_head import read_reward_head
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
 from training.config import TrainSettings
 from training.formats import Dataset, read_dataset
-from training.lora import add_adapter
-from training.losses import Evaluation, evaluate, mean_loss
-from training.methods import METHODS, TrainingRun
+from training.losses import Evaluation
+from training.methods import METHODS, VALIDATORS, check_trainable, render_rows
+from training.preparation import load_function, prepare_run
 from training.progress import Checkpointing, NextMove, StepListener, StepMetrics, TrainedCounts
-from training.rendering import render_dataset
+from training.start import linear_shapes_of
 
 __all__ = [
     "DataFile",
@@ -40,12 +41,15 @@ __all__ = [
     "SilentListener",
     "TrainingListener",
     "TrainingResult",
+    "VersionOpener",
     "run_training",
     "train_and_publish",
 ]
 
 _RECORDED_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
+# Opens the registry with the versions that settings may name.
+VersionOpener = Callable[[], AbstractContextManager[Registry]]
 # Makes the checked adapter in a folder a version; returns it, and whether its alias points to it.
 Publisher = Callable[[Path, Manifest, TrainedCounts], tuple[NumberedVersion, bool]]
 
@@ -124,8 +128,8 @@ class TrainingResult:
 
 @dataclass(frozen=True, slots=True)
 class _RenderedData:
-    train: list[RenderedRow]
-    validation: list[RenderedRow]
+    train: Sequence[Any]
+    validation: Sequence[Any]
     reference: DataReference
 
 
@@ -149,15 +153,25 @@ def run_training(
     """
     check_alias_name(alias)
 
-    def publish(folder: Path, manifest: Manifest, counts: TrainedCounts) -> tuple[NumberedVersion, bool]:
+    @contextmanager
+    def open_versions() -> Iterator[Registry]:
         with closing(open_database(core.resolved_database_url)) as database:
-            registry = Registry(database, ArtifactStore(core.home / "store"))
+            yield Registry(database, ArtifactStore(core.home / "store"))
+
+    def publish(folder: Path, manifest: Manifest, counts: TrainedCounts) -> tuple[NumberedVersion, bool]:
+        with open_versions() as registry:
             return registry.publish(folder, manifest, alias=alias, promote=promote)
 
     train = DataFile(train_path, str(train_path), "data")
     validation = DataFile(validation_path, str(validation_path), "validation") if validation_path else None
     result = train_and_publish(
-        train, validation, core=core, settings=settings, listener=listener or SilentListener(), publish=publish
+        train,
+        validation,
+        core=core,
+        settings=settings,
+        listener=listener or SilentListener(),
+        publish=publish,
+        open_versions=open_versions,
     )
     assert result is not None, "nobody stops a run without a watcher"
     return result
@@ -171,35 +185,46 @@ def train_and_publish(
     settings: TrainSettings,
     listener: TrainingListener,
     publish: Publisher,
+    open_versions: VersionOpener,
     job: JobFolder | None = None,
 ) -> TrainingResult | None:
     """Train an adapter and hand it to `publish`; None if the job's watcher stopped the run before its end.
+
+    `open_versions` opens the registry with the versions that the settings name, if they name any.
 
     Raises:
         RankTooHighError: no server with these settings could serve the result.
         DataError: bad rows; nothing has been loaded by then.
         BaseModelError: the base model can't be fetched or loaded.
+        ConfigurationError: settings that don't fit the base model, or the versions that they name.
+        NotFoundError: no such version.
     """
     if settings.rank > core.max_rank:
         raise RankTooHighError(rank=settings.rank, max_rank=core.max_rank)
+    function = load_function(settings, is_job=job is not None)
     data = _prepare_data(train_file, validation_file, core=core, settings=settings, listener=listener)
     listener.on_stage(f"Loading the base model {public_name(core.base)} ({core.quantisation})")
     base = load_base(core)
-    model = add_adapter(base, settings)
-    before = _validate(base, data, settings, listener, "before")
+    prepared = prepare_run(base, data.train, settings, open_versions, function, listener)
+    settings, run = prepared.run.settings, prepared.run
+    if settings.rank > core.max_rank:
+        raise RankTooHighError(rank=settings.rank, max_rank=core.max_rank)
+    validate = VALIDATORS[settings.method](run, data.validation) if data.validation else None
+    before = _validate(validate, listener, "before")
     listener.on_stage(f"Training on {len(data.train)} rows")
     started = time.monotonic()
-    checkpointing = _keep_checkpoints(job, base, data, settings) if job else None
-    counts = METHODS["sft"](TrainingRun(model, base, data.train, settings, listener, checkpointing))
+    if job:
+        run = replace(run, checkpointing=_keep_checkpoints(job, validate))
+    counts = METHODS[settings.method](run)
     if not counts.is_complete:
         return None
     train_seconds = time.monotonic() - started
-    after = _validate(base, data, settings, listener, "after")
+    after = _validate(validate, listener, "after")
 
-    metrics = {"validation_loss_before": before, "validation_loss_after": after, "num_steps": counts.num_steps}
+    metrics = _metrics_of(before, after, counts)
     with tempfile.TemporaryDirectory(prefix="hotswap-adapter-") as folder:
-        model.save_pretrained(folder, save_embedding_layers=False)
-        manifest = _describe(Path(folder), base, data, settings, metrics)
+        prepared.save(Path(folder))
+        manifest = _describe(Path(folder), base, data, settings, metrics, parent=prepared.parent)
         listener.on_stage("Publishing")
         published, is_live = publish(Path(folder), manifest, counts)
     return TrainingResult(
@@ -209,8 +234,8 @@ def train_and_publish(
         num_steps=counts.num_steps,
         train_seconds=train_seconds,
         tokens_per_second=counts.num_tokens / train_seconds,
-        validation_loss_before=before,
-        validation_loss_after=after,
+        validation_loss_before=before.loss if before else None,
+        validation_loss_after=after.loss if after else None,
     )
 
 
@@ -229,11 +254,12 @@ def _prepare_data(
     listener.on_stage(f"Tokenising for the base model {public_name(core.base)}")
     tokenizer = load_tokenizer(pull_base(core.base, core.home))
     with _blaming(train_file.param):
-        train_rows = render_dataset(tokenizer, train, max_length=settings.max_length)
-    validation_rows: list[RenderedRow] = []
+        train_rows = render_rows(tokenizer, train, settings)
+        check_trainable(train_rows, train.name, settings)
+    validation_rows: Sequence[Any] = []
     if validation_file and validation:
         with _blaming(validation_file.param):
-            validation_rows = render_dataset(tokenizer, validation, max_length=settings.max_length)
+            validation_rows = render_rows(tokenizer, validation, settings)
     reference = DataReference(
         train_sha256=train.sha256,
         num_train_rows=len(train.rows),
@@ -270,37 +296,49 @@ class _EvaluatingWatcher:
         self._inner.on_checkpoint(metrics, self._validate())
 
 
-def _keep_checkpoints(job: JobFolder, base: LoadedBase, data: _RenderedData, settings: TrainSettings) -> Checkpointing:
-    pad = base.tokenizer.pad_token_id
-
-    def validate() -> Evaluation | None:
-        if not data.validation:
-            return None
-        return evaluate(base.model, data.validation, batch_size=settings.batch_size, pad_token_id=pad)
-
-    return Checkpointing(job.path, _EvaluatingWatcher(job.watcher, validate), job.every_steps, job.resume_from)
+def _keep_checkpoints(job: JobFolder, validate: Callable[[], Evaluation] | None) -> Checkpointing:
+    watcher = _EvaluatingWatcher(job.watcher, validate or (lambda: None))
+    return Checkpointing(job.path, watcher, job.every_steps, job.resume_from)
 
 
-def _validate(
-    base: LoadedBase, data: _RenderedData, settings: TrainSettings, listener: TrainingListener, when: str
-) -> float | None:
-    if not data.validation:
+def _validate(validate: Callable[[], Evaluation] | None, listener: TrainingListener, when: str) -> Evaluation | None:
+    if validate is None:
         return None
     listener.on_stage(f"Validation loss {when} training")
-    pad = base.tokenizer.pad_token_id
-    return mean_loss(base.model, data.validation, batch_size=settings.batch_size, pad_token_id=pad)
+    return validate()
+
+
+def _metrics_of(before: Evaluation | None, after: Evaluation | None, counts: TrainedCounts) -> dict[str, float | None]:
+    metrics: dict[str, float | None] = {
+        "validation_loss_before": before.loss if before else None,
+        "validation_loss_after": after.loss if after else None,
+    }
+    for when, found in (("before", before), ("after", after)):
+        metrics |= {f"validation_{name}_{when}": value for name, value in (found.extra if found else {}).items()}
+    return metrics | {"num_steps": counts.num_steps}
 
 
 def _describe(
-    folder: Path, base: LoadedBase, data: _RenderedData, settings: TrainSettings, metrics: dict[str, float | None]
+    folder: Path,
+    base: LoadedBase,
+    data: _RenderedData,
+    settings: TrainSettings,
+    metrics: dict[str, float | None],
+    *,
+    parent: str | None,
 ) -> Manifest:
     """Check what was saved as strictly as the server will, and write down where it comes from."""
     _sort_target_modules(folder / ADAPTER_CONFIG_FILE)
     config = read_adapter_config(folder)
-    shapes = {name.replace(".base_layer", ""): shape for name, shape in linear_shapes(base.model).items()}
-    weights = read_adapter_weights(folder, config, shapes)
+    weights = read_adapter_weights(folder, config, linear_shapes_of(base))
+    is_reward_model = settings.method == "reward"
+    if is_reward_model:
+        read_reward_head(folder, base.model.config.get_text_config().hidden_size)
     return Manifest(
         source="trained",
+        kind="reward" if is_reward_model else "chat",
+        method=settings.method,
+        parent=parent,
         base=base.reference,
         rank=config.r,
         alpha=config.lora_alpha,

@@ -6,7 +6,6 @@ Source: arXiv 2402.01306, equations 7 and 8.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
@@ -51,7 +50,7 @@ def train_kto(run: TrainingRun[RenderedLabel]) -> TrainedCounts:
     of few rows estimates badly.
     """
     settings = run.settings
-    order = random.Random(settings.seed).sample(range(len(run.rows)), len(run.rows))
+    order = torch.randperm(len(run.rows), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     num_batches = math.ceil(len(order) / settings.batch_size)
     filled = islice(cycle(order), num_batches * settings.batch_size)
     run = replace(run, rows=[run.rows[number] for number in filled])
@@ -97,18 +96,14 @@ def validate_kto(run: TrainingRun[Any], rows: Sequence[RenderedLabel]) -> Callab
     return measure
 
 
-def check_labels(labels: Sequence[bool], name: str, *, batch_size: int) -> None:
-    """Refuse labels that give nothing to compare.
+def check_labels(labels: Sequence[bool], name: str) -> None:
+    """Refuse rows that give nothing to compare.
 
     Raises:
-        DataError: all rows have one label, or a batch would hold a single row.
+        DataError: all rows have one label.
     """
     if len(set(labels)) < 2:
         raise DataError([f"{name}: kto needs rows of both labels, found only {str(labels[0]).lower()}"])
-    if batch_size < 2:
-        raise DataError(
-            [f"{name}: kto compares the rows of a batch with one another: batch_size must be 2 or more, found 1"]
-        )
 
 
 def label_weights(labels: Sequence[bool]) -> tuple[float, float]:

@@ -53,7 +53,7 @@ def train_grpo(run: TrainingRun[RenderedPrompt]) -> TrainedCounts:
 
 
 def validate_rl(run: TrainingRun[RenderedPrompt], prompts: Sequence[RenderedPrompt]) -> Callable[[], Evaluation]:
-    """What measures the mean reward of the likeliest answers to the first prompts; its loss is that with its sign turned."""
+    """What measures the mean reward of the likeliest answers to the first prompts; the loss is that, sign turned."""
     prompts = prompts[:MAX_VALIDATION_PROMPTS]
 
     def measure() -> Evaluation:

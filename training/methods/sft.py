@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from adapters.chat_template import RenderedRow
-from training.losses import token_sums
+from training.losses import Evaluation, evaluate, token_sums
 from training.methods.run import (
     AdapterTrainer,
     TrainingRun,
@@ -22,7 +23,7 @@ from training.methods.run import (
 from training.progress import TrainedCounts
 from training.rendering import collate
 
-__all__ = ["train_sft"]
+__all__ = ["train_sft", "validate_sft"]
 
 
 def train_sft(run: TrainingRun[RenderedRow]) -> TrainedCounts:
@@ -46,6 +47,12 @@ def train_sft(run: TrainingRun[RenderedRow]) -> TrainedCounts:
                 data_collator=partial(_collate_rows, pad_token_id=run.base.tokenizer.pad_token_id),
             )
         return run_trainer(trainer, run, read_step=lambda logs: (trainer.take_accuracy(), {}))
+
+
+def validate_sft(run: TrainingRun[Any], rows: Sequence[RenderedRow]) -> Callable[[], Evaluation]:
+    """What measures loss and accuracy on what the assistant says."""
+    options = {"batch_size": run.settings.batch_size, "pad_token_id": run.base.tokenizer.pad_token_id}
+    return lambda: evaluate(run.base.model, rows, **options)
 
 
 class _MaskedLossTrainer(AdapterTrainer, SFTTrainer):  # type: ignore[misc]  # TRL ships no types
