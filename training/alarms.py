@@ -37,7 +37,7 @@ class EvaluationPoint:
 
     step: int
     loss: float
-    accuracy: float
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

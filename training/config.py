@@ -188,9 +188,17 @@ class TrainSettings(SettingsSection):
             self._check_reward()
         elif self.reward is not None:
             raise ValueError(f"reward is for rloo and grpo, not for {self.method}")
-        if self.neftune is not None and self.method != "sft":
-            raise ValueError(f"neftune is for sft, not for {self.method}")
+        if self.method == "kto" and self.batch_size < 2:
+            raise ValueError("kto compares the rows of a batch with one another: batch_size must be 2 or more, found 1")
+        if self.method != "sft":
+            self._check_no_noise()
         return self
+
+    def _check_no_noise(self) -> None:
+        """The other methods compare probabilities with those of a reference or of other answers."""
+        for name in ("neftune", "dropout"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is for sft: for {self.method} it would blur what is compared")
 
     def _check_reward(self) -> None:
         if self.reward is None:
@@ -200,4 +208,9 @@ class TrainSettings(SettingsSection):
             raise ValueError(
                 f"a step takes batch_size * gradient_accumulation = {answers} answers, which must be a multiple of "
                 f"generations = {self.generations}"
+            )
+        if self.max_answer_tokens >= self.max_length:
+            raise ValueError(
+                f"max_answer_tokens ({self.max_answer_tokens}) must be less than max_length ({self.max_length}), which "
+                "prompt and answer share"
             )

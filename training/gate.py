@@ -45,23 +45,21 @@ class Present:
 class Evidence:
     """All that a version is judged by.
 
-    Evaluations are None where nothing can be measured, and `problem` says why. The general losses are nats a token on
-    text of no domain.
+    Evaluations are None where there is nothing to measure on. `general` is the loss on text of no domain, in nats a
+    token, with the version and of the base model; None of what nobody chats with.
     """
 
     candidate: Evaluation | None
     base: Evaluation | None
-    general_loss: float
-    general_loss_of_base: float
+    general: tuple[float, float] | None
     samples: Sequence[Sample] = ()
     present: Present | None = None
-    problem: str = "there is no validation file"
 
 
 def judge(evidence: Evidence, settings: TrainSettings) -> GateReport:
     """Make every check that can be made, and say which could not be."""
     checks = [
-        _check_better("base", "the base model", evidence.candidate, evidence.base, evidence.problem, settings),
+        _check_better("base", "the base model", evidence.candidate, evidence.base, None, settings),
         *_check_present(evidence, settings),
         _check_forgetting(evidence, settings),
         _check_sampling(evidence.samples, settings),
@@ -104,11 +102,12 @@ def _check_better(
     title: str,
     candidate: Evaluation | None,
     other: Evaluation | None,
-    problem: str,
+    problem: str | None,
     settings: TrainSettings,
 ) -> GateCheck:
     if candidate is None or other is None:
-        return GateCheck(name=name, outcome="unchecked", sentence=f"not compared with {title}: {problem}")
+        why = problem or "there is no validation file"
+        return GateCheck(name=name, outcome="unchecked", sentence=f"not compared with {title}: {why:.800}")
     if (num_rows := len(candidate.losses)) < MIN_ROWS:
         few = f"{num_rows} validation rows are too few, it takes {MIN_ROWS}"
         return GateCheck(name=name, outcome="unchecked", sentence=f"not compared with {title}: {few}")
@@ -127,18 +126,20 @@ def _check_better(
 
 def _check_present(evidence: Evidence, settings: TrainSettings) -> Iterator[GateCheck]:
     if (present := evidence.present) is not None:
-        problem = present.problem or evidence.problem
         candidate = evidence.candidate
-        yield _check_better("present", present.label, candidate, present.evaluation, problem, settings)
+        yield _check_better("present", present.label, candidate, present.evaluation, present.problem, settings)
 
 
 def _check_forgetting(evidence: Evidence, settings: TrainSettings) -> GateCheck:
-    rise = evidence.general_loss - evidence.general_loss_of_base
+    if evidence.general is None:
+        return GateCheck(name="forgetting", outcome="unchecked", sentence="nobody chats with a reward model")
+    loss, loss_of_base = evidence.general
+    rise = loss - loss_of_base
     sentence = (
-        f"loss on general text {evidence.general_loss:.3f} against {evidence.general_loss_of_base:.3f} of the base "
-        f"model: {rise:+.3f}; at most {settings.gate_forgetting:+g} is allowed"
+        f"loss on general text {loss:.3f} against {loss_of_base:.3f} of the base model: {rise:+.3f}; "
+        f"at most {settings.gate_forgetting:+g} is allowed"
     )
-    figures = {"loss": evidence.general_loss, "other_loss": evidence.general_loss_of_base, "rise": rise}
+    figures = {"loss": loss, "other_loss": loss_of_base, "rise": rise}
     # Written so that a loss which is no number fails.
     return _check("forgetting", "passed" if rise <= settings.gate_forgetting else "failed", sentence, figures)
 

@@ -2,107 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from peft import PeftModel
-
-from adapters.adapter_files import parse_adapter_config, parse_adapter_weights
-from adapters.base_model import LoadedBase, linear_shapes
-from adapters.errors import AdapterRejectedError, IntegrityError, NotFoundError
-from adapters.manifest import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, Manifest
+from adapters.errors import HotswapError, NotFoundError
+from adapters.manifest import Manifest
 from adapters.records import NumberedVersion
 from adapters.registry import Registry
-from training.config import TrainSettings
-from training.evaluation import Evaluator
+from training.evaluation import Yardstick
 from training.gate import Evidence, Present
 from training.general_text import render_general_text
 from training.losses import Evaluation, evaluate
+from training.methods import TrainingRun
 from training.sampling import LONGER_THAN_REFERENCE, Sample, SamplePrompt, sample_answers
+from training.start import StoredVersion, read_version
 
-__all__ = ["PresentVersion", "gather_evidence", "module_shapes", "read_present"]
+__all__ = ["PresentVersion", "find_present", "gather_evidence"]
 
 
 @dataclass(frozen=True, slots=True)
 class PresentVersion:
-    """The version that an alias points to, with its files as they were checked; `problem` says why there are none."""
+    """What an alias points to; `problem` says why its files can't be used here."""
 
     version: NumberedVersion
-    manifest: Manifest | None = None
-    contents: Mapping[str, bytearray] | None = None
+    stored: StoredVersion | None = None
     problem: str | None = None
 
+    @property
+    def manifest(self) -> Manifest | None:
+        """Its manifest, if the files can be used."""
+        return self.stored.manifest if self.stored else None
 
-def read_present(registry: Registry, alias: str) -> PresentVersion | None:
-    """What an alias points to; None if it points nowhere."""
-    try:
-        current = registry.alias(alias).current
-    except NotFoundError:
-        return None
-    try:
-        manifest, contents = registry.store.read(current.version.digest)
-    except (IntegrityError, NotFoundError) as error:
-        return PresentVersion(current, problem=str(error))
-    return PresentVersion(current, manifest, contents)
+
+def find_present(
+    open_versions: Callable[[], AbstractContextManager[Registry]], alias: str, run: TrainingRun[Any]
+) -> PresentVersion | None:
+    """Read and check the version that an alias points to; None if it points nowhere."""
+    with open_versions() as registry:
+        try:
+            current = registry.alias(alias).current
+        except NotFoundError:
+            return None
+        try:
+            stored = read_version(registry, current.label, run.base)
+        except HotswapError as error:  # damaged, or made for another base model: the run must not fail for it
+            return PresentVersion(current, problem=str(error))
+    if (stored.head is None) != (run.head is None):
+        return PresentVersion(current, problem="only one of the two is a reward model")
+    return PresentVersion(current, stored)
 
 
 def gather_evidence(
-    model: PeftModel,
-    base: LoadedBase,
-    evaluator: Evaluator | None,
+    run: TrainingRun[Any],
+    yardstick: Yardstick | None,
     *,
     candidate: Evaluation | None,
     present: PresentVersion | None,
     prompts: Sequence[SamplePrompt],
-    problem: str,
-    settings: TrainSettings,
 ) -> Evidence:
-    """Measure what is not known yet about the adapter in the model, the base model, and the alias's present version."""
-    rows = render_general_text(base.tokenizer)
-    pad = base.tokenizer.pad_token_id
-    general = evaluate(base.model, rows, batch_size=settings.batch_size, pad_token_id=pad)
-    with model.disable_adapter():
-        general_of_base = evaluate(base.model, rows, batch_size=settings.batch_size, pad_token_id=pad)
+    """Measure what is not known yet about the run's adapter, the base model, and the alias's present version."""
+    speaks = run.head is None  # nobody hears what a reward model would say
     return Evidence(
         candidate=candidate,
-        base=evaluator.measure_base() if evaluator else None,
-        general_loss=general.loss,
-        general_loss_of_base=general_of_base.loss,
-        samples=_sample(base, prompts, settings),
-        present=_measure_present(base, evaluator, present) if present else None,
-        problem=problem,
+        base=yardstick.measure_base() if yardstick else None,
+        general=_measure_general(run) if speaks else None,
+        samples=_sample(run, prompts) if speaks else (),
+        present=_measure_present(yardstick, present) if present else None,
     )
 
 
-def module_shapes(model: Any) -> dict[str, tuple[int, int]]:
-    """The linear layers of a base model that has LoRA layers in it, by the paths that they have without."""
-    return {name.replace(".base_layer", ""): shape for name, shape in linear_shapes(model).items()}
+def _measure_general(run: TrainingRun[Any]) -> tuple[float, float]:
+    """The loss on general text with the adapter, and without."""
+    rows = render_general_text(run.base.tokenizer)
+    options = {"batch_size": run.settings.batch_size, "pad_token_id": run.base.tokenizer.pad_token_id}
+    adapted = evaluate(run.base.model, rows, **options).loss
+    with run.model.disable_adapter():
+        return adapted, evaluate(run.base.model, rows, **options).loss
 
 
-def _sample(base: LoadedBase, prompts: Sequence[SamplePrompt], settings: TrainSettings) -> list[Sample]:
+def _sample(run: TrainingRun[Any], prompts: Sequence[SamplePrompt]) -> list[Sample]:
+    limit = run.settings.gate_sample_tokens
     # Nobody needs to see how an answer goes on that is too long already.
-    longest = max((prompt.reference_tokens or settings.gate_sample_tokens for prompt in prompts), default=0)
-    max_tokens = min(settings.gate_sample_tokens, LONGER_THAN_REFERENCE * longest + 1)
-    return sample_answers(base.model, base.tokenizer, prompts, max_tokens=max_tokens, batch_size=settings.batch_size)
+    longest = max((prompt.reference_tokens or limit for prompt in prompts), default=0)
+    max_tokens = min(limit, LONGER_THAN_REFERENCE * longest + 1)
+    batch_size = run.settings.batch_size
+    return sample_answers(run.base.model, run.base.tokenizer, prompts, max_tokens=max_tokens, batch_size=batch_size)
 
 
-def _measure_present(base: LoadedBase, evaluator: Evaluator | None, present: PresentVersion) -> Present:
+def _measure_present(yardstick: Yardstick | None, present: PresentVersion) -> Present:
     label, digest = present.version.label, present.version.version.digest
-    problem = present.problem or _find_mismatch(base, present)
-    if problem is not None or evaluator is None:
-        return Present(label, digest, problem=problem)
-    assert present.contents is not None, "only a problem leaves it out"
+    if yardstick is None or present.stored is None:
+        return Present(label, digest, problem=present.problem)
     try:
-        config = parse_adapter_config(present.contents[ADAPTER_CONFIG_FILE])
-        weights = parse_adapter_weights(present.contents[ADAPTER_WEIGHTS_FILE], config, module_shapes(base.model))
-    except AdapterRejectedError as error:
+        return Present(label, digest, yardstick.measure_version(present.stored))
+    except HotswapError as error:
         return Present(label, digest, problem=str(error))
-    return Present(label, digest, evaluator.measure_version(weights))
-
-
-def _find_mismatch(base: LoadedBase, present: PresentVersion) -> str | None:
-    made_for = present.manifest.base.fingerprint if present.manifest else None
-    if made_for is None or made_for == base.reference.fingerprint:
-        return None
-    return f"it was made for another base model ({made_for[:12]}, not {base.reference.fingerprint[:12]})"

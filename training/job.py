@@ -14,6 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,7 +34,6 @@ from adapters.registry import Registry
 from adapters.settings import CoreSettings, resolve_home
 from adapters.store import ArtifactStore
 from training.config import TrainSettings
-from training.gate_evidence import read_present
 from training.losses import Evaluation
 from training.process_log import configure_process_log
 from training.progress import NextMove, StepMetrics, TrainedCounts
@@ -58,7 +58,6 @@ _MAX_METRIC_EVENTS = 500
 _MAX_RESULT_BYTES = 100_000_000
 _CSV_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 _HYPERPARAMETERS = {"n_epochs": "epochs"}  # the wire's name -> the setting's; all others are called the same
-_COUNTS = ("step", "total_steps")
 _NO_SETTINGS = frozenset({"learning_rate_multiplier", "checkpoint_steps"})
 
 
@@ -102,14 +101,15 @@ class JobRun:
         try:
             settings = resolve_settings(job, self._core.home)
             train_and_publish(
+                job.alias,
                 self._data_file(job.training_file, "training_file"),
                 self._data_file(job.validation_file, "validation_file") if job.validation_file else None,
                 core=self._core,
                 settings=settings,
                 listener=self,
-                present=lambda: read_present(self._registry, job.alias),
                 publish=self._publish,
                 folder=checkpoints_folder(self._core.home, job.id).parent,
+                open_versions=lambda: nullcontext(self._registry),
                 job=self._folder(job),
             )
         except _StoppedError:
@@ -151,7 +151,7 @@ class JobRun:
         """Record a checkpoint, with its validation if it was validated."""
         known = _metrics_of(metrics, validation)
         self._jobs.add_checkpoint(
-            self._claim, metrics.step, {k: v for k, v in known.items() if v is not None and k not in _COUNTS}
+            self._claim, metrics.step, {k: v for k, v in known.items() if k not in ("step", "total_steps")}
         )
 
     def _note_metrics(self, metrics: StepMetrics, validation: Evaluation | None) -> None:
@@ -299,16 +299,17 @@ def _hyperparameters(job: Job) -> Mapping[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _metrics_of(metrics: StepMetrics, validation: Evaluation | None) -> dict[str, float | None]:
-    known: dict[str, float | None] = {
-        "step": metrics.step,
-        "total_steps": metrics.num_steps,
-        "train_loss": metrics.loss,
-        "train_mean_token_accuracy": metrics.accuracy,
-    }
+def _metrics_of(metrics: StepMetrics, validation: Evaluation | None) -> dict[str, float]:
+    known = {"step": metrics.step, "total_steps": metrics.num_steps, "train_loss": metrics.loss}
+    known |= _measured("train", metrics.accuracy, metrics.extra)
     if validation is not None:
-        known |= {"valid_loss": validation.loss, "valid_mean_token_accuracy": validation.accuracy}
+        known |= {"valid_loss": validation.loss} | _measured("valid", validation.accuracy, validation.extra)
     return known
+
+
+def _measured(part: str, accuracy: float | None, extra: Mapping[str, float]) -> dict[str, float]:
+    named = {f"{part}_{name}": value for name, value in extra.items()}
+    return named if accuracy is None else named | {f"{part}_mean_token_accuracy": accuracy}
 
 
 def _setter(event: threading.Event) -> Callable[[int, FrameType | None], None]:

@@ -6,8 +6,8 @@ model: hidden states are picked by their labels before the head, not after.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,18 +44,25 @@ class TokenSums:
 class Evaluation:
     """What was measured on rows: of each row the loss, what it is counted by, and how much of that was right.
 
-    Of rows with tokens that carry loss these are cross-entropy in nats, tokens, and tokens whose likeliest guess was
-    right; of pairs the loss of the pair, 1, and whether the better answer was preferred.
+    Of supervised fine-tuning these are cross-entropy in nats, tokens that carry loss, and tokens whose likeliest guess
+    was right; of other methods their own loss, the lower the better, and 1: no tokens are guessed.
 
     Args:
         losses: Sums, float64 `[rows]`.
         weights: float64 `[rows]`; 0 for a row without tokens that carry loss.
-        num_right: float64 `[rows]`, at most the weights.
+        num_right: float64 `[rows]`, at most the weights, or None.
+        extra: What a method measures besides, by name.
     """
 
     losses: np.ndarray
     weights: np.ndarray
-    num_right: np.ndarray
+    num_right: np.ndarray | None = None
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of_rows(cls, losses: torch.Tensor, extra: Mapping[str, float]) -> Evaluation:
+        """What a method measured by its own loss, `[rows]`."""
+        return cls(losses.double().cpu().numpy(), np.ones(len(losses)), extra=extra)
 
     @property
     def loss(self) -> float:
@@ -63,9 +70,9 @@ class Evaluation:
         return float(self.losses.sum() / self.weights.sum())
 
     @property
-    def accuracy(self) -> float:
-        """The share that was right."""
-        return float(self.num_right.sum() / self.weights.sum())
+    def accuracy(self) -> float | None:
+        """The share of tokens that was guessed right."""
+        return None if self.num_right is None else float(self.num_right.sum() / self.weights.sum())
 
 
 def check_head_is_plain(model: Any) -> None:

@@ -13,7 +13,16 @@ if TYPE_CHECKING:
     from training.losses import Evaluation
     from training.watching import Watch
 
-__all__ = ["Checkpointing", "NextMove", "Reporter", "RunWatcher", "StepListener", "StepMetrics", "TrainedCounts"]
+__all__ = [
+    "Checkpointing",
+    "NextMove",
+    "Reporter",
+    "RunWatcher",
+    "StepListener",
+    "StepMetrics",
+    "StepReader",
+    "TrainedCounts",
+]
 
 NextMove = Literal["continue", "pause", "stop"]
 
@@ -33,9 +42,11 @@ class TrainedCounts:
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """One optimiser step: mean loss in nats a token, share of tokens guessed right, and tokens seen since the start.
+    """One optimiser step: its loss, share of tokens guessed right, and tokens seen since the start.
 
-    `gradient_norm` is that before clipping. `extra` is what a method measures beside.
+    The loss of supervised fine-tuning is the mean in nats a token; that of other methods is their own. `accuracy` is
+    None where no tokens are guessed. `extra` is what a method measures besides, by name. `gradient_norm` is that before
+    clipping.
     """
 
     step: int
@@ -74,6 +85,10 @@ class Checkpointing:
     resume_from: Path | None = None
 
 
+# What a trainer logs of a step -> share of tokens guessed right, and what else its method measures.
+StepReader = Callable[[Mapping[str, Any]], tuple[float | None, dict[str, float]]]
+
+
 class StepListener(Protocol):
     """Told of every optimiser step, for a progress bar."""
 
@@ -88,7 +103,7 @@ class Reporter(TrainerCallback):
 
     Args:
         listener: Told of every step.
-        take_accuracy: The share of right guesses in the step that has ended; called once a step.
+        read_step: What the method measures in a step; called once a step with what its trainer logs.
         checkpointing: Where the run keeps its states, if it does.
         watch: Validates, and may end the run early.
     """
@@ -96,12 +111,12 @@ class Reporter(TrainerCallback):
     def __init__(
         self,
         listener: StepListener,
-        take_accuracy: Callable[[], float],
+        read_step: StepReader,
         checkpointing: Checkpointing | None,
         watch: Watch | None,
     ) -> None:
         self._listener = listener
-        self._take_accuracy = take_accuracy
+        self._read_step = read_step
         self._checkpointing = checkpointing
         self._watch = watch
         self._is_validation_due = False
@@ -130,12 +145,14 @@ class Reporter(TrainerCallback):
         """Called by the trainer after every step, since logging_steps is 1, and before the state is saved."""
         if not logs or "loss" not in logs:
             return
+        accuracy, extra = self._read_step(logs)
         metrics = self._metrics = StepMetrics(
             step=state.global_step,
             num_steps=state.max_steps,
             loss=float(logs["loss"]),
-            accuracy=self._take_accuracy(),
+            accuracy=accuracy,
             num_tokens=int(state.num_input_tokens_seen),
+            extra=extra,
             learning_rate=logs.get("learning_rate"),
             gradient_norm=logs.get("grad_norm"),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,12 @@ from training.progress import StepMetrics
 from training.run_log import RunLog
 from training.sampling import Sample, find_flaw
 
-__all__ = ["STATE_FILE", "Best", "RunListener", "Watch", "WatchPlan"]
+__all__ = ["STATE_FILE", "Best", "Ended", "RunListener", "Watch", "WatchPlan"]
 
 STATE_FILE = "watch.safetensors"
 _WEIGHTS, _EVALUATION = "weights/", "evaluation/"
+_STATE = "state"
+_ARRAYS = ("losses", "weights", "num_right")
 
 
 class RunListener(Protocol):
@@ -58,6 +61,14 @@ class Best:
     weights: dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Where a run was ended early: at which step, and tokens seen by then."""
+
+    step: int
+    num_tokens: int
+
+
 class Watch:
     """The state of watching one run.
 
@@ -79,7 +90,7 @@ class Watch:
         self._steps, self._evaluations, self._raised = _read_history(log)
         self._num_since_best = 0
         self.best: Best | None = None
-        self.ended_at: StepMetrics | None = None
+        self.ended_at: Ended | None = None
 
     def is_due(self, step: int, *, is_scheduled: bool, is_last: bool) -> bool:
         """Whether the rows are to be validated after this step; the last one always is."""
@@ -118,7 +129,7 @@ class Watch:
             return None
         evaluation = self._plan.measure()
         loss, accuracy = evaluation.loss, evaluation.accuracy
-        self._log.note("evaluation", metrics.step, {"valid_loss": loss, "valid_accuracy": accuracy})
+        self._log.note("evaluation", metrics.step, {"valid_loss": loss, "valid_accuracy": accuracy, **evaluation.extra})
         self._evaluations.append(EvaluationPoint(metrics.step, loss, accuracy))
         self._listener.on_evaluation(metrics, evaluation)
         self._raise_alarms(metrics.step)
@@ -139,27 +150,35 @@ class Watch:
         if self.best is None:
             return
         tensors = {_WEIGHTS + name: tensor for name, tensor in self.best.weights.items()}
-        evaluation = self.best.evaluation
-        for name in Evaluation.__slots__:
-            tensors[_EVALUATION + name] = torch.from_numpy(getattr(evaluation, name))
-        numbers = {"step": self.best.step, "num_since_best": self._num_since_best}
+        for name in _ARRAYS:
+            if (array := getattr(self.best.evaluation, name)) is not None:
+                tensors[_EVALUATION + name] = torch.from_numpy(array)
+        state: dict[str, Any] = {
+            "step": self.best.step,
+            "extra": dict(self.best.evaluation.extra),
+            "num_since_best": self._num_since_best,
+        }
         if self.ended_at is not None:
-            numbers |= {"ended_at": self.ended_at.step, "num_tokens": self.ended_at.num_tokens}
-        save_file(tensors, folder / STATE_FILE, {name: str(number) for name, number in numbers.items()})
+            state |= {"ended_at": self.ended_at.step, "num_tokens": self.ended_at.num_tokens}
+        save_file(tensors, folder / STATE_FILE, {_STATE: json.dumps(state)})
 
     def load(self, folder: Path) -> None:
         """Take up what `save` wrote into this checkpoint, if it wrote anything."""
         if not (folder / STATE_FILE).exists():
             return
         with safe_open(folder / STATE_FILE, framework="pt") as file:
-            numbers = {name: int(number) for name, number in file.metadata().items()}
+            state = json.loads(file.metadata()[_STATE])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
         weights = {name.removeprefix(_WEIGHTS): t for name, t in tensors.items() if name.startswith(_WEIGHTS)}
-        parts = {name: tensors[_EVALUATION + name].numpy() for name in Evaluation.__slots__}
-        self.best = Best(numbers["step"], Evaluation(**parts), weights)
-        self._num_since_best = numbers["num_since_best"]
-        if "ended_at" in numbers:
-            self.ended_at = StepMetrics(numbers["ended_at"], 0, 0.0, 0.0, numbers["num_tokens"])
+        arrays = {
+            name.removeprefix(_EVALUATION): tensor.numpy()
+            for name, tensor in tensors.items()
+            if name.startswith(_EVALUATION)
+        }
+        self.best = Best(state["step"], Evaluation(**arrays, extra=state["extra"]), weights)
+        self._num_since_best = state["num_since_best"]
+        if "ended_at" in state:
+            self.ended_at = Ended(state["ended_at"], state["num_tokens"])
 
     def _keep_if_best(self, metrics: StepMetrics, evaluation: Evaluation) -> None:
         if self.best is None or evaluation.loss < self.best.evaluation.loss:
@@ -169,7 +188,7 @@ class Watch:
             return
         self._num_since_best += 1
         if self._plan.patience is not None and self._num_since_best >= self._plan.patience:
-            self.ended_at = metrics
+            self.ended_at = Ended(metrics.step, metrics.num_tokens)
 
     def _sample(self, step: int) -> None:
         for sample in self._plan.sample() if self._plan.sample else ():

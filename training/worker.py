@@ -8,15 +8,15 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from peft import PeftModel
+import torch
 
 from adapters.adapter_files import read_adapter_config, read_adapter_weights
 from adapters.base_files import public_name, pull_base
@@ -29,21 +29,22 @@ from adapters.gate_report import GateReport, may_promote
 from adapters.manifest import ADAPTER_CONFIG_FILE, DataReference, Manifest, hash_file
 from adapters.records import NumberedVersion, check_alias_name
 from adapters.registry import Registry
+from adapters.reward_head import read_reward_head
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
 from training.config import TrainSettings
-from training.evaluation import Evaluator
+from training.evaluation import Yardstick
 from training.formats import Dataset, read_dataset
-from training.gate import Evidence, judge
-from training.gate_evidence import PresentVersion, gather_evidence, module_shapes, read_present
-from training.lora import add_adapter
+from training.gate import judge
+from training.gate_evidence import PresentVersion, find_present, gather_evidence
 from training.losses import Evaluation
-from training.methods import METHODS, TrainingRun
+from training.methods import METHODS, VALIDATORS, TrainingRun, check_trainable, render_rows
 from training.plots import write_curves
+from training.preparation import load_function, prepare_run
 from training.progress import Checkpointing, RunWatcher, StepListener, StepMetrics, TrainedCounts
-from training.rendering import render_dataset
 from training.run_log import RunLog
 from training.sampling import SamplePrompt, make_prompts, read_prompts, sample_answers
+from training.start import linear_shapes_of
 from training.watching import Best, RunListener, Watch, WatchPlan
 
 __all__ = [
@@ -54,14 +55,16 @@ __all__ = [
     "SilentListener",
     "TrainingListener",
     "TrainingResult",
+    "VersionOpener",
     "run_training",
     "train_and_publish",
 ]
 
-_MEASURED_METHODS = ("sft", "dpo", "kto")
 _NOT_RECORDED = {"home", "promote", "sample_file"}  # where it runs and what becomes of the result, not what it is
 _RECORDED_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
+# Opens the registry with the versions that settings may name.
+VersionOpener = Callable[[], AbstractContextManager[Registry]]
 # What may move an alias: asked with the number that it points to when the version is published.
 MoveRule = Callable[[int | None], bool]
 # Makes the checked adapter in a folder a version; returns it, and whether its alias points to it.
@@ -139,8 +142,8 @@ class TrainingResult:
 
 @dataclass(frozen=True, slots=True)
 class _RenderedData:
-    train: list[Any]
-    validation: list[Any]
+    train: Sequence[Any]
+    validation: Sequence[Any]
     reference: DataReference
     sampled: list[SamplePrompt]  # answered at each validation
     judged: list[SamplePrompt]  # answered for the gate
@@ -166,26 +169,28 @@ def run_training(
     """
     check_alias_name(alias)
 
-    def present() -> PresentVersion | None:
-        with _registry(core) as registry:
-            return read_present(registry, alias)
+    @contextmanager
+    def open_versions() -> Iterator[Registry]:
+        with closing(open_database(core.resolved_database_url)) as database:
+            yield Registry(database, ArtifactStore(core.home / "store"))
 
     def publish(
         folder: Path, manifest: Manifest, counts: TrainedCounts, may_move: MoveRule
     ) -> tuple[NumberedVersion, bool]:
-        with _registry(core) as registry:
+        with open_versions() as registry:
             return registry.publish(folder, manifest, alias=alias, promote=may_move)
 
     train = DataFile(train_path, str(train_path), "data")
     validation = DataFile(validation_path, str(validation_path), "validation") if validation_path else None
     result = train_and_publish(
+        alias,
         train,
         validation,
         core=core,
         settings=settings,
         listener=listener or SilentListener(),
-        present=present,
         publish=publish,
+        open_versions=open_versions,
         folder=core.home / "runs" / _make_run_id(),
     )
     assert result is not None, "nobody stops a run without a watcher"
@@ -193,27 +198,29 @@ def run_training(
 
 
 def train_and_publish(
+    alias: str,
     train_file: DataFile,
     validation_file: DataFile | None,
     *,
     core: CoreSettings,
     settings: TrainSettings,
     listener: TrainingListener,
-    present: Callable[[], PresentVersion | None],
     publish: Publisher,
+    open_versions: VersionOpener,
     folder: Path,
     job: JobFolder | None = None,
 ) -> TrainingResult | None:
     """Train an adapter and hand it to `publish`; None if the job's watcher stopped the run before its end.
 
     Args:
+        alias: What points to the version that the gate compares with.
         train_file: What is trained on.
         validation_file: What the best state is chosen by, and the gate compares on.
         core: Base model and home.
         settings: Of the run.
         listener: Told of stages, steps, evaluations and alarms.
-        present: Reads what the alias points to, which the gate compares with; called once, behind the training.
         publish: Called last.
+        open_versions: Opens the registry with the versions that the settings name, and the alias.
         folder: The run's own, for metrics, samples and curves; made when training begins.
         job: Where a job's checkpoints lie.
 
@@ -221,24 +228,28 @@ def train_and_publish(
         RankTooHighError: no server with these settings could serve the result.
         DataError: bad rows; nothing has been loaded by then.
         BaseModelError: the base model can't be fetched or loaded.
+        ConfigurationError: settings that don't fit the base model, or the versions that they name.
+        NotFoundError: no such version.
         TrainingDivergedError: the loss is no number, or only rises.
     """
     if settings.rank > core.max_rank:
         raise RankTooHighError(rank=settings.rank, max_rank=core.max_rank)
+    function = load_function(settings, is_job=job is not None)
     data = _prepare_data(train_file, validation_file, core=core, settings=settings, listener=listener)
     listener.on_stage(f"Loading the base model {public_name(core.base)} ({core.quantisation})")
     base = load_base(core)
-    model = add_adapter(base, settings)
-    evaluator = _make_evaluator(model, base, data, settings)
-    if evaluator is not None:
-        listener.on_stage("Validation loss before training")
-    before = evaluator.measure_base().loss if evaluator else None
+    prepared = prepare_run(base, data.train, settings, open_versions, function, listener)
+    settings, run = prepared.run.settings, prepared.run
+    if settings.rank > core.max_rank:
+        raise RankTooHighError(rank=settings.rank, max_rank=core.max_rank)
+    validate = VALIDATORS[settings.method](run, data.validation) if data.validation else None
+    before = _validate(validate, listener)
     listener.on_stage(f"Training on {len(data.train)} rows")
     started = time.monotonic()
     log = RunLog(folder, resume_step=_step_of(job.resume_from) if job and job.resume_from else 0)
-    watch = _watch(model, base, data, evaluator, settings, log=log, listener=listener)
-    checkpointing = Checkpointing(job.path, job.watcher, job.every_steps, job.resume_from) if job else None
-    counts = METHODS["sft"](TrainingRun(model, base, data.train, settings, listener, checkpointing, watch))
+    watch = Watch(_trained_modules(run), _plan(run, data, validate), log=log, listener=listener)
+    run = replace(run, watch=watch, checkpointing=_keep_checkpoints(job) if job else None)
+    counts = METHODS[settings.method](run)
     if not counts.is_complete:
         return None
     train_seconds = time.monotonic() - started
@@ -246,17 +257,19 @@ def train_and_publish(
 
     with tempfile.TemporaryDirectory(prefix="hotswap-adapter-") as scratch:
         saved = Path(scratch)
-        model.save_pretrained(saved, save_embedding_layers=False)
-        unjudged = _describe(saved, base, data, settings, _metrics(before, watch.best, counts))
+        prepared.save(saved)
+        metrics = _metrics_of(before, watch.best, counts)
+        manifest = _describe(saved, base, data, settings, metrics, parent=prepared.parent)
         listener.on_stage("Checking the version against the gate")
-        current = present()
-        evidence = partial(_gather, model, base, data, evaluator, watch.best, settings)
-        manifest = unjudged.model_copy(update={"gate": _judge(saved, current, evidence, settings)})
-        assert manifest.gate is not None
-        log.note("gate", counts.num_steps, {"verdict": manifest.gate.verdict, "reason": manifest.gate.reason})
+        present = find_present(open_versions, alias, run)
+        yardstick = Yardstick(run, validate, before) if validate and before else None
+        report = _judge(run, yardstick, watch.best, present, data.judged, saved)
+        log.note("gate", counts.num_steps, {"verdict": report.verdict, "reason": report.reason})
         write_curves(log)
         listener.on_stage("Publishing")
-        published, is_live = publish(saved, manifest, counts, _move_rule(settings, manifest.gate, current))
+        judged = manifest.model_copy(update={"gate": report})
+        published, is_live = publish(saved, judged, counts, _move_rule(settings, report, present))
+    best = watch.best
     return TrainingResult(
         published=published,
         is_live=is_live,
@@ -264,19 +277,13 @@ def train_and_publish(
         num_steps=counts.num_steps,
         train_seconds=train_seconds,
         tokens_per_second=counts.num_tokens / train_seconds,
-        validation_loss_before=before,
-        validation_loss_after=watch.best.evaluation.loss if watch.best else None,
-        validation_accuracy_after=watch.best.evaluation.accuracy if watch.best else None,
-        best_step=watch.best.step if watch.best else None,
-        gate=manifest.gate,
+        validation_loss_before=before.loss if before else None,
+        validation_loss_after=best.evaluation.loss if best else None,
+        validation_accuracy_after=best.evaluation.accuracy if best else None,
+        best_step=best.step if best else None,
+        gate=report,
         folder=folder,
     )
-
-
-@contextmanager
-def _registry(core: CoreSettings) -> Iterator[Registry]:
-    with closing(open_database(core.resolved_database_url)) as database:
-        yield Registry(database, ArtifactStore(core.home / "store"))
 
 
 def _make_run_id() -> str:
@@ -298,11 +305,12 @@ def _prepare_data(
     listener.on_stage(f"Tokenising for the base model {public_name(core.base)}")
     tokenizer = load_tokenizer(pull_base(core.base, core.home))
     with _blaming(train_file.param):
-        train_rows = render_dataset(tokenizer, train, max_length=settings.max_length)
-    validation_rows: list[Any] = []
+        train_rows = render_rows(tokenizer, train, settings)
+        check_trainable(train_rows, train.name, settings)
+    validation_rows: Sequence[Any] = []
     if validation_file and validation:
         with _blaming(validation_file.param):
-            validation_rows = render_dataset(tokenizer, validation, max_length=settings.max_length)
+            validation_rows = render_rows(tokenizer, validation, settings)
     reference = DataReference(
         train_sha256=train.sha256,
         num_train_rows=len(train.rows),
@@ -335,77 +343,59 @@ def _blaming(param: str) -> Iterator[None]:
         raise
 
 
-def _make_evaluator(
-    model: PeftModel, base: LoadedBase, data: _RenderedData, settings: TrainSettings
-) -> Evaluator | None:
-    if not data.validation or settings.method not in _MEASURED_METHODS:
-        return None
-    return Evaluator(model, base, data.validation, settings)
+def _keep_checkpoints(job: JobFolder) -> Checkpointing:
+    return Checkpointing(job.path, job.watcher, job.every_steps, job.resume_from)
 
 
-def _watch(
-    model: PeftModel,
-    base: LoadedBase,
-    data: _RenderedData,
-    evaluator: Evaluator | None,
-    settings: TrainSettings,
-    *,
-    log: RunLog,
-    listener: TrainingListener,
-) -> Watch:
-    plan = WatchPlan(
-        measure=evaluator.measure if evaluator else None,
-        sample=partial(
-            sample_answers,
-            base.model,
-            base.tokenizer,
-            data.sampled,
-            max_tokens=settings.sample_tokens,
-            batch_size=settings.batch_size,
-        )
-        if data.sampled
-        else None,
+def _trained_modules(run: TrainingRun[Any]) -> torch.nn.ModuleList:
+    return torch.nn.ModuleList([run.model] if run.head is None else [run.model, run.head])
+
+
+def _plan(run: TrainingRun[Any], data: _RenderedData, validate: Callable[[], Evaluation] | None) -> WatchPlan:
+    settings = run.settings
+    sample = partial(
+        sample_answers,
+        run.base.model,
+        run.base.tokenizer,
+        data.sampled,
+        max_tokens=settings.sample_tokens,
+        batch_size=settings.batch_size,
+    )
+    return WatchPlan(
+        measure=validate,
+        sample=sample if data.sampled and run.head is None else None,
         eval_steps=settings.eval_steps,
         patience=settings.patience,
-        has_alarms=settings.method in _MEASURED_METHODS,
+        has_alarms=run.score is None,  # the loss of rloo and grpo need not fall
     )
-    return Watch(model, plan, log=log, listener=listener)
 
 
-def _gather(
-    model: PeftModel,
-    base: LoadedBase,
-    data: _RenderedData,
-    evaluator: Evaluator | None,
-    best: Best | None,
-    settings: TrainSettings,
-    present: PresentVersion | None,
-) -> Evidence:
-    problem = "there is no validation file" if not data.validation else f"{settings.method} has no loss to compare by"
-    return gather_evidence(
-        model,
-        base,
-        evaluator,
-        candidate=best.evaluation if best else None,
-        present=present,
-        prompts=data.judged,
-        problem=problem,
-        settings=settings,
-    )
+def _validate(validate: Callable[[], Evaluation] | None, listener: TrainingListener) -> Evaluation | None:
+    if validate is None:
+        return None
+    listener.on_stage("Validation loss before training")
+    return validate()
 
 
 def _judge(
-    saved: Path,
+    run: TrainingRun[Any],
+    yardstick: Yardstick | None,
+    best: Best | None,
     present: PresentVersion | None,
-    evidence: Callable[[PresentVersion | None], Evidence],
-    settings: TrainSettings,
+    prompts: Sequence[SamplePrompt],
+    saved: Path,
 ) -> GateReport:
     """The gate's report. What the alias answers with already keeps its own: published again, it is the same version."""
     manifest = present.manifest if present else None
-    if manifest is None or manifest.gate is None:
-        return judge(evidence(present), settings)
-    is_same = all(hash_file(saved / name) == file.sha256 for name, file in manifest.files.items())
-    return manifest.gate if is_same else judge(evidence(present), settings)
+    if manifest is not None and manifest.gate is not None and _has_files(manifest, saved):
+        return manifest.gate
+    candidate = best.evaluation if best else None
+    evidence = gather_evidence(run, yardstick, candidate=candidate, present=present, prompts=prompts)
+    return judge(evidence, run.settings)
+
+
+def _has_files(manifest: Manifest, folder: Path) -> bool:
+    return all(hash_file(folder / name) == file.sha256 for name, file in manifest.files.items())
 
 
 def _move_rule(settings: TrainSettings, report: GateReport, present: PresentVersion | None) -> MoveRule:
@@ -418,14 +408,16 @@ def _move_rule(settings: TrainSettings, report: GateReport, present: PresentVers
     return may_move
 
 
-def _metrics(before: float | None, best: Best | None, counts: TrainedCounts) -> dict[str, float | None]:
-    return {
-        "validation_loss_before": before,
-        "validation_loss_after": best.evaluation.loss if best else None,
-        "validation_accuracy_after": best.evaluation.accuracy if best else None,
-        "num_steps": counts.num_steps,
-        "best_step": best.step if best else None,
+def _metrics_of(before: Evaluation | None, best: Best | None, counts: TrainedCounts) -> dict[str, float | None]:
+    after = best.evaluation if best else None
+    metrics: dict[str, float | None] = {
+        "validation_loss_before": before.loss if before else None,
+        "validation_loss_after": after.loss if after else None,
+        "validation_accuracy_after": after.accuracy if after else None,
     }
+    for when, found in (("before", before), ("after", after)):
+        metrics |= {f"validation_{name}_{when}": value for name, value in (found.extra if found else {}).items()}
+    return metrics | {"num_steps": counts.num_steps, "best_step": best.step if best else None}
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -433,14 +425,26 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _describe(
-    folder: Path, base: LoadedBase, data: _RenderedData, settings: TrainSettings, metrics: dict[str, float | None]
+    folder: Path,
+    base: LoadedBase,
+    data: _RenderedData,
+    settings: TrainSettings,
+    metrics: dict[str, float | None],
+    *,
+    parent: str | None,
 ) -> Manifest:
     """Check what was saved as strictly as the server will, and write down where it comes from."""
     _sort_target_modules(folder / ADAPTER_CONFIG_FILE)
     config = read_adapter_config(folder)
-    weights = read_adapter_weights(folder, config, module_shapes(base.model))
+    weights = read_adapter_weights(folder, config, linear_shapes_of(base))
+    is_reward_model = settings.method == "reward"
+    if is_reward_model:
+        read_reward_head(folder, base.model.config.get_text_config().hidden_size)
     return Manifest(
         source="trained",
+        kind="reward" if is_reward_model else "chat",
+        method=settings.method,
+        parent=parent,
         base=base.reference,
         rank=config.r,
         alpha=config.lora_alpha,

@@ -159,7 +159,7 @@ def test_accuracy_is_the_share_of_right_tokens_when_a_step_is_split(
     model = add_adapter(base, settings)
     keeping = Checkpointing(tmp_path / "checkpoints", watcher, 1000)
     train_sft(TrainingRun(model, base, _rows(tmp_path, base), settings, SilentListener(), keeping))
-    accuracies = [metrics.accuracy for metrics in watcher.metrics if metrics.accuracy is not None]
+    accuracies = [metrics.accuracy or 0.0 for metrics in watcher.metrics]
     assert all(0 <= accuracy <= 1 for accuracy in accuracies)
     assert accuracies[-1] == 1.0
     assert accuracies[0] < 0.5
