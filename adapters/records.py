@@ -39,6 +39,7 @@ __all__ = [
     "NumberedVersion",
     "Scope",
     "StoredFile",
+    "VersionKind",
     "check_alias_name",
     "parse_model_name",
 ]
@@ -50,6 +51,7 @@ _NUMBER_PATTERN = re.compile(r"v([1-9][0-9]{0,8})")
 _DIGEST_PATTERN = re.compile(r"[0-9a-f]{8,64}")
 
 Route = Literal["base", "alias", "version", "experiment"]
+VersionKind = Literal["chat", "reward"]
 ChangeAction = Literal["publish", "promote", "rollback"]
 JobStatus = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Scope = Literal["chat", "feedback", "train", "adapters", "experiments", "admin"]
@@ -75,7 +77,10 @@ AuditAction = Literal[
 
 @dataclass(frozen=True, slots=True)
 class AdapterVersion:
-    """Immutable LoRA weights and their manifest, named by the SHA-256 of their content."""
+    """Immutable LoRA weights and their manifest, named by the SHA-256 of their content.
+
+    One of kind `reward` scores answers and writes none.
+    """
 
     digest: str
     base_fingerprint: str
@@ -84,6 +89,7 @@ class AdapterVersion:
     source: str
     published_at: datetime
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    kind: VersionKind = "chat"
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from training.losses import Evaluation
 from training.methods import METHODS, VALIDATORS, check_trainable, render_rows
 from training.preparation import load_function, prepare_run
 from training.progress import Checkpointing, NextMove, StepListener, StepMetrics, TrainedCounts
+from training.rewards_file import public_reward
 from training.start import linear_shapes_of
 
 __all__ = [
@@ -344,7 +345,7 @@ def _describe(
         alpha=config.lora_alpha,
         target_modules=sorted({module.rsplit(".", 1)[-1] for module in weights.modules}),
         data=data.reference,
-        settings=settings.model_dump(mode="json", exclude={"home"}),
+        settings=settings.model_dump(mode="json", exclude={"home"}) | {"reward": public_reward(settings.reward)},
         metrics=metrics,
         chat_template_sha256=hash_chat_template(base.tokenizer),
         libraries={name: version(name) for name in _RECORDED_LIBRARIES} | {"python": platform.python_version()},

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
+from adapters.errors import ConfigurationError
 from clients.cli.options import BaseOption, DeviceOption, HomeOption, JsonOption, load_core
 from clients.cli.output import console, error_console, format_loss, make_table, print_json
 from clients.cli.settings_flags import with_settings
 from training.config import TrainSettings
+from training.run_file import RunFile, read_run_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,17 +24,21 @@ if TYPE_CHECKING:
 
 __all__ = ["train"]
 
-_DataOption = Annotated[Path, typer.Option("--data", help='JSONL file, one {"messages": [...]} a line.')]
+_DataOption = Annotated[Path | None, typer.Option("--data", help='JSONL file, one {"messages": [...]} a line.')]
 _ValidationOption = Annotated[
     Path | None, typer.Option("--validation", help="JSONL file for the loss before and after.")
+]
+_ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="YAML file of the run: alias, data, validation, settings. Flags win.")
 ]
 
 
 @with_settings(TrainSettings)
 def train(
-    alias: Annotated[str, typer.Argument(help="Name to publish under, for example legal.")],
-    data: _DataOption,
     flags: dict[str, Any],
+    alias: Annotated[str | None, typer.Argument(help="Name to publish under, for example legal.")] = None,
+    data: _DataOption = None,
+    config: _ConfigOption = None,
     validation: _ValidationOption = None,
     promote: Annotated[bool, typer.Option(help="Let the alias point to the new version.")] = True,
     home: HomeOption = None,
@@ -39,14 +46,23 @@ def train(
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Train an adapter on chat rows and publish it as the next version of ALIAS."""
+    """Train an adapter and publish it as the next version of ALIAS.
+
+    By --method: on chat rows (sft), pairs (dpo, reward), labels (kto) or rewards (rloo, grpo).
+    """
     core = load_core(home, base=base, device=device)
     from training.formats import read_dataset
+    from training.kinds import check_kind
 
-    settings = TrainSettings.load(core.home, **flags)
+    run = read_run_file(config) if config else RunFile()
+    alias, data, validation = alias or run.alias, data or run.data, validation or run.validation
+    if alias is None or data is None:
+        missing = "an ALIAS to publish under" if alias is None else "--data"
+        raise ConfigurationError(f"{missing} is needed, by flag or in the file of --config")
+    settings = _load_settings(core.home, config, run.settings | flags)
     # Importing the trainer takes seconds: bad data is reported before.
     for path in filter(None, (data, validation)):
-        read_dataset(path)
+        check_kind(read_dataset(path), settings.method)
     # The training libraries warn about their own future arguments; nobody who trains can act on that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from training.worker import run_training
@@ -57,6 +73,15 @@ def train(
         print_json(result)
     else:
         _print_result(result)
+
+
+def _load_settings(home: Path, config: Path | None, given: Mapping[str, Any]) -> TrainSettings:
+    try:
+        return TrainSettings.load(home, **given)
+    except ConfigurationError as error:
+        if config is None:
+            raise
+        raise ConfigurationError(f"{config}, with the flags given: {error}") from None
 
 
 class ProgressView:

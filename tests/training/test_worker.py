@@ -196,7 +196,8 @@ def test_manifest_records_where_a_version_comes_from_when_it_was_trained(run: Ru
         "validation_sha256": hash_file(place.validation_path),
         "num_validation_rows": 3,
     } == manifest.data.model_dump()
-    assert place.settings.model_dump(exclude={"home"}) == manifest.settings
+    assert ("chat", "sft", None) == (manifest.kind, manifest.method, manifest.parent)
+    assert place.settings.model_dump(mode="json", exclude={"home"}) == manifest.settings
     assert {
         "validation_loss_before": run.result.validation_loss_before,
         "validation_loss_after": run.result.validation_loss_after,
