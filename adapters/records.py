@@ -40,6 +40,7 @@ __all__ = [
     "Scope",
     "StoredFile",
     "check_alias_name",
+    "checkpoint_name",
     "parse_model_name",
 ]
 
@@ -49,9 +50,13 @@ _ALIAS_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _NUMBER_PATTERN = re.compile(r"v([1-9][0-9]{0,8})")
 _DIGEST_PATTERN = re.compile(r"[0-9a-f]{8,64}")
 
-Route = Literal["base", "alias", "version", "experiment"]
+_CHECKPOINT_PATTERN = re.compile(r"([^:@]+):([0-9a-f]{12}):ckpt-step-([1-9][0-9]{0,8})")
+_JOB_PREFIX = "ftjob-"
+_JOB_ID_CHARS = 12
+
+Route = Literal["base", "alias", "version", "checkpoint", "experiment"]
 ChangeAction = Literal["publish", "promote", "rollback"]
-JobStatus = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
+JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Scope = Literal["chat", "feedback", "train", "adapters", "experiments", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 AuditAction = Literal[
@@ -69,6 +74,8 @@ AuditAction = Literal[
     "revoke_key",
     "create_job",
     "cancel_job",
+    "pause_job",
+    "resume_job",
     "delete_file",
 ]
 
@@ -190,7 +197,10 @@ class Feedback:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file that a client uploaded or a job made. `filename` is data: it is never part of a path."""
+    """A file that a client uploaded or a job made. `filename` is data: it is never part of a path.
+
+    `kind` says what the rows of training data are; results have none.
+    """
 
     id: str
     filename: str
@@ -198,6 +208,7 @@ class StoredFile:
     size_bytes: int
     sha256: str
     created_at: datetime
+    kind: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +222,12 @@ class JobError:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One training run. `method` is what the client asked for; `fine_tuned_model` is the label of what came of it."""
+    """One training run. `method` is what the client asked for; `fine_tuned_model` is the label of what came of it.
+
+    `model` is the base model's name, or the label of the version that training goes on from; `start_from` then names
+    that version by its digest, `legal@<digest>`. A job with a higher `priority` is trained earlier; `queue_position` is
+    its place among those that wait, from 1, and None for one that doesn't.
+    """
 
     id: str
     status: JobStatus
@@ -229,6 +245,10 @@ class Job:
     fine_tuned_model: str | None = None
     result_file: str | None = None
     error: JobError | None = None
+    start_from: str | None = None
+    priority: int = 0
+    queue_position: int | None = None
+    integrations: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,13 +265,17 @@ class JobEvent:
 
 @dataclass(frozen=True, slots=True)
 class JobCheckpoint:
-    """A state of a job at the end of a step, from which its training can go on."""
+    """A state of a job at the end of a step, from which its training can go on.
+
+    `name` is what `model` calls its adapter by; None where that is not kept any more.
+    """
 
     id: str
     job_id: str
     step: int
     created_at: datetime
     metrics: Mapping[str, float]
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,11 +339,16 @@ class AuditEntry:
 
 @dataclass(frozen=True, slots=True)
 class ModelName:
-    """A parsed model name: alias alone, alias with a version number, or alias with a digest prefix."""
+    """A parsed model name: alias alone, alias with a version number, alias with a digest prefix, or a checkpoint.
+
+    A checkpoint is the state of a job for the alias after `step` steps; `job_prefix` is the beginning of the job's id.
+    """
 
     alias: str
     number: int | None = None
     digest_prefix: str | None = None
+    job_prefix: str | None = None
+    step: int | None = None
 
 
 def check_alias_name(name: str) -> str:
@@ -339,12 +368,20 @@ def check_alias_name(name: str) -> str:
     return name
 
 
+def checkpoint_name(alias: str, job_id: str, step: int) -> str:
+    """What `model` calls the state of a job after a step: `legal:0f3c7a91b2de:ckpt-step-60`."""
+    return f"{alias}:{job_id.removeprefix(_JOB_PREFIX)[:_JOB_ID_CHARS]}:ckpt-step-{step}"
+
+
 def parse_model_name(name: str) -> ModelName:
-    """Split `legal`, `legal@v2` or `legal@3fa2b1c9...` into its parts.
+    """Split `legal`, `legal@v2`, `legal@3fa2b1c9...` or `legal:0f3c...:ckpt-step-60` into its parts.
 
     Raises:
         InvalidNameError: the alias or what follows the @ breaks the grammar.
     """
+    if checkpoint := _CHECKPOINT_PATTERN.fullmatch(name):
+        alias, job, step = checkpoint.groups()
+        return ModelName(check_alias_name(alias), job_prefix=f"{_JOB_PREFIX}{job}", step=int(step))
     alias, at, version = name.partition("@")
     check_alias_name(alias)
     if not at:

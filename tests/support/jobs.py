@@ -20,7 +20,7 @@ from adapters.store import ArtifactStore
 from tests.support.conversations import easy_rows, make_messages
 from tests.support.tiny import tiny_settings
 
-__all__ = ["HYPERPARAMETERS", "JobPlace", "supervised"]
+__all__ = ["HYPERPARAMETERS", "JobPlace", "pass_all", "supervised"]
 
 HYPERPARAMETERS = {
     "n_epochs": 2,
@@ -36,6 +36,13 @@ HYPERPARAMETERS = {
 def supervised(**hyperparameters: Any) -> dict[str, Any]:
     """The method of a job: the small defaults above, and what is given."""
     return {"type": "supervised", "supervised": {"hyperparameters": HYPERPARAMETERS | hyperparameters}}
+
+
+def pass_all(jobs: JobService) -> None:
+    """Find the files of every new job valid, without looking."""
+    while claim := jobs.claim_validation(lease_s=60):
+        jobs.pass_validation(claim)
+        jobs.release(claim)
 
 
 @dataclass
@@ -61,11 +68,13 @@ class JobPlace:
         return self.files.upload(io.BytesIO(lines.encode()), "rows.jsonl").id
 
     def create(self, *, alias: str = "legal", validate: bool = True, **hyperparameters: Any) -> Job:
-        """Queue a job over ten easy rows: six steps, three an epoch."""
+        """Queue a job over ten easy rows, valid ones: six steps, three an epoch."""
         validation = self.upload([make_messages(f"V{n}", "Yes!") for n in range(3)]) if validate else None
         train = self.upload(easy_rows(10))
         order = JobOrder("tiny", train, supervised(**hyperparameters), 7, alias=alias, validation_file=validation)
-        return self.jobs.create(order)
+        job = self.jobs.create(order)
+        pass_all(self.jobs)
+        return self.jobs.get(job.id)
 
     def claim(self) -> Claim:
         """Take the oldest job."""
