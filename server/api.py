@@ -22,10 +22,9 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
-import torch
 from fastapi import APIRouter, FastAPI
 from litserve import LitAPI, LitServer
 from litserve.loops.base import LitLoop
@@ -36,7 +35,6 @@ from adapters.errors import ConflictError
 from adapters.settings import CoreSettings
 from server.config import ServeSettings
 from server.engine.core import EngineEvent
-from server.engine.scheduler import Engine
 from server.engine_factory import build_engine
 from server.messages import (
     ENGINE_CHANNEL,
@@ -48,6 +46,9 @@ from server.messages import (
     UnloadCommand,
 )
 from server.observe import configure_logging
+
+if TYPE_CHECKING:
+    from server.engine.scheduler import Engine
 
 __all__ = [
     "EngineAPI",
@@ -61,7 +62,7 @@ __all__ = [
     "wrap_lifespan",
 ]
 
-EngineBuilder = Callable[[CoreSettings, ServeSettings], Engine]
+EngineBuilder = Callable[[CoreSettings, ServeSettings], "Engine"]
 
 _log = structlog.get_logger(__name__)
 
@@ -93,6 +94,8 @@ class EngineAPI(LitAPI):  # type: ignore[misc]  # LitServe ships no types
         """Load the base model and build the engine; runs in the worker. Our own setting chooses the device."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches the whole group; the parent ends the worker
         configure_logging(self.serve.log_level)
+        import torch
+
         torch.set_num_threads(self.serve.resolved_threads)
         self.engine = self.build(self.core, self.serve)
 
