@@ -20,7 +20,7 @@ from tests.support.conversations import easy_rows, write_rows
 from tests.support.engine import Site, on_site
 from tests.support.sdk import with_sdk
 from training.config import TrainSettings
-from training.job import resolve_settings
+from training.job_settings import resolve_settings
 
 _JOBS = "/v1/fine_tuning/jobs"
 

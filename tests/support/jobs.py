@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
 from tests.support.conversations import easy_rows, make_messages
 from tests.support.tiny import tiny_settings
+from training.job_process import JobProcess
 
 __all__ = ["HYPERPARAMETERS", "JobPlace", "pass_all", "supervised"]
 
@@ -81,6 +83,10 @@ class JobPlace:
         claim = self.jobs.claim(lease_s=60)
         assert claim is not None
         return claim
+
+    def process(self, claim: Claim, stopping: threading.Event | None = None) -> JobProcess:
+        """What a process that was started for a claim works with."""
+        return JobProcess(claim, self.core, self.database, self.jobs, self.files, stopping or threading.Event())
 
     def registry(self) -> Registry:
         """Where jobs publish."""

@@ -21,12 +21,11 @@ from tests.support.tiny import tiny_settings
 from training.job import (
     JobRun,
     checkpoints_folder,
-    describe_failure,
     discard_unrecorded,
     newest_checkpoint,
-    resolve_settings,
     write_csv,
 )
+from training.job_settings import describe_failure, resolve_settings
 from training.progress import StepMetrics
 
 
@@ -66,17 +65,11 @@ class InterruptedRun(JobRun):
 def _run(place: JobPlace, interruption: Interruption | None = None, stopping: threading.Event | None = None) -> Job:
     """Claim the oldest job, run it and let it go."""
     claim = place.claim()
-    parts: dict[str, Any] = {
-        "core": place.core,
-        "jobs": place.jobs,
-        "files": place.files,
-        "registry": place.registry(),
-        "stopping": stopping or threading.Event(),
-    }
+    process = place.process(claim, stopping)
     if interruption is None:
-        JobRun(claim, **parts).run()
+        JobRun(process, place.registry()).run()
     else:
-        run = InterruptedRun(claim, **parts)
+        run = InterruptedRun(process, place.registry())
         run.interruption = interruption
         run.run()
     return place.jobs.release(claim)
