@@ -26,6 +26,7 @@ __all__ = [
     "AuditAction",
     "AuditEntry",
     "Binding",
+    "CheckpointName",
     "Experiment",
     "Exposure",
     "Feedback",
@@ -41,6 +42,7 @@ __all__ = [
     "StoredFile",
     "check_alias_name",
     "checkpoint_name",
+    "parse_checkpoint_name",
     "parse_model_name",
 ]
 
@@ -162,10 +164,13 @@ class Binding:
     number: int | None = None
     experiment_id: str | None = None
     arm: str | None = None
+    checkpoint: str | None = None
 
     @property
     def version_label(self) -> str:
-        """`alias@vN`, or `base`."""
+        """`alias@vN`, the name of a checkpoint, or `base`."""
+        if self.checkpoint is not None:
+            return self.checkpoint
         return self.alias if self.number is None else f"{self.alias}@v{self.number}"
 
 
@@ -339,16 +344,20 @@ class AuditEntry:
 
 @dataclass(frozen=True, slots=True)
 class ModelName:
-    """A parsed model name: alias alone, alias with a version number, alias with a digest prefix, or a checkpoint.
-
-    A checkpoint is the state of a job for the alias after `step` steps; `job_prefix` is the beginning of the job's id.
-    """
+    """A parsed model name: alias alone, alias with a version number, or alias with a digest prefix."""
 
     alias: str
     number: int | None = None
     digest_prefix: str | None = None
-    job_prefix: str | None = None
-    step: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointName:
+    """The parsed name of a checkpoint: of the job for `alias` whose id begins with `job_prefix`, after `step` steps."""
+
+    alias: str
+    job_prefix: str
+    step: int
 
 
 def check_alias_name(name: str) -> str:
@@ -368,20 +377,30 @@ def check_alias_name(name: str) -> str:
     return name
 
 
+def parse_checkpoint_name(name: str) -> CheckpointName | None:
+    """Split the name of a checkpoint into its parts; None for a name of any other kind.
+
+    Raises:
+        InvalidNameError: the alias breaks the grammar.
+    """
+    found = _CHECKPOINT_PATTERN.fullmatch(name)
+    if found is None:
+        return None
+    alias, job, step = found.groups()
+    return CheckpointName(check_alias_name(alias), f"{_JOB_PREFIX}{job}", int(step))
+
+
 def checkpoint_name(alias: str, job_id: str, step: int) -> str:
     """What `model` calls the state of a job after a step: `legal:0f3c7a91b2de:ckpt-step-60`."""
     return f"{alias}:{job_id.removeprefix(_JOB_PREFIX)[:_JOB_ID_CHARS]}:ckpt-step-{step}"
 
 
 def parse_model_name(name: str) -> ModelName:
-    """Split `legal`, `legal@v2`, `legal@3fa2b1c9...` or `legal:0f3c...:ckpt-step-60` into its parts.
+    """Split `legal`, `legal@v2` or `legal@3fa2b1c9...` into its parts.
 
     Raises:
         InvalidNameError: the alias or what follows the @ breaks the grammar.
     """
-    if checkpoint := _CHECKPOINT_PATTERN.fullmatch(name):
-        alias, job, step = checkpoint.groups()
-        return ModelName(check_alias_name(alias), job_prefix=f"{_JOB_PREFIX}{job}", step=int(step))
     alias, at, version = name.partition("@")
     check_alias_name(alias)
     if not at:

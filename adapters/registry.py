@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from adapters.assignment import assign_arm
 from adapters.audit import record_act
+from adapters.checkpoint_adapters import check_not_needed, find_checkpoint_digest, is_checkpoint
 from adapters.database import Database, actor_of
 from adapters.errors import AliasForbiddenError, ConflictError, NotFoundError
 from adapters.experiments import find_running, load_arms
@@ -31,6 +32,7 @@ from adapters.records import (
     ModelName,
     NumberedVersion,
     check_alias_name,
+    parse_checkpoint_name,
     parse_model_name,
 )
 from adapters.store import ArtifactStore
@@ -148,7 +150,8 @@ class Registry:
 
         Raises:
             NotFoundError: no such alias or version.
-            ConflictError: the alias points to the version, or an experiment is running on the alias.
+            ConflictError: the alias points to the version, an experiment is running on the alias, or a job that is not
+                at its end goes on from a version.
         """
         parsed = parse_model_name(name)
         # Alone: a publisher of equal content must not find the files between the commit and their deletion.
@@ -166,7 +169,7 @@ class Registry:
         """Bind a request to what will answer it, to its last token.
 
         Args:
-            model: `base`, an alias, `alias@vN` or `alias@<digest>`.
+            model: `base`, an alias, `alias@vN`, `alias@<digest>`, or the name of a job's checkpoint.
             unit: The key that experiments split by.
 
         Raises:
@@ -178,6 +181,9 @@ class Registry:
         with self.database.read() as session:
             if model == BASE_MODEL_NAME:
                 raise _absent(session, model)
+            if checkpoint := parse_checkpoint_name(model):
+                digest = find_checkpoint_digest(session, checkpoint)
+                return Binding(checkpoint.alias, "checkpoint", digest, checkpoint=model)
             parsed = parse_model_name(model)
             if parsed.number is not None or parsed.digest_prefix is not None:
                 found = find_version(session, parsed)
@@ -278,6 +284,7 @@ def _detach(session: Session, name: ModelName) -> list[NumberedVersion]:
 
 def _drop_versions(session: Session, targets: list[NumberedVersion]) -> list[str]:
     for target in targets:
+        check_not_needed(session, target)
         session.delete(session.get_one(AliasVersionRow, (target.alias, target.number)))
         session.execute(delete(PinRow).where(PinRow.alias == target.alias, PinRow.number == target.number))
     session.flush()
@@ -285,7 +292,8 @@ def _drop_versions(session: Session, targets: list[NumberedVersion]) -> list[str
     for digest in {target.version.digest for target in targets}:
         if session.scalar(select(func.count()).where(AliasVersionRow.digest == digest)) == 0:
             session.delete(session.get_one(VersionRow, digest))
-            orphans.append(digest)
+            if not is_checkpoint(session, digest):
+                orphans.append(digest)
     return orphans
 
 

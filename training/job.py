@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 import structlog
 from sqlalchemy.orm import Session
 
-from adapters.errors import ConflictError
+from adapters.checkpoint_adapters import CheckpointAdapters
+from adapters.errors import AdapterRejectedError, ConflictError
 from adapters.manifest import Manifest
 from adapters.records import Actor, Job, NumberedVersion
 from adapters.registry import Registry
@@ -25,7 +27,7 @@ from training.job_process import JobProcess, StoppedError, job_process
 from training.job_settings import describe_failure, hyperparameters_of, resolve_settings
 from training.losses import Evaluation
 from training.progress import NextMove, StepMetrics, TrainedCounts
-from training.worker import DataFile, JobFolder, train_and_publish
+from training.worker import AdapterSaver, DataFile, JobFolder, train_and_publish
 
 __all__ = [
     "JobRun",
@@ -57,6 +59,7 @@ class JobRun:
         self._files = process.files
         self._registry = registry
         self._stopping = process.stopping
+        self._checkpoints = CheckpointAdapters(process.database, registry.store)
         self._first: tuple[int, float] | None = None
 
     def run(self) -> None:
@@ -100,14 +103,26 @@ class JobRun:
         if metrics.step % every == 0 or metrics.step in (1, metrics.num_steps):
             self._note_metrics(metrics, None)
 
-    def on_checkpoint(self, metrics: StepMetrics, validation: Evaluation | None) -> None:
-        """Record a checkpoint, and its validation as the step's metrics."""
+    def on_checkpoint(self, metrics: StepMetrics, validation: Evaluation | None, save: AdapterSaver) -> None:
+        """Record a checkpoint and its validation as the step's metrics, and let clients call it."""
         if validation is not None:
             self._note_metrics(metrics, validation)
-        known = _metrics_of(metrics, validation)
-        self._jobs.add_checkpoint(
-            self._claim, metrics.step, {k: v for k, v in known.items() if k not in ("step", "total_steps")}
-        )
+        known = {k: v for k, v in _metrics_of(metrics, validation).items() if k not in ("step", "total_steps")}
+
+        def record(digest: str | None) -> None:
+            self._jobs.add_checkpoint(self._claim, metrics.step, known, digest=digest)
+
+        with tempfile.TemporaryDirectory(prefix="hotswap-checkpoint-") as name:
+            folder = Path(name)
+            try:
+                manifest = save(folder, {**known, "checkpoint_step": metrics.step})
+            except AdapterRejectedError as error:
+                # Whether it can be called or not, it can be gone on from.
+                _log.info("checkpoint_can_not_be_called", step=metrics.step, reason=str(error))
+                record(None)
+                return
+            self._checkpoints.add(folder, manifest, record)
+        self._checkpoints.prune(self._claim.job.id)
 
     def _note_metrics(self, metrics: StepMetrics, validation: Evaluation | None) -> None:
         message = f"Step {metrics.step}/{metrics.num_steps}: training loss={metrics.loss:.4f}"

@@ -22,6 +22,7 @@ from types import FrameType
 
 import structlog
 
+from adapters.checkpoint_adapters import CheckpointAdapters
 from adapters.database import open_database
 from adapters.errors import NotFoundError
 from adapters.files import ACTIVE_STATUSES
@@ -30,6 +31,7 @@ from adapters.process_log import configure_log
 from adapters.processes import child_environment, parent_pid
 from adapters.records import JobError, JobStatus
 from adapters.settings import CoreSettings, resolve_home
+from adapters.store import ArtifactStore
 
 __all__ = ["Supervisor", "main"]
 
@@ -88,6 +90,7 @@ class Supervisor:
         self._lease_s = lease_s
         self._poll_s = poll_s
         self._grace_s = grace_s
+        self._adapters = CheckpointAdapters(jobs.database, ArtifactStore(core.home / "store"))
         self.stopping = threading.Event()
         device = f"{platform.node()}/{core.device}"[-_MAX_DEVICE_CHARS:]
         self._training = _Lane(
@@ -187,9 +190,11 @@ class Supervisor:
         _log.info("job_left", job=job.id, status=job.status, returncode=returncode)
         if job.status not in ACTIVE_STATUSES:
             self._discard_checkpoints(self._core.home / "jobs" / job.id)
+            self._adapters.sweep()
 
     def _sweep(self) -> None:
-        """Delete the checkpoints of jobs that are at their end, and those of jobs that nobody knows."""
+        """Delete the states of jobs that are at their end or that nobody knows, and old adapters of checkpoints."""
+        self._adapters.sweep()
         folders = [path for path in (self._core.home / "jobs").glob("*") if path.is_dir()]
         for folder in folders:
             try:

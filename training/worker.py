@@ -33,6 +33,7 @@ from training.progress import Checkpointing, NextMove, StepListener, StepMetrics
 from training.rendering import render_dataset
 
 __all__ = [
+    "AdapterSaver",
     "DataFile",
     "JobFolder",
     "JobWatcher",
@@ -46,6 +47,9 @@ __all__ = [
 
 _RECORDED_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
+# Writes an adapter into a folder and checks it as strictly as the server; returns its manifest with these metrics.
+# Raises AdapterRejectedError: the server would refuse it, for one that has learned nothing so far.
+AdapterSaver = Callable[[Path, dict[str, float | None]], Manifest]
 # Makes the checked adapter in a folder a version; returns it, and whether its alias points to it.
 Publisher = Callable[[Path, Manifest, TrainedCounts], tuple[NumberedVersion, bool]]
 
@@ -76,8 +80,11 @@ class JobWatcher(Protocol):
     def on_metrics(self, metrics: StepMetrics) -> None:
         """A step is done."""
 
-    def on_checkpoint(self, metrics: StepMetrics, validation: Evaluation | None) -> None:
-        """The state after this step lies on the disk, whole; `validation` is its result, if there is data for it."""
+    def on_checkpoint(self, metrics: StepMetrics, validation: Evaluation | None, save: AdapterSaver) -> None:
+        """The state after this step lies on the disk, whole; `validation` is its result, if there is data for it.
+
+        `save` writes the adapter as it is at this step.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +196,12 @@ def train_and_publish(
     before = _validate(base, data, settings, listener, "before")
     listener.on_stage(f"Training on {len(data.train)} rows")
     started = time.monotonic()
-    checkpointing = _keep_checkpoints(job, base, data, settings) if job else None
+
+    def save(folder: Path, metrics: dict[str, float | None]) -> Manifest:
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+        return _describe(folder, base, data, settings, metrics)
+
+    checkpointing = _keep_checkpoints(job, base, data, settings, save) if job else None
     counts = METHODS["sft"](TrainingRun(model, base, data.train, settings, listener, checkpointing))
     if not counts.is_complete:
         return None
@@ -198,8 +210,7 @@ def train_and_publish(
 
     metrics = {"validation_loss_before": before, "validation_loss_after": after, "num_steps": counts.num_steps}
     with tempfile.TemporaryDirectory(prefix="hotswap-adapter-") as folder:
-        model.save_pretrained(folder, save_embedding_layers=False)
-        manifest = _describe(Path(folder), base, data, settings, metrics)
+        manifest = save(Path(folder), metrics)
         listener.on_stage("Publishing")
         published, is_live = publish(Path(folder), manifest, counts)
     return TrainingResult(
@@ -256,9 +267,10 @@ def _blaming(param: str) -> Iterator[None]:
 class _EvaluatingWatcher:
     """Validates every checkpoint before the job's watcher hears of it."""
 
-    def __init__(self, inner: JobWatcher, validate: Callable[[], Evaluation | None]) -> None:
+    def __init__(self, inner: JobWatcher, validate: Callable[[], Evaluation | None], save: AdapterSaver) -> None:
         self._inner = inner
         self._validate = validate
+        self._save = save
 
     def next_move(self) -> NextMove:
         return self._inner.next_move()
@@ -267,10 +279,12 @@ class _EvaluatingWatcher:
         self._inner.on_metrics(metrics)
 
     def on_checkpoint(self, metrics: StepMetrics) -> None:
-        self._inner.on_checkpoint(metrics, self._validate())
+        self._inner.on_checkpoint(metrics, self._validate(), self._save)
 
 
-def _keep_checkpoints(job: JobFolder, base: LoadedBase, data: _RenderedData, settings: TrainSettings) -> Checkpointing:
+def _keep_checkpoints(
+    job: JobFolder, base: LoadedBase, data: _RenderedData, settings: TrainSettings, save: AdapterSaver
+) -> Checkpointing:
     pad = base.tokenizer.pad_token_id
 
     def validate() -> Evaluation | None:
@@ -278,7 +292,8 @@ def _keep_checkpoints(job: JobFolder, base: LoadedBase, data: _RenderedData, set
             return None
         return evaluate(base.model, data.validation, batch_size=settings.batch_size, pad_token_id=pad)
 
-    return Checkpointing(job.path, _EvaluatingWatcher(job.watcher, validate), job.every_steps, job.resume_from)
+    watcher = _EvaluatingWatcher(job.watcher, validate, save)
+    return Checkpointing(job.path, watcher, job.every_steps, job.resume_from)
 
 
 def _validate(
