@@ -20,7 +20,7 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from adapters.audit import record_act
-from adapters.chat_rows import check_chat_file
+from adapters.chat_rows import check_rows_file
 from adapters.database import Database, actor_of
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
 from adapters.records import Actor, StoredFile
@@ -54,7 +54,8 @@ class FileService:
         """Check training data and keep it; of what is refused nothing stays.
 
         Raises:
-            DataError: a line is no chat row; all bad lines are counted, the first 20 named.
+            DataError: a line is no row of training data, or of another kind than the others; all bad lines are counted,
+                the first 20 named.
             InvalidInputError: the name can't be one, or the content is larger than `max_bytes`.
         """
         with self._placed(content, _check_name(filename), TRAINING_PURPOSE, _find_kind) as file:
@@ -201,8 +202,7 @@ def can_see_file(session: Session, row: FileRow) -> bool:
 
 
 def _find_kind(path: Path) -> str:
-    check_chat_file(path)
-    return "chat"
+    return check_rows_file(path).kind
 
 
 def _check_name(filename: str) -> str:

@@ -129,8 +129,8 @@ def to_event(row: JobEventRow) -> JobEvent:
 
 def to_checkpoint(row: JobCheckpointRow, alias: str) -> JobCheckpoint:
     """A checkpoint of a job for `alias` as a record."""
-    name = None if row.digest is None else checkpoint_name(alias, row.job_id, row.step)
-    return JobCheckpoint(row.id, row.job_id, row.step, row.created_at, row.metrics, name)
+    name = checkpoint_name(alias, row.job_id, row.step)
+    return JobCheckpoint(row.id, row.job_id, row.step, row.created_at, row.metrics, name, row.digest is not None)
 
 
 def _level(row: JobEventRow) -> Literal["info", "warn", "error"]:

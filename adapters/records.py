@@ -272,7 +272,7 @@ class JobEvent:
 class JobCheckpoint:
     """A state of a job at the end of a step, from which its training can go on.
 
-    `name` is what `model` calls its adapter by; None where that is not kept any more.
+    `name` is what `model` calls its adapter by, for as long as that `is_kept`.
     """
 
     id: str
@@ -280,7 +280,8 @@ class JobCheckpoint:
     step: int
     created_at: datetime
     metrics: Mapping[str, float]
-    name: str | None = None
+    name: str
+    is_kept: bool
 
 
 @dataclass(frozen=True, slots=True)

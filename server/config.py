@@ -12,7 +12,7 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 
 from adapters.errors import ConfigurationError
 from adapters.records import ApiKey
-from adapters.settings import SettingsSection
+from adapters.settings import SettingsSection, split_names
 
 __all__ = ["ServeSettings", "check_bind"]
 
@@ -98,11 +98,7 @@ class ServeSettings(SettingsSection):
     @field_validator("pinned", mode="before")
     @classmethod
     def _split_names(cls, value: Any) -> Any:
-        """Names come as a list, or as text with commas or spaces between them: an environment variable has no lists."""
-        given = [value] if isinstance(value, str) else value
-        if not isinstance(given, list | tuple) or not all(isinstance(item, str) for item in given):
-            return value
-        return tuple(dict.fromkeys(name for item in given for name in item.replace(",", " ").split()))
+        return split_names(value)
 
     @model_validator(mode="after")
     def _check_pins(self) -> Self:

@@ -13,6 +13,7 @@ from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 from pydantic import BaseModel
 
+from adapters.chat_rows import ChatRow
 from adapters.records import SCOPES
 from adapters.settings import CoreSettings, SettingsSection
 from clients.cli.main import app
@@ -153,7 +154,7 @@ def test_architecture_names_files_that_exist_when_followed() -> None:
 
 def test_example_data_keeps_to_its_house_style_when_read() -> None:
     """Each domain can be told by its form, and has the promised number of rows."""
-    from training.formats import read_chat_dataset
+    from training.formats import read_dataset
 
     forms = {
         "legal": r"^Clause: .*This is general information, not legal advice\.$",
@@ -162,7 +163,9 @@ def test_example_data_keeps_to_its_house_style_when_read() -> None:
     }
     for domain, form in forms.items():
         for part, least in (("train", 120), ("valid", 30)):
-            rows = read_chat_dataset(_ROOT / f"examples/{domain}.{part}.jsonl").rows
+            rows = read_dataset(_ROOT / f"examples/{domain}.{part}.jsonl").rows
             assert len(rows) >= least
-            answers = [m["content"] for row in rows for m in row.messages if m["role"] == "assistant"]
+            chats = [numbered.row for numbered in rows if isinstance(numbered.row, ChatRow)]
+            answers = [m["content"] for row in chats for m in row.messages if m["role"] == "assistant"]
+            assert len(answers) >= least
             assert [answer for answer in answers if not re.search(form, answer, re.DOTALL)] == []

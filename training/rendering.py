@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from adapters.chat_rows import MAX_PROBLEMS_SHOWN
+from adapters.chat_rows import MAX_PROBLEMS_SHOWN, ChatRow
 from adapters.chat_template import RenderedRow, render_training_row
 from adapters.errors import DataError, InvalidInputError
-from training.formats import ChatDataset
+from training.formats import Dataset
 
 __all__ = ["IGNORED_LABEL", "collate", "render_dataset"]
 
 IGNORED_LABEL = -100
 
 
-def render_dataset(tokenizer: Any, dataset: ChatDataset, *, max_length: int) -> list[RenderedRow]:
+def render_dataset(tokenizer: Any, dataset: Dataset, *, max_length: int) -> list[RenderedRow]:
     """Tokenise every row.
 
     A row longer than `max_length` is an error, not cut: an answer without its end teaches the model not to stop.
@@ -27,8 +27,10 @@ def render_dataset(tokenizer: Any, dataset: ChatDataset, *, max_length: int) -> 
     """
     rendered: list[RenderedRow] = []
     problems: list[str] = []
-    for row in dataset.rows:
-        where = f"{dataset.name}:{row.line}"
+    for line, row in ((numbered.line, numbered.row) for numbered in dataset.rows):
+        where = f"{dataset.name}:{line}"
+        if not isinstance(row, ChatRow):
+            raise DataError([f"{where}: expected a chat row, found a {row.kind} row"])
         try:
             result = render_training_row(tokenizer, row.messages)
         except InvalidInputError as error:

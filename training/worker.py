@@ -25,7 +25,7 @@ from adapters.registry import Registry
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
 from training.config import TrainSettings
-from training.formats import ChatDataset, read_chat_dataset
+from training.formats import Dataset, read_dataset
 from training.lora import add_adapter
 from training.losses import Evaluation, evaluate, mean_loss
 from training.methods import METHODS, TrainingRun
@@ -105,14 +105,14 @@ class DataFile:
     name: str
     param: str
 
-    def read(self) -> ChatDataset:
+    def read(self) -> Dataset:
         """Read and check it.
 
         Raises:
-            DataError: as `read_chat_dataset`, with the field at fault.
+            DataError: as `read_dataset`, with the field at fault.
         """
         with _blaming(self.param):
-            return read_chat_dataset(self.path, name=self.name)
+            return read_dataset(self.path, name=self.name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,12 +41,12 @@ def train(
 ) -> None:
     """Train an adapter on chat rows and publish it as the next version of ALIAS."""
     core = load_core(home, base=base, device=device)
-    from training.formats import read_chat_dataset
+    from training.formats import read_dataset
 
     settings = TrainSettings.load(core.home, **flags)
     # Importing the trainer takes seconds: bad data is reported before.
     for path in filter(None, (data, validation)):
-        read_chat_dataset(path)
+        read_dataset(path)
     # The training libraries warn about their own future arguments; nobody who trains can act on that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from training.worker import run_training

@@ -27,7 +27,7 @@ from adapters.store import ArtifactStore
 from tests.support.conversations import easy_rows, make_messages, write_rows
 from tests.support.tiny import tiny_settings
 from training.config import TrainSettings
-from training.formats import read_chat_dataset
+from training.formats import read_dataset
 from training.lora import add_adapter, disable_packed_kernels
 from training.losses import mean_loss
 from training.methods import TrainingRun
@@ -252,7 +252,7 @@ def _train_in_memory(place: Workplace, tmp_path: Path) -> Any:
     """The run's model, made again by hand."""
     base = load_base(place.core)
     model = add_adapter(base, place.settings)
-    rows = render_dataset(base.tokenizer, read_chat_dataset(place.train_path), max_length=64)
+    rows = render_dataset(base.tokenizer, read_dataset(place.train_path), max_length=64)
     train_sft(TrainingRun(model, base, rows, place.settings, SilentListener()))
     return model.eval()
 
@@ -262,7 +262,7 @@ def test_published_version_has_the_recorded_loss_when_plain_peft_loads_it(run: R
     base = load_base(run.place.core)
     disable_packed_kernels(base.model)
     loaded = PeftModel.from_pretrained(base.model, run.folder).get_base_model()
-    rows = render_dataset(base.tokenizer, read_chat_dataset(run.place.validation_path), max_length=64)
+    rows = render_dataset(base.tokenizer, read_dataset(run.place.validation_path), max_length=64)
 
     loss = mean_loss(loaded, rows, batch_size=4, pad_token_id=base.tokenizer.pad_token_id)
 
