@@ -62,6 +62,7 @@ class JobOrder:
         metadata: The client's own notes.
         row_kinds: What the rows of the files may be; None is anything.
         start_from: A version that training goes on from, `legal` or `legal@v2`; it is bound when the job is created.
+        reward: A version that judges answers; it has to exist.
         priority: Higher ones are trained earlier.
         integrations: Services that are told how the run goes on.
         identity: Asked for again, the same request makes no second job.
@@ -76,6 +77,7 @@ class JobOrder:
     metadata: Mapping[str, str] | None = None
     row_kinds: Collection[str] | None = None
     start_from: str | None = None
+    reward: str | None = None
     priority: int = 0
     integrations: tuple[Mapping[str, Any], ...] = ()
     identity: RequestIdentity | None = None
@@ -115,6 +117,7 @@ class JobService(JobClaims, JobHistory):
                 return _describe(session, made)
             job_id = f"ftjob-{secrets.token_hex(12)}"
             model, start_from = _bind_start(session, order)
+            _check_reward(session, order)
             alias = check_alias_name(order.alias or _make_alias(model, job_id))
             if not self.database.actor.can_see(alias):
                 raise AliasForbiddenError(
@@ -289,6 +292,15 @@ def _bind_start(session: Session, order: JobOrder) -> tuple[str, str | None]:
             f"model: expected the base model ({order.model!r}) or a version to go on from: {error}", param="model"
         ) from None
     return found.label, f"{found.alias}@{found.version.digest}"
+
+
+def _check_reward(session: Session, order: JobOrder) -> None:
+    if order.reward is None:
+        return
+    try:
+        find_version(session, parse_model_name(order.reward))
+    except (InvalidNameError, NotFoundError) as error:
+        raise InvalidInputError(f"reward: {error}", param="method") from None
 
 
 def _make_alias(model: str, job_id: str) -> str:

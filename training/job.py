@@ -6,6 +6,7 @@ It loads a base model of its own, trains, publishes and ends. What goes wrong is
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from adapters.records import Actor, Job, NumberedVersion
 from adapters.registry import Registry
 from adapters.store import ArtifactStore
 from training.job_process import JobProcess, StoppedError, job_process
-from training.job_settings import describe_failure, hyperparameters_of, resolve_settings
+from training.job_settings import describe_failure, hyperparameters_of, resolve_settings, tracker_environment
 from training.losses import Evaluation
 from training.progress import NextMove, StepMetrics, TrainedCounts
 from training.worker import AdapterSaver, DataFile, JobFolder, train_and_publish
@@ -67,6 +68,7 @@ class JobRun:
         job = self._claim.job
         try:
             settings = resolve_settings(job, self._core.home)
+            os.environ.update(tracker_environment(job))
             train_and_publish(
                 self._data_file(job.training_file, "training_file"),
                 self._data_file(job.validation_file, "validation_file") if job.validation_file else None,

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import DataError, HotswapError, RankTooHighError
+from adapters.errors import ConfigurationError, DataError, HotswapError, InvalidInputError, RankTooHighError
 from adapters.records import Job, JobError
 from training.config import TrainSettings
 
-__all__ = ["describe_failure", "hyperparameters_of", "resolve_settings"]
+__all__ = ["describe_failure", "hyperparameters_of", "resolve_settings", "tracker_environment"]
 
 _HYPERPARAMETERS = {"n_epochs": "epochs"}  # the wire's name -> the setting's; all others are called the same
+_METHODS = {"supervised": "sft"}  # the wire's name -> the setting's
 _NO_SETTINGS = frozenset({"learning_rate_multiplier", "checkpoint_steps"})
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # What libraries say that write files without Python's help: safetensors, torch's zip writer, SQLite.
@@ -25,16 +26,27 @@ _MEMORY_WORDS = re.compile(r"can't allocate memory|CUDA out of memory|CUBLAS_STA
 
 
 def resolve_settings(job: Job, home: Path) -> TrainSettings:
-    """What the client asked for, over the server's own settings; "auto" is the server's own."""
+    """What the client asked for, over the server's own settings; "auto" is the server's own.
+
+    Raises:
+        InvalidInputError: what was asked for does not fit together; each value for itself was checked before.
+        ConfigurationError: the server's own settings are wrong.
+    """
     given = {name: value for name, value in hyperparameters_of(job).items() if value != "auto"}
     multiplier = given.get("learning_rate_multiplier")
     flags = {_HYPERPARAMETERS.get(name, name): value for name, value in given.items() if name not in _NO_SETTINGS}
-    settings = TrainSettings.load(home, **flags, seed=job.seed)
-    if multiplier is None:
-        return settings
-    return TrainSettings.load(
-        home, **flags | {"learning_rate": min(1.0, settings.learning_rate * multiplier)}, seed=job.seed
-    )
+    kind = job.method["type"]
+    flags |= {"method": _METHODS.get(kind, kind), "start_from": job.start_from, "seed": job.seed}
+    if job.integrations:
+        flags["report_to"] = [integration["type"] for integration in job.integrations]
+    TrainSettings.load(home)  # what is wrong with the server's own settings is not the job's fault
+    try:
+        settings = TrainSettings.load(home, **flags)
+        if multiplier is None:
+            return settings
+        return TrainSettings.load(home, **flags | {"learning_rate": min(1.0, settings.learning_rate * multiplier)})
+    except ConfigurationError as error:
+        raise InvalidInputError(str(error), param="method") from None
 
 
 def hyperparameters_of(job: Job) -> Mapping[str, Any]:
@@ -43,11 +55,22 @@ def hyperparameters_of(job: Job) -> Mapping[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def tracker_environment(job: Job) -> dict[str, str]:
+    """The variables by which the trackers that the client named learn where to show the run."""
+    variables: dict[str, str] = {}
+    for integration in job.integrations:
+        shown: Mapping[str, Any] = integration[integration["type"]]
+        for name, value in shown.items():
+            text = ",".join(value) if isinstance(value, list) else value
+            variables[f"{integration['type']}_{name}".upper()] = text
+    return variables
+
+
 def describe_failure(error: Exception) -> JobError:
     """What a client is told; whatever might hold a path is left to the log."""
     if isinstance(error, DataError):
         return JobError(f"invalid_{error.param}", str(error), error.param)
-    if isinstance(error, RankTooHighError):
+    if isinstance(error, RankTooHighError) or (type(error) is InvalidInputError and error.param == "method"):
         return JobError("invalid_hyperparameters", str(error), "method")
     if any(_is_about_memory(cause) for cause in _causes(error)):
         message = "the device has too little memory for this job: lower batch_size or max_length"

@@ -13,7 +13,7 @@ import structlog
 from adapters.base_files import pull_base
 from adapters.base_model import load_tokenizer
 from adapters.errors import DataError, RankTooHighError
-from training.formats import read_chat_dataset
+from training.formats import read_dataset
 from training.job_process import JobProcess, StoppedError, job_process
 from training.job_settings import describe_failure, resolve_settings
 from training.rendering import render_dataset
@@ -54,7 +54,7 @@ class ValidationRun:
                 continue
             self._check_standing()
             try:
-                rows = read_chat_dataset(self._process.files.path(file_id), name=param)
+                rows = read_dataset(self._process.files.path(file_id), name=param)
                 render_dataset(tokenizer, rows, max_length=settings.max_length)
             except DataError as error:
                 error.param = param

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
@@ -32,6 +32,18 @@ from server.services import CurrentServices, Services
 __all__ = ["router"]
 
 router = APIRouter(dependencies=[needs("train")])
+_RequestKey = Annotated[str | None, Header(description="What this request is called; 1 to 255 characters.")]
+_LIST_PARAMETERS = [  # read by hand, since the names of `metadata[...]` are the client's own
+    {"name": "after", "in": "query", "schema": {"type": "string", "minLength": 1, "maxLength": 80}},
+    {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}},
+    {
+        "name": "metadata",
+        "in": "query",
+        "style": "deepObject",
+        "description": "`metadata[key]=value`: only jobs that have it.",
+        "schema": {"type": "object", "additionalProperties": {"type": "string", "maxLength": 512}, "maxProperties": 16},
+    },
+]
 _METADATA_KEY = re.compile(r"metadata\[(.*)\]")
 _POLL_S = 0.5
 _KEEP_ALIVE_S = 15.0
@@ -39,12 +51,14 @@ _EVENTS_AT_ONCE = 100
 
 
 @router.post("/v1/fine_tuning/jobs")
-async def create_job(body: CreateJobRequest, services: CurrentServices) -> dict[str, Any]:
-    """Queue a job."""
-    return job_body(await asyncio.to_thread(services.fine_tuning.accept, body))
+async def create_job(
+    body: CreateJobRequest, services: CurrentServices, idempotency_key: _RequestKey = None
+) -> dict[str, Any]:
+    """Take a job: its files are validated, then it is queued. The same key again gives the job that it made."""
+    return job_body(await asyncio.to_thread(services.fine_tuning.accept, body, request_key=idempotency_key))
 
 
-@router.get("/v1/fine_tuning/jobs")
+@router.get("/v1/fine_tuning/jobs", openapi_extra={"parameters": _LIST_PARAMETERS})
 async def list_jobs(request: Request, services: CurrentServices) -> dict[str, Any]:
     """Jobs, newest first; `metadata[key]=value` leaves those that have it."""
     query = _read_jobs_query(request)
@@ -132,7 +146,7 @@ async def _stream_events(services: Services, job_id: str, after: str | None, req
             for event in events:
                 after, sent_at = event.id, time.monotonic()
                 yield _sse(event_body(event))
-            if not events and status not in ("queued", "running"):
+            if not events and status not in ("validating_files", "queued", "running"):
                 yield b"data: [DONE]\n\n"
                 return
             if time.monotonic() - sent_at > _KEEP_ALIVE_S:
