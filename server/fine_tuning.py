@@ -11,6 +11,7 @@ from typing import Any
 from adapters.errors import InvalidInputError, InvalidNameError
 from adapters.jobs import JobOrder, JobService, RequestIdentity
 from adapters.records import BASE_MODEL_NAME, Actor, Job, check_alias_name
+from server.event_streams import EventStreams
 from server.fine_tuning_schemas import (
     CreateJobRequest,
     DpoHyperparameters,
@@ -48,16 +49,20 @@ class FineTuningService:
         jobs: The job table.
         base_name: What the base model is called beside `base`.
         max_rank: Highest LoRA rank that this server could serve.
+        streams: Who follows jobs at the moment, whoever it is.
     """
 
-    def __init__(self, jobs: JobService, *, base_name: str, max_rank: int) -> None:
+    def __init__(self, jobs: JobService, *, base_name: str, max_rank: int, streams: EventStreams | None = None) -> None:
         self.jobs = jobs
+        self.streams = streams or EventStreams()
         self._base_name = base_name
         self._max_rank = max_rank
 
     def acting_for(self, actor: Actor) -> FineTuningService:
         """The same service on somebody's behalf."""
-        return FineTuningService(self.jobs.acting_for(actor), base_name=self._base_name, max_rank=self._max_rank)
+        return FineTuningService(
+            self.jobs.acting_for(actor), base_name=self._base_name, max_rank=self._max_rank, streams=self.streams
+        )
 
     def accept(self, body: CreateJobRequest, *, request_key: str | None = None) -> Job:
         """Take the job that a request asks for, or find the one that the same request has made.

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
-import time
-from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -14,9 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
 
-from adapters.errors import HotswapError
 from server.auth import needs
-from server.errors import count_error, describe_error
 from server.fine_tuning_schemas import (
     CheckpointsQuery,
     CreateJobRequest,
@@ -27,7 +22,7 @@ from server.fine_tuning_schemas import (
     job_body,
     page_body,
 )
-from server.services import CurrentServices, Services
+from server.services import CurrentServices
 
 __all__ = ["router"]
 
@@ -45,9 +40,6 @@ _LIST_PARAMETERS = [  # read by hand, since the names of `metadata[...]` are the
     },
 ]
 _METADATA_KEY = re.compile(r"metadata\[(.*)\]")
-_POLL_S = 0.5
-_KEEP_ALIVE_S = 15.0
-_EVENTS_AT_ONCE = 100
 
 
 @router.post("/v1/fine_tuning/jobs")
@@ -100,7 +92,7 @@ async def list_events(
     jobs = services.fine_tuning.jobs
     if query.stream:
         await asyncio.to_thread(jobs.follow, job_id, after=query.after, limit=1)  # what is wrong gets a status code
-        events = _stream_events(services, job_id, query.after, request)
+        events = services.fine_tuning.streams.open(services, job_id, query.after, request)
         return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
     found, has_more = await asyncio.to_thread(jobs.events, job_id, limit=query.limit, after=query.after)
     return JSONResponse(page_body([event_body(event) for event in found], has_more=has_more))
@@ -130,39 +122,3 @@ def _read_jobs_query(request: Request) -> JobsQuery:
         raise RequestValidationError(
             [{**detail, "loc": ("query", *detail["loc"])} for detail in error.errors()]
         ) from None
-
-
-async def _stream_events(services: Services, job_id: str, after: str | None, request: Request) -> AsyncIterator[bytes]:
-    """Events until the job is at its end or paused; a comment now and then, so that no proxy thinks the stream dead.
-
-    A server that is about to end does not wait for the job: the stream ends in an error, and clients ask again.
-    """
-    jobs = services.fine_tuning.jobs
-    sent_at = time.monotonic()
-    try:
-        while True:
-            services.engine.check_not_draining()
-            events, status = await asyncio.to_thread(jobs.follow, job_id, after=after, limit=_EVENTS_AT_ONCE)
-            for event in events:
-                after, sent_at = event.id, time.monotonic()
-                yield _sse(event_body(event))
-            if not events and status not in ("validating_files", "queued", "running"):
-                yield b"data: [DONE]\n\n"
-                return
-            if time.monotonic() - sent_at > _KEEP_ALIVE_S:
-                sent_at = time.monotonic()
-                yield b": still here\n\n"
-            if not events:
-                await asyncio.sleep(_POLL_S)
-    except Exception as error:
-        # The status line is long gone: whatever broke off, the client reads an error and not an early end.
-        known = error if isinstance(error, HotswapError) else HotswapError("the stream broke off")
-        answer, body = describe_error(known)
-        count_error(request, answer.code)
-        yield _sse(body)
-        if known is not error:
-            raise
-
-
-def _sse(body: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(body)}\n\n".encode()
