@@ -81,7 +81,10 @@ class JobRun:
         except StoppedError:
             _log.info("job_stopped", job=job.id)
         except Exception as error:
-            # The process boundary: whatever it was, the job says so, and the traceback is in the job's log.
+            # The process boundary: whatever it was, the job says so, and the traceback is in the job's log. Both need
+            # room on the disk, which a job that fails has: its checkpoints are of no more use.
+            if self._jobs.standing(self._claim) == "continue":
+                shutil.rmtree(checkpoints_folder(self._core.home, job.id), ignore_errors=True)
             _log.exception("job_failed", job=job.id)
             self._jobs.fail(self._claim, describe_failure(error))
 

@@ -21,6 +21,7 @@ _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # What libraries say that write files without Python's help: safetensors, torch's zip writer, SQLite.
 _DISK_WORDS = re.compile(
     r"No space left on device|File too large|Disk quota exceeded|database or disk is full|PytorchStreamWriter failed"
+    r"|inline_container\.cc.*unexpected pos"
 )
 _MEMORY_WORDS = re.compile(r"can't allocate memory|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
 

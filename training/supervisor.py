@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 import structlog
+from sqlalchemy.exc import OperationalError
 
 from adapters.checkpoint_adapters import CheckpointAdapters
 from adapters.database import open_database
@@ -43,6 +44,8 @@ _LEASE_S = 20.0
 _POLL_S = 0.5
 _GRACE_S = 20.0
 _DATABASE_PATIENCE_S = 300.0
+_INSIST_EVERY_S = 5.0
+_LEAST_FREE_BYTES = 1_000_000
 _MAX_DEVICE_CHARS = 120
 _OUT_OF_MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
 
@@ -153,8 +156,20 @@ class Supervisor:
                 stderr=subprocess.STDOUT,
             )
             returncode = self._watch(process, claim)
-        self._conclude(lane, claim, returncode, is_out_of_memory=_count_memory_kills() > num_killed)
+        is_out_of_memory = _count_memory_kills() > num_killed
+        self._insist(lambda: self._conclude(lane, claim, returncode, is_out_of_memory=is_out_of_memory))
         return True
+
+    def _insist(self, act: Callable[[], None]) -> None:
+        """Do what must not be lost as soon as the database takes it, which on a full disk may be hours later."""
+        while True:
+            try:
+                return act()
+            except OperationalError as error:
+                if self.stopping.is_set():
+                    raise
+                _log.error("database_can_not_be_written", reason=str(error.orig), retry_in_s=_INSIST_EVERY_S)
+                self.stopping.wait(_INSIST_EVERY_S)
 
     def _watch(self, process: subprocess.Popen[bytes], claim: Claim) -> int:
         """Renew the claim while the process runs; pass on a stop, and kill a process that doesn't obey."""
@@ -183,14 +198,19 @@ class Supervisor:
         status = self._jobs.get(claim.job.id).status
         is_open = status == lane.status and not self.stopping.is_set()
         if returncode > 0 and status == lane.status:
-            message = f"the {lane.worker} ended with exit code {returncode}; the job's log on the server says why"
-            self._jobs.fail(claim, JobError("trainer_crashed", message))
+            self._jobs.fail(claim, self._describe_crash(lane, returncode))
         lost = _describe_kill(lane, -returncode, is_out_of_memory=is_out_of_memory)
         job = self._jobs.release(claim, problem=lost if is_open and returncode < 0 else None)
         _log.info("job_left", job=job.id, status=job.status, returncode=returncode)
         if job.status not in ACTIVE_STATUSES:
             self._discard_checkpoints(self._core.home / "jobs" / job.id)
             self._adapters.sweep()
+
+    def _describe_crash(self, lane: _Lane, returncode: int) -> JobError:
+        if shutil.disk_usage(self._core.home).free < _LEAST_FREE_BYTES:
+            return JobError("disk_full", f"the {lane.worker} ended since the server's disk is full: free some space")
+        message = f"the {lane.worker} ended with exit code {returncode}; the job's log on the server says why"
+        return JobError("trainer_crashed", message)
 
     def _sweep(self) -> None:
         """Delete the states of jobs that are at their end or that nobody knows, and old adapters of checkpoints."""

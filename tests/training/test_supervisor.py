@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -77,6 +78,32 @@ def test_job_goes_on_from_its_checkpoint_when_its_trainer_is_killed(
     assert len(place.files.path(done.result_file).read_text().splitlines()) == 7
     assert not checkpoints_folder(place.core.home, job.id).exists()
     assert not supervisor.run_one()
+
+
+def test_jobs_make_the_same_version_when_their_trainers_are_killed_at_random(place: JobPlace) -> None:
+    """Up to twice each, at any step of their work; more jobs with JOB_KILL_SEEDS. Nothing is left half-published."""
+    seeds = range(int(os.environ.get("JOB_KILL_SEEDS", "2")))
+    for name in ("whole", *(f"killed-{seed}" for seed in seeds)):
+        place.create(alias=name, n_epochs=1, checkpoint_steps=1, dropout=0.1)
+    command = [sys.executable, "-m", "tests.support.killed_jobs", "2", *map(str, seeds)]
+    result = subprocess.run(
+        command, env=os.environ | place.core.environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("killed at step") >= len(seeds)
+    registry = place.registry()
+    expected = registry.find("whole").version.digest
+    for seed in seeds:
+        assert registry.find(f"killed-{seed}").version.digest == expected, result.stdout
+        assert [version.label for version in registry.versions(f"killed-{seed}")] == [f"killed-{seed}@v1"]
+    results, _ = place.files.list(limit=100, purpose="fine-tune-results")
+    assert len(results) == 1 + len(seeds)
+    assert len({place.files.path(found.id).read_bytes() for found in results}) == 1
+    registry.store.sweep()
+    place.files.sweep()
+    assert not [path for path in (place.core.home / "store" / ".incoming").iterdir() if path.is_dir()]
+    kept = {path.name for path in place.files.root.iterdir() if path.is_file()}
+    assert kept == {found.id for found in place.files.list(limit=100)[0]}
 
 
 def test_job_is_finished_by_another_supervisor_when_the_first_is_killed(place: JobPlace) -> None:
