@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import resource
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -170,6 +171,24 @@ def test_checkpoint_answers_by_its_name_when_the_job_goes_on_and_after(place: Jo
     assert len(store.digests()) == 4
     CheckpointAdapters(place.database, store, clock=lambda: utc_now() + timedelta(days=8)).sweep()
     assert store.digests() == {place.registry().find("legal@v1").version.digest}
+
+
+@pytest.mark.parametrize("point", [{"at_step": 2}, {"at_stage": "Publishing"}])
+def test_job_fails_in_words_when_what_it_writes_finds_no_room(place: JobPlace, point: dict[str, Any]) -> None:
+    """A checkpoint and a publication that the system cuts off: nothing of either is left."""
+    place.core = place.core.model_copy(update={"max_rank": 256})
+    place.create(rank=256, checkpoint_steps=3, validate=False)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1_500_000, before[1]))  # the adapter has 2.1 MB
+    try:
+        failed = _run(place, Interruption(limit, **point))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert failed.error == JobError("disk_full", "the server's disk is full: free some space and create the job again")
+    assert not _is_published(place)
+    assert not checkpoints_folder(place.core.home, failed.id).exists()
+    assert place.files.list(limit=10, purpose="fine-tune-results") == ([], False)
+    assert not [path for path in place.registry().store.root.joinpath(".incoming").iterdir() if path.is_dir()]
 
 
 def test_nothing_is_published_when_the_job_is_cancelled(place: JobPlace) -> None:
