@@ -236,9 +236,9 @@ def _prepare_data(
             validation_rows = render_dataset(tokenizer, validation, max_length=settings.max_length)
     reference = DataReference(
         train_sha256=train.sha256,
-        num_train_rows=len(train_rows),
+        num_train_rows=len(train.rows),
         validation_sha256=validation.sha256 if validation else None,
-        num_validation_rows=len(validation_rows),
+        num_validation_rows=len(validation.rows) if validation else 0,
     )
     return _RenderedData(train_rows, validation_rows, reference)
 
