@@ -273,11 +273,11 @@ class JobService:
                     row.status = "queued"
             return _to_job(row)
 
-    def note(self, claim: Claim, message: str) -> None:
+    def note(self, claim: Claim, message: str, *, level: Literal["info", "warn"] = "info") -> None:
         """Write an event of a job that one holds."""
         with self.database.write() as session:
             if _find(session, claim.job.id).claim == claim.token:
-                self._add_event(session, claim.job.id, message)
+                self._add_event(session, claim.job.id, message, level=level)
 
     def note_metrics(
         self, claim: Claim, message: str, data: Mapping[str, Any], *, trained_tokens: int, seconds_left: float

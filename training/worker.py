@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from adapters.adapter_files import read_adapter_config, read_adapter_weights
 from adapters.base_files import public_name, pull_base
@@ -29,6 +29,7 @@ from training.formats import Dataset, read_dataset
 from training.lora import add_adapter
 from training.losses import Evaluation, evaluate, mean_loss
 from training.methods import METHODS, TrainingRun
+from training.preflight import run_preflight
 from training.progress import Checkpointing, NextMove, StepListener, StepMetrics, TrainedCounts
 from training.rendering import render_dataset
 
@@ -56,11 +57,17 @@ class TrainingListener(StepListener, Protocol):
     def on_stage(self, message: str) -> None:
         """A new stage begins."""
 
+    def on_warning(self, message: str) -> None:
+        """Something in the data or in the run that its owner should know; nothing stops for it."""
+
 
 class SilentListener:
     """A listener that tells nobody."""
 
     def on_stage(self, message: str) -> None:
+        """Ignored."""
+
+    def on_warning(self, message: str) -> None:
         """Ignored."""
 
     def on_step(self, step: int, num_steps: int, loss: float) -> None:
@@ -182,7 +189,9 @@ def train_and_publish(
     """
     if settings.rank > core.max_rank:
         raise RankTooHighError(rank=settings.rank, max_rank=core.max_rank)
-    data = _prepare_data(train_file, validation_file, core=core, settings=settings, listener=listener)
+    # A job's data was inspected before it was queued.
+    inspect = job is None
+    data = _prepare_data(train_file, validation_file, core=core, settings=settings, listener=listener, inspect=inspect)
     listener.on_stage(f"Loading the base model {public_name(core.base)} ({core.quantisation})")
     base = load_base(core)
     model = add_adapter(base, settings)
@@ -221,6 +230,7 @@ def _prepare_data(
     core: CoreSettings,
     settings: TrainSettings,
     listener: TrainingListener,
+    inspect: bool,
 ) -> _RenderedData:
     """Read, check and tokenise all rows; only the tokenizer of the base model is loaded for it."""
     listener.on_stage("Checking the data")
@@ -228,6 +238,8 @@ def _prepare_data(
     validation = validation_file.read() if validation_file else None
     listener.on_stage(f"Tokenising for the base model {public_name(core.base)}")
     tokenizer = load_tokenizer(pull_base(core.base, core.home))
+    if inspect:
+        _inspect(train, validation, (train_file, validation_file), tokenizer, settings, listener)
     with _blaming(train_file.param):
         train_rows = render_dataset(tokenizer, train, max_length=settings.max_length)
     validation_rows: list[RenderedRow] = []
@@ -241,6 +253,28 @@ def _prepare_data(
         num_validation_rows=len(validation.rows) if validation else 0,
     )
     return _RenderedData(train_rows, validation_rows, reference)
+
+
+def _inspect(
+    train: Dataset,
+    validation: Dataset | None,
+    files: tuple[DataFile, DataFile | None],
+    tokenizer: Any,
+    settings: TrainSettings,
+    listener: TrainingListener,
+) -> None:
+    """Refuse data that can't be trained on, and tell the listener what its owner should know of it."""
+    params = [file.param if file else None for file in files]
+    preflight = run_preflight(
+        train,
+        validation,
+        tokenizer=tokenizer,
+        settings=settings,
+        train_param=params[0],
+        validation_param=params[1],
+    )
+    for warning in preflight.warnings:
+        listener.on_warning(warning)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
+from rich.markup import escape
 
 from clients.cli.options import BaseOption, DeviceOption, HomeOption, JsonOption, load_core
 from clients.cli.output import console, error_console, format_loss, make_table, print_json
@@ -46,7 +47,8 @@ def train(
     settings = TrainSettings.load(core.home, **flags)
     # Importing the trainer takes seconds: bad data is reported before.
     for path in filter(None, (data, validation)):
-        read_dataset(path)
+        found = read_dataset(path)
+        error_console.print(f"{found.name}: {len(found.rows)} rows; {found.recognised}", markup=False)
     # The training libraries warn about their own future arguments; nobody who trains can act on that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from training.worker import run_training
@@ -93,7 +95,11 @@ class ProgressView:
 
     def on_stage(self, message: str) -> None:
         """Print a line for a new stage."""
-        self._output.print(f"  {self._alias}: {message}")
+        self._output.print(f"  {self._alias}: {escape(message)}")
+
+    def on_warning(self, message: str) -> None:
+        """Print a line that stands out."""
+        self._output.print(f"  [yellow]warning[/yellow]: {escape(message)}")
 
     def on_step(self, step: int, num_steps: int, loss: float) -> None:
         """Move the bar."""
