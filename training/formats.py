@@ -5,16 +5,19 @@ Every problem is named by file, line and field, before any model is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import os
+import secrets
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.chat_rows import EXPECTED_ROW, MAX_PROBLEMS_SHOWN, Row, RowKind, parse_document
-from adapters.errors import DataError
+from adapters.chat_rows import EXPECTED_ROW, MAX_PROBLEMS_SHOWN, Row, RowKind, parse_document, row_document
+from adapters.errors import ConflictError, DataError
 from training.readers import RawRow, read_table
 from training.recognise import Shape, choose_shape
 
-__all__ = ["Dataset", "NumberedRow", "ReadRows", "read_dataset", "read_rows"]
+__all__ = ["Dataset", "NumberedRow", "ReadOptions", "ReadRows", "read_dataset", "read_rows", "write_dataset"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,23 @@ class Dataset:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """How a source is to be read, where it does not say so itself.
+
+    Args:
+        mapping: Which column each target is (`training/recognise.py: TARGETS`); found out if not given.
+        split: Which part is meant, where the source has several.
+        subset: The part of a data set on the hub that it calls its configuration.
+        encoding: That of a text file that is not UTF-8.
+    """
+
+    mapping: Mapping[str, str] | None = None
+    split: str | None = None
+    subset: str | None = None
+    encoding: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ReadRows:
     """What was found in a source, good rows and bad; every problem begins with where it is."""
 
@@ -54,6 +74,21 @@ class ReadRows:
     rows: tuple[NumberedRow, ...]
     problems: list[str]
 
+    def as_dataset(self) -> Dataset:
+        """The rows, if all are good.
+
+        Raises:
+            DataError: some are bad; up to 20 are listed.
+        """
+        if self.problems:
+            shown = self.problems[:MAX_PROBLEMS_SHOWN]
+            raise DataError(shown, num_more=len(self.problems) - len(shown))
+        return self.good_rows()
+
+    def good_rows(self) -> Dataset:
+        """The good rows, of which there must be one."""
+        return Dataset(self.name, self.sha256, self.rows[0].row.kind, self.rows, self.recognised)
+
 
 def read_dataset(
     source: Path | str,
@@ -61,7 +96,7 @@ def read_dataset(
     name: str | None = None,
     mapping: Mapping[str, str] | None = None,
     split: str | None = None,
-    config: str | None = None,
+    subset: str | None = None,
     encoding: str | None = None,
 ) -> Dataset:
     """Read and check training data. Blank lines are skipped, columns that the shape has no use for are ignored.
@@ -69,40 +104,29 @@ def read_dataset(
     Args:
         source: A file, a folder, or the id of a data set on the hub.
         name: What messages call it; the source itself if not given.
-        mapping: Which column each target is (`training/recognise.py: TARGETS`); found out if not given.
-        split: Which part is meant, where the source has several.
-        config: The configuration of a data set on the hub.
-        encoding: That of a text file that is not UTF-8.
+        mapping: As in `ReadOptions`, like those that follow.
+        split: As there.
+        subset: As there.
+        encoding: As there.
 
     Raises:
         DataError: the source can't be read, holds no rows, has no known shape, or has bad rows; up to 20 are listed.
     """
-    found = read_rows(source, name=name, mapping=mapping, split=split, config=config, encoding=encoding)
-    if found.problems:
-        shown = found.problems[:MAX_PROBLEMS_SHOWN]
-        raise DataError(shown, num_more=len(found.problems) - len(shown))
-    return Dataset(found.name, found.sha256, found.rows[0].row.kind, found.rows, found.recognised)
+    return read_rows(source, ReadOptions(mapping, split, subset, encoding), name=name).as_dataset()
 
 
-def read_rows(
-    source: Path | str,
-    *,
-    name: str | None = None,
-    mapping: Mapping[str, str] | None = None,
-    split: str | None = None,
-    config: str | None = None,
-    encoding: str | None = None,
-) -> ReadRows:
+def read_rows(source: Path | str, options: ReadOptions | None = None, *, name: str | None = None) -> ReadRows:
     """The same, with the bad rows' problems beside the good rows instead of an error. At least one of both is there.
 
     Raises:
         DataError: the source can't be read, holds no rows, or has no known shape.
     """
-    table = read_table(source, name=name, split=split, config=config, encoding=encoding)
+    options = options or ReadOptions()
+    table = read_table(source, name=name, split=options.split, subset=options.subset, encoding=options.encoding)
     if not table.rows:
         raise DataError([f"{table.name}: holds no rows; {EXPECTED_ROW} on each line"])
     documents = [row.document for row in table.rows if isinstance(row.document, Mapping)]
-    shape, columns = choose_shape(documents, mapping, table.name) if documents else (None, [])
+    shape, columns = choose_shape(documents, options.mapping, table.name) if documents else (None, [])
     rows: list[NumberedRow] = []
     problems: list[str] = []
     for raw in table.rows:
@@ -114,6 +138,34 @@ def read_rows(
         problems += [f"{raw.file or table.name}:{raw.line}: {problem}" for problem in found]
     recognised = f"{table.layout}: {shape.describe(columns)}" if shape else table.layout
     return ReadRows(table.name, table.sha256, recognised, tuple(rows), problems)
+
+
+def write_dataset(rows: Iterable[NumberedRow], path: Path, *, overwrite: bool = False) -> int:
+    """Write rows as JSON lines, whole or not at all.
+
+    Returns:
+        How many were written.
+
+    Raises:
+        ConflictError: there is such a file, and it is not to be overwritten.
+        DataError: the file can't be written.
+    """
+    lines = [json.dumps(row_document(numbered.row), ensure_ascii=False) + "\n" for numbered in rows]
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write("".join(lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        # Linking fails where a file has come to be meanwhile; replacing would not.
+        (os.replace if overwrite else os.link)(temporary, path)
+    except FileExistsError:
+        raise ConflictError(f"{path} exists already; --force writes over it") from None
+    except OSError as error:
+        raise DataError([f"{path}: can't be written: {error.strerror}"]) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(lines)
 
 
 def _read_row(raw: RawRow, shape: Shape | None) -> tuple[Row | None, list[str]]:

@@ -6,6 +6,7 @@ Needs a tokenizer and no model. Errors and warnings name file and line; personal
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -235,7 +236,7 @@ def _find_personal_data(data: Dataset) -> tuple[dict[str, int], list[str]]:
         for kind in found:
             lines.setdefault(kind, []).append(numbered.line)
     warnings = [
-        f"likely personal data: {kind}, {count} times; rows: {_count(lines[kind])}" for kind, count in counts.items()
+        f"likely personal data, {kind}: {count} found; rows: {_count(lines[kind])}" for kind, count in counts.items()
     ]
     return dict(counts), warnings
 
@@ -259,9 +260,9 @@ def _token_statistics(rows: Sequence[RenderedRow], tokenizer: Any) -> TokenStati
 
 
 def _histogram(lengths: Any) -> tuple[tuple[int, int, int], ...]:
-    """Ten ranges of equal width, or fewer where there are fewer lengths."""
+    """Ranges of equal width: ten, or fewer where there are few rows or lengths."""
     least, most = int(lengths.min()), int(lengths.max())
-    width = -(-(most - least + 1) // _NUM_BINS)
+    width = -(-(most - least + 1) // min(_NUM_BINS, math.isqrt(len(lengths)) + 1))
     counts = Counter(((lengths - least) // width).tolist())
     ranges = range(-(-(most - least + 1) // width))
     return tuple((least + n * width, least + (n + 1) * width - 1, counts[n]) for n in ranges)

@@ -82,7 +82,7 @@ def read_table(
     *,
     name: str | None = None,
     split: str | None = None,
-    config: str | None = None,
+    subset: str | None = None,
     encoding: str | None = None,
 ) -> RawTable:
     """Read every row of a file, a folder or a data set of the hub.
@@ -91,7 +91,7 @@ def read_table(
         source: A path, or a hub id such as `openai/gsm8k` if there is no such path.
         name: What messages call it; the source itself if not given.
         split: Which part is meant, where the source has several.
-        config: The configuration of a data set on the hub.
+        subset: The part of a data set on the hub that it calls its configuration.
         encoding: That of a text file that is not UTF-8.
 
     Raises:
@@ -103,8 +103,8 @@ def read_table(
         _check_encoding(encoding)
     if path.is_dir():
         return _read_folder(path, shown, split, encoding)
-    if config is not None or (not path.exists() and _is_hub_id(str(source))):
-        return _read_hub(str(source), shown, split, config)
+    if subset is not None or (not path.exists() and _is_hub_id(str(source))):
+        return _read_hub(str(source), shown, split, subset)
     if split is not None:
         raise DataError([f"{shown}: is one file and has no splits; leave split {split!r} out"])
     return _read_file(path, shown, encoding)
@@ -386,11 +386,11 @@ def _read_saved(folder: Path, shown: str, split: str | None) -> RawTable:
     return _from_datasets(found, shown, split, "saved by datasets")
 
 
-def _read_hub(source: str, shown: str, split: str | None, config: str | None) -> RawTable:
+def _read_hub(source: str, shown: str, split: str | None, subset: str | None) -> RawTable:
     import datasets
 
     try:
-        found = datasets.load_dataset(source, config)
+        found = datasets.load_dataset(source, subset)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(

@@ -25,7 +25,7 @@ from adapters.registry import Registry
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
 from training.config import TrainSettings
-from training.formats import Dataset, read_dataset
+from training.formats import Dataset, ReadOptions, read_rows
 from training.lora import add_adapter
 from training.losses import Evaluation, evaluate, mean_loss
 from training.methods import METHODS, TrainingRun
@@ -99,20 +99,21 @@ class JobFolder:
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A file of training data, what messages call it, and the field of a request that named it."""
+    """A source of training data, what messages call it, the field of a request that named it, and how to read it."""
 
     path: Path
     name: str
     param: str
+    options: ReadOptions | None = None
 
     def read(self) -> Dataset:
         """Read and check it.
 
         Raises:
-            DataError: as `read_dataset`, with the field at fault.
+            DataError: as `read_rows`, or rows are bad, with the field at fault.
         """
         with _blaming(self.param):
-            return read_dataset(self.path, name=self.name)
+            return read_rows(self.path, self.options, name=self.name).as_dataset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +146,10 @@ def run_training(
     settings: TrainSettings,
     promote: bool = True,
     listener: TrainingListener | None = None,
+    options: ReadOptions | None = None,
+    validation_options: ReadOptions | None = None,
 ) -> TrainingResult:
-    """Train an adapter on a JSONL file and publish it as the next version of `alias`.
+    """Train an adapter on rows of any known shape and publish it as the next version of `alias`.
 
     Raises:
         InvalidNameError: `alias` can't be an alias.
@@ -161,8 +164,10 @@ def run_training(
             registry = Registry(database, ArtifactStore(core.home / "store"))
             return registry.publish(folder, manifest, alias=alias, promote=promote)
 
-    train = DataFile(train_path, str(train_path), "data")
-    validation = DataFile(validation_path, str(validation_path), "validation") if validation_path else None
+    train = DataFile(train_path, str(train_path), "data", options)
+    validation = (
+        DataFile(validation_path, str(validation_path), "validation", validation_options) if validation_path else None
+    )
     result = train_and_publish(
         train, validation, core=core, settings=settings, listener=listener or SilentListener(), publish=publish
     )

@@ -71,7 +71,7 @@ DOUBTFUL: dict[str, tuple[list[Any], str]] = {
     ),
     "personal-data": (
         [*_good_rows(), make_messages("Who is it?", "ann@x.de, bob@x.de")],
-        "t: likely personal data: e-mail address, 2 times; rows: 1 (line 11)",
+        "t: likely personal data, e-mail address: 2 found; rows: 1 (line 11)",
     ),
     "little-loss": (
         [make_messages("".join(f"{word}{n} " for n in range(20)) * 3, "y") for word in WORDS],
