@@ -240,8 +240,8 @@ def _read_json_list(content: bytes, shown: str) -> list[RawRow]:
                 position += 1
             elif text[position : position + 1] != "]":
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-        if text[_skip(text, position + 1, " \t\r\n") :]:
-            raise json.JSONDecodeError("Extra data", text, position + 1)
+        if (end := _skip(text, position + 1, " \t\r\n")) < len(text):
+            raise json.JSONDecodeError("Extra data behind the list", text, end)
     except json.JSONDecodeError as error:
         raise DataError([f"{shown}:{error.lineno}: not JSON: {error.msg} (column {error.colno})"]) from None
     except (RecursionError, ValueError) as error:
@@ -369,7 +369,8 @@ def _choose_split(splits: Mapping[str, object], split: str | None, shown: str) -
     if split is None:
         if len(splits) == 1:
             return next(iter(splits))
-        raise DataError([f"{shown}: has the splits {', '.join(splits)}; say which with --split, as in --split train"])
+        how = "--split NAME (--validation-split for validation data)"
+        raise DataError([f"{shown}: has the splits {', '.join(splits)}; say which: {how}"])
     if split not in splits:
         raise DataError([f"{shown}: has no split {split!r:.60}; expected one of {', '.join(splits)}"])
     return split
