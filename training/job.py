@@ -94,6 +94,10 @@ class JobRun:
             raise StoppedError
         self._jobs.note(self._claim, message)
 
+    def on_warning(self, message: str) -> None:
+        """Write an event of level `warn`."""
+        self._jobs.note(self._claim, message, level="warn")
+
     def on_step(self, step: int, num_steps: int, loss: float) -> None:
         """Told again, with more, by `on_metrics`."""
 

@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from adapters.adapter_files import read_adapter_config, read_adapter_weights
 from adapters.base_files import public_name, pull_base
@@ -25,10 +25,11 @@ from adapters.registry import Registry
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
 from training.config import TrainSettings
-from training.formats import Dataset, read_dataset
+from training.formats import Dataset, ReadOptions, read_rows
 from training.lora import add_adapter
 from training.losses import Evaluation, evaluate, mean_loss
 from training.methods import METHODS, TrainingRun
+from training.preflight import run_preflight
 from training.progress import Checkpointing, NextMove, StepListener, StepMetrics, TrainedCounts
 from training.rendering import render_dataset
 
@@ -60,11 +61,17 @@ class TrainingListener(StepListener, Protocol):
     def on_stage(self, message: str) -> None:
         """A new stage begins."""
 
+    def on_warning(self, message: str) -> None:
+        """Something in the data or in the run that its owner should know; nothing stops for it."""
+
 
 class SilentListener:
     """A listener that tells nobody."""
 
     def on_stage(self, message: str) -> None:
+        """Ignored."""
+
+    def on_warning(self, message: str) -> None:
         """Ignored."""
 
     def on_step(self, step: int, num_steps: int, loss: float) -> None:
@@ -99,20 +106,21 @@ class JobFolder:
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A file of training data, what messages call it, and the field of a request that named it."""
+    """A source of training data, what messages call it, the field of a request that named it, and how to read it."""
 
     path: Path
     name: str
     param: str
+    options: ReadOptions | None = None
 
     def read(self) -> Dataset:
         """Read and check it.
 
         Raises:
-            DataError: as `read_dataset`, with the field at fault.
+            DataError: as `read_rows`, or rows are bad, with the field at fault.
         """
         with _blaming(self.param):
-            return read_dataset(self.path, name=self.name)
+            return read_rows(self.path, self.options, name=self.name).as_dataset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +153,10 @@ def run_training(
     settings: TrainSettings,
     promote: bool = True,
     listener: TrainingListener | None = None,
+    options: ReadOptions | None = None,
+    validation_options: ReadOptions | None = None,
 ) -> TrainingResult:
-    """Train an adapter on a JSONL file and publish it as the next version of `alias`.
+    """Train an adapter on rows of any known shape and publish it as the next version of `alias`.
 
     Raises:
         InvalidNameError: `alias` can't be an alias.
@@ -161,8 +171,10 @@ def run_training(
             registry = Registry(database, ArtifactStore(core.home / "store"))
             return registry.publish(folder, manifest, alias=alias, promote=promote)
 
-    train = DataFile(train_path, str(train_path), "data")
-    validation = DataFile(validation_path, str(validation_path), "validation") if validation_path else None
+    train = DataFile(train_path, str(train_path), "data", options)
+    validation = (
+        DataFile(validation_path, str(validation_path), "validation", validation_options) if validation_path else None
+    )
     result = train_and_publish(
         train, validation, core=core, settings=settings, listener=listener or SilentListener(), publish=publish
     )
@@ -189,7 +201,9 @@ def train_and_publish(
     """
     if settings.rank > core.max_rank:
         raise RankTooHighError(rank=settings.rank, max_rank=core.max_rank)
-    data = _prepare_data(train_file, validation_file, core=core, settings=settings, listener=listener)
+    # A job's data was inspected before it was queued.
+    inspect = job is None
+    data = _prepare_data(train_file, validation_file, core=core, settings=settings, listener=listener, inspect=inspect)
     listener.on_stage(f"Loading the base model {public_name(core.base)} ({core.quantisation})")
     base = load_base(core)
     model = add_adapter(base, settings)
@@ -232,6 +246,7 @@ def _prepare_data(
     core: CoreSettings,
     settings: TrainSettings,
     listener: TrainingListener,
+    inspect: bool,
 ) -> _RenderedData:
     """Read, check and tokenise all rows; only the tokenizer of the base model is loaded for it."""
     listener.on_stage("Checking the data")
@@ -239,6 +254,8 @@ def _prepare_data(
     validation = validation_file.read() if validation_file else None
     listener.on_stage(f"Tokenising for the base model {public_name(core.base)}")
     tokenizer = load_tokenizer(pull_base(core.base, core.home))
+    if inspect:
+        _inspect(train, validation, (train_file, validation_file), tokenizer, settings, listener)
     with _blaming(train_file.param):
         train_rows = render_dataset(tokenizer, train, max_length=settings.max_length)
     validation_rows: list[RenderedRow] = []
@@ -247,11 +264,33 @@ def _prepare_data(
             validation_rows = render_dataset(tokenizer, validation, max_length=settings.max_length)
     reference = DataReference(
         train_sha256=train.sha256,
-        num_train_rows=len(train_rows),
+        num_train_rows=len(train.rows),
         validation_sha256=validation.sha256 if validation else None,
-        num_validation_rows=len(validation_rows),
+        num_validation_rows=len(validation.rows) if validation else 0,
     )
     return _RenderedData(train_rows, validation_rows, reference)
+
+
+def _inspect(
+    train: Dataset,
+    validation: Dataset | None,
+    files: tuple[DataFile, DataFile | None],
+    tokenizer: Any,
+    settings: TrainSettings,
+    listener: TrainingListener,
+) -> None:
+    """Refuse data that can't be trained on, and tell the listener what its owner should know of it."""
+    params = [file.param if file else None for file in files]
+    preflight = run_preflight(
+        train,
+        validation,
+        tokenizer=tokenizer,
+        settings=settings,
+        train_param=params[0],
+        validation_param=params[1],
+    )
+    for warning in preflight.warnings:
+        listener.on_warning(warning)
 
 
 @contextmanager

@@ -8,8 +8,21 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
+from rich.markup import escape
 
-from clients.cli.options import BaseOption, DeviceOption, HomeOption, JsonOption, load_core
+from clients.cli.options import (
+    BaseOption,
+    DeviceOption,
+    EncodingOption,
+    HomeOption,
+    JsonOption,
+    MapOption,
+    SplitOption,
+    SubsetOption,
+    ValidationSplitOption,
+    load_core,
+    read_options,
+)
 from clients.cli.output import console, error_console, format_loss, make_table, print_json
 from clients.cli.settings_flags import with_settings
 from training.config import TrainSettings
@@ -21,9 +34,11 @@ if TYPE_CHECKING:
 
 __all__ = ["train"]
 
-_DataOption = Annotated[Path, typer.Option("--data", help='JSONL file, one {"messages": [...]} a line.')]
+_DataOption = Annotated[
+    Path, typer.Option("--data", help="A file (JSONL, JSON, CSV, TSV, Parquet), a folder, or a hub id.")
+]
 _ValidationOption = Annotated[
-    Path | None, typer.Option("--validation", help="JSONL file for the loss before and after.")
+    Path | None, typer.Option("--validation", help="The same, for the loss before and after.")
 ]
 
 
@@ -33,6 +48,11 @@ def train(
     data: _DataOption,
     flags: dict[str, Any],
     validation: _ValidationOption = None,
+    mapping: MapOption = None,
+    split: SplitOption = None,
+    validation_split: ValidationSplitOption = None,
+    subset: SubsetOption = None,
+    encoding: EncodingOption = None,
     promote: Annotated[bool, typer.Option(help="Let the alias point to the new version.")] = True,
     home: HomeOption = None,
     base: BaseOption = None,
@@ -41,18 +61,33 @@ def train(
 ) -> None:
     """Train an adapter on chat rows and publish it as the next version of ALIAS."""
     core = load_core(home, base=base, device=device)
-    from training.formats import read_dataset
+    from training.formats import read_rows
 
     settings = TrainSettings.load(core.home, **flags)
+    options = read_options(mapping, split, subset, encoding)
+    validation_options = read_options(mapping, validation_split, subset, encoding)
     # Importing the trainer takes seconds: bad data is reported before.
-    for path in filter(None, (data, validation)):
-        read_dataset(path)
+    for path, how in ((data, options), (validation, validation_options)):
+        if path is not None:
+            found = read_rows(path, how).as_dataset()
+            summary = f"{found.name}: {len(found.rows)} rows; {found.recognised}"
+            error_console.print(summary, markup=False, soft_wrap=True)
     # The training libraries warn about their own future arguments; nobody who trains can act on that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from training.worker import run_training
 
     with ProgressView(alias, error_console if json else console) as view:
-        result = run_training(alias, data, validation, core=core, settings=settings, promote=promote, listener=view)
+        result = run_training(
+            alias,
+            data,
+            validation,
+            core=core,
+            settings=settings,
+            promote=promote,
+            listener=view,
+            options=options,
+            validation_options=validation_options,
+        )
     if json:
         print_json(result)
     else:
@@ -93,7 +128,11 @@ class ProgressView:
 
     def on_stage(self, message: str) -> None:
         """Print a line for a new stage."""
-        self._output.print(f"  {self._alias}: {message}")
+        self._output.print(f"  {self._alias}: {escape(message)}")
+
+    def on_warning(self, message: str) -> None:
+        """Print a line that stands out."""
+        self._output.print(f"  [yellow]warning[/yellow]: {escape(message)}")
 
     def on_step(self, step: int, num_steps: int, loss: float) -> None:
         """Move the bar."""

@@ -44,6 +44,11 @@ class Recorder:
 
     stages: list[str] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def on_warning(self, message: str) -> None:
+        """Keep one warning."""
+        self.warnings.append(message)
 
     def on_stage(self, message: str) -> None:
         """Keep one stage."""
@@ -161,6 +166,13 @@ def test_run_training_lowers_the_validation_loss_when_rows_are_easy(run: Run) ->
     assert run.result.validation_loss_before is not None
     assert run.result.validation_loss_after is not None
     assert 0 < run.result.validation_loss_after < 0.7 * run.result.validation_loss_before
+
+
+def test_run_training_tells_the_warnings_of_the_preflight_when_somebody_listens(run: Run) -> None:
+    """What the data's owner should know is told in the words of the preflight, before the model is loaded."""
+    path = run.place.validation_path
+
+    assert f"{path}: number of rows: 3; fewer than 10 seldom teach a behaviour" in run.place.recorder.warnings
 
 
 def test_run_training_tells_its_stages_when_somebody_listens(run: Run) -> None:
