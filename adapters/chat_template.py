@@ -134,9 +134,11 @@ def end_of_turn_id(tokenizer: Any) -> int | None:
 
     It is not always the tokenizer's end-of-sequence token: Gemma and Phi end a turn with another one.
     """
+    if not tokenizer.chat_template:
+        return None
     ending = _ending(tokenizer, tokenizer.chat_template)
     control = _control_tokens(tokenizer)
-    return next((token for token in _tokenize(tokenizer, ending) if token in control), None)
+    return next((token for token in _tokenize(tokenizer, ending or "") if token in control), None)
 
 
 def hash_chat_template(tokenizer: Any) -> str:
@@ -157,8 +159,8 @@ def _tokenize_turn(tokenizer: Any, messages: Sequence[Message], tools: Sequence[
     spoken = _render(tokenizer, messages, tools, add_generation_prompt=False)
     if not spoken.startswith(asked):
         raise InvalidInputError(
-            "the chat template renders earlier turns differently once later turns follow, the very next among them: "
-            "the assistant's words can't be located, so this template can't be trained on such rows",
+            "the chat template shows an assistant's turn otherwise than it asks for one: the assistant's words can't "
+            "be located, so that this base model can't be trained on conversations",
             param="messages",
         )
     answer = _cut_answer(tokenizer, spoken[len(asked) :])
@@ -172,6 +174,9 @@ def _tokenize_turn(tokenizer: Any, messages: Sequence[Message], tools: Sequence[
 
 def _cut_answer(tokenizer: Any, answer: str) -> str:
     """What the assistant has to say, up to the token that ends its turn: it never says what templates write behind."""
+    ending = _ending(tokenizer, tokenizer.chat_template)
+    if ending is None:
+        raise InvalidInputError("the chat template leaves out what the assistant says", param="messages")
     ids = {end_of_turn_id(tokenizer), tokenizer.eos_token_id} - {None}
     ends = [token for token in tokenizer.convert_ids_to_tokens(sorted(ids)) if token in answer]
     if ends:
@@ -180,19 +185,22 @@ def _cut_answer(tokenizer: Any, answer: str) -> str:
     if answer.rstrip().endswith(control):  # a turn that ends in another way, as Llama's calls of built-in tools do
         return answer.rstrip()
     # A template of words alone: nothing in it could tell the server that the turn has ended.
-    return answer.removesuffix(_ending(tokenizer, tokenizer.chat_template)) + str(tokenizer.eos_token)
+    return answer.removesuffix(ending) + str(tokenizer.eos_token)
 
 
 @lru_cache(maxsize=4)
-def _ending(tokenizer: Any, chat_template: str) -> str:
-    """What the template writes behind an assistant's last words; empty if it refuses the simplest of conversations."""
+def _ending(tokenizer: Any, chat_template: str) -> str | None:
+    """What the template writes behind an assistant's last words; None if it doesn't write the words.
+
+    Empty if it refuses the simplest of conversations, so that nobody knows.
+    """
     words = "probe of words"
     messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": words}]
     try:
         text = _render(tokenizer, messages, (), add_generation_prompt=False)
     except InvalidInputError:
         return ""
-    return text.rpartition(words)[2] if words in text else ""
+    return text.rpartition(words)[2] if words in text else None
 
 
 def _render(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool], *, add_generation_prompt: bool) -> str:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from training.job_process import JobProcess, StoppedError, job_process
 from training.job_settings import describe_failure, hyperparameters_of, resolve_settings, tracker_environment
 from training.losses import Evaluation
 from training.progress import NextMove, StepMetrics, TrainedCounts
-from training.worker import AdapterSaver, DataFile, JobFolder, train_and_publish
+from training.worker import AdapterSaver, DataFile, JobFolder, MoveRule, train_and_publish
 
 __all__ = [
     "JobRun",
@@ -70,12 +71,15 @@ class JobRun:
             settings = resolve_settings(job, self._core.home)
             os.environ.update(tracker_environment(job))
             train_and_publish(
+                job.alias,
                 self._data_file(job.training_file, "training_file"),
                 self._data_file(job.validation_file, "validation_file") if job.validation_file else None,
                 core=self._core,
                 settings=settings,
                 listener=self,
                 publish=self._publish,
+                folder=checkpoints_folder(self._core.home, job.id).parent,
+                open_versions=lambda: nullcontext(self._registry),
                 job=self._folder(job),
             )
         except StoppedError:
@@ -94,10 +98,6 @@ class JobRun:
             raise StoppedError
         self._jobs.note(self._claim, message)
 
-    def on_warning(self, message: str) -> None:
-        """Write an event of level `warn`."""
-        self._jobs.note(self._claim, message, level="warn")
-
     def on_step(self, step: int, num_steps: int, loss: float) -> None:
         """Told again, with more, by `on_metrics`."""
 
@@ -112,10 +112,16 @@ class JobRun:
         if metrics.step % every == 0 or metrics.step in (1, metrics.num_steps):
             self._note_metrics(metrics, None)
 
+    def on_evaluation(self, metrics: StepMetrics, evaluation: Evaluation) -> None:
+        """Write the step's event again, with what was measured on the validation file."""
+        self._note_metrics(metrics, evaluation)
+
+    def on_warning(self, message: str) -> None:
+        """Write an event of level warn."""
+        self._jobs.note(self._claim, message, level="warn")
+
     def on_checkpoint(self, metrics: StepMetrics, validation: Evaluation | None, save: AdapterSaver) -> None:
-        """Record a checkpoint and its validation as the step's metrics, and let clients call it."""
-        if validation is not None:
-            self._note_metrics(metrics, validation)
+        """Record a checkpoint, with its validation if it was validated, and let clients call it."""
         known = {k: v for k, v in _metrics_of(metrics, validation).items() if k not in ("step", "total_steps")}
 
         def record(digest: str | None) -> None:
@@ -151,9 +157,13 @@ class JobRun:
             return 0.0
         return (time.monotonic() - started) / (metrics.step - first_step) * (metrics.num_steps - metrics.step)
 
-    def _publish(self, folder: Path, manifest: Manifest, counts: TrainedCounts) -> tuple[NumberedVersion, bool]:
+    def _publish(
+        self, folder: Path, manifest: Manifest, counts: TrainedCounts, may_move: MoveRule
+    ) -> tuple[NumberedVersion, bool]:
         """Version, alias, result file and the job's success become visible in one transaction."""
         job = self._claim.job
+        if (report := manifest.gate) is not None:
+            self._jobs.note(self._claim, report.reason, level="info" if report.verdict == "passed" else "warn")
         content = io.BytesIO(write_csv(self._jobs.metrics(job.id)).encode())
         with self._files.placed_result(content, f"{job.id}_metrics.csv") as result:
 
@@ -168,7 +178,7 @@ class JobRun:
                 )
 
             try:
-                return self._registry.publish(folder, manifest, alias=job.alias, also=succeed)
+                return self._registry.publish(folder, manifest, alias=job.alias, promote=may_move, also=succeed)
             except ConflictError as error:  # cancelled or paused in the last moment
                 raise StoppedError from error
 
@@ -224,15 +234,16 @@ def _cell(value: float | None) -> str:
 
 
 def _metrics_of(metrics: StepMetrics, validation: Evaluation | None) -> dict[str, float]:
-    known = {
-        "step": metrics.step,
-        "total_steps": metrics.num_steps,
-        "train_loss": metrics.loss,
-        "train_mean_token_accuracy": metrics.accuracy,
-    }
+    known = {"step": metrics.step, "total_steps": metrics.num_steps, "train_loss": metrics.loss}
+    known |= _measured("train", metrics.accuracy, metrics.extra)
     if validation is not None:
-        known |= {"valid_loss": validation.loss, "valid_mean_token_accuracy": validation.accuracy}
+        known |= {"valid_loss": validation.loss} | _measured("valid", validation.accuracy, validation.extra)
     return known
+
+
+def _measured(part: str, accuracy: float | None, extra: Mapping[str, float]) -> dict[str, float]:
+    named = {f"{part}_{name}": value for name, value in extra.items()}
+    return named if accuracy is None else named | {f"{part}_mean_token_accuracy": accuracy}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import ConfigurationError, DataError, HotswapError, InvalidInputError, RankTooHighError
+from adapters.errors import (
+    ConfigurationError,
+    DataError,
+    HotswapError,
+    InvalidInputError,
+    RankTooHighError,
+    TrainingDivergedError,
+)
 from adapters.records import Job, JobError
 from training.config import TrainSettings
 
@@ -73,6 +80,8 @@ def describe_failure(error: Exception) -> JobError:
         return JobError(f"invalid_{error.param}", str(error), error.param)
     if isinstance(error, RankTooHighError) or (type(error) is InvalidInputError and error.param == "method"):
         return JobError("invalid_hyperparameters", str(error), "method")
+    if isinstance(error, TrainingDivergedError):
+        return JobError("training_diverged", str(error), "method")
     if any(_is_about_memory(cause) for cause in _causes(error)):
         message = "the device has too little memory for this job: lower batch_size or max_length"
         return JobError("out_of_memory", message, "method")

@@ -13,10 +13,10 @@ import structlog
 from adapters.base_files import pull_base
 from adapters.base_model import load_tokenizer
 from adapters.errors import DataError, RankTooHighError
-from training.formats import read_dataset
+from training.formats import Dataset, read_dataset
 from training.job_process import JobProcess, StoppedError, job_process
 from training.job_settings import describe_failure, resolve_settings
-from training.rendering import render_dataset
+from training.preflight import run_preflight
 
 __all__ = ["ValidationRun", "main"]
 
@@ -48,17 +48,27 @@ class ValidationRun:
         settings = resolve_settings(job, core.home)
         if settings.rank > core.max_rank:
             raise RankTooHighError(rank=settings.rank, max_rank=core.max_rank)
+        train = self._read(job.training_file, "training_file")
+        validation = self._read(job.validation_file, "validation_file") if job.validation_file else None
         tokenizer = load_tokenizer(pull_base(core.base, core.home))
-        for file_id, param in ((job.training_file, "training_file"), (job.validation_file, "validation_file")):
-            if file_id is None:
-                continue
-            self._check_standing()
-            try:
-                rows = read_dataset(self._process.files.path(file_id), name=param)
-                render_dataset(tokenizer, rows, max_length=settings.max_length)
-            except DataError as error:
-                error.param = param
-                raise
+        report = run_preflight(
+            train,
+            validation,
+            tokenizer=tokenizer,
+            settings=settings,
+            train_param="training_file",
+            validation_param="validation_file",
+        )
+        for warning in report.warnings:
+            self._process.jobs.note(self._claim, warning, level="warn")
+
+    def _read(self, file_id: str, param: str) -> Dataset:
+        self._check_standing()
+        try:
+            return read_dataset(self._process.files.path(file_id), name=param)
+        except DataError as error:
+            error.param = param
+            raise
 
     def _check_standing(self) -> None:
         if self._process.stopping.is_set() or self._process.jobs.standing(self._claim) != "continue":

@@ -23,13 +23,15 @@ from clients.cli.options import (
     load_core,
     read_options,
 )
-from clients.cli.output import console, error_console, format_loss, make_table, print_json
+from clients.cli.output import console, error_console, format_loss, make_table, print_gate, print_json
+from clients.cli.plots import print_curves
 from clients.cli.settings_flags import with_settings
 from training.config import TrainSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from training.progress import StepMetrics
     from training.worker import TrainingResult
 
 __all__ = ["train"]
@@ -53,7 +55,7 @@ def train(
     validation_split: ValidationSplitOption = None,
     subset: SubsetOption = None,
     encoding: EncodingOption = None,
-    promote: Annotated[bool, typer.Option(help="Let the alias point to the new version.")] = True,
+    no_promote: Annotated[bool, typer.Option("--no-promote", help="The same as --promote never.")] = False,
     home: HomeOption = None,
     base: BaseOption = None,
     device: DeviceOption = None,
@@ -63,7 +65,7 @@ def train(
     core = load_core(home, base=base, device=device)
     from training.formats import read_rows
 
-    settings = TrainSettings.load(core.home, **flags)
+    settings = TrainSettings.load(core.home, **flags | ({"promote": "never"} if no_promote else {}))
     options = read_options(mapping, split, subset, encoding)
     validation_options = read_options(mapping, validation_split, subset, encoding)
     # Importing the trainer takes seconds: bad data is reported before.
@@ -83,7 +85,6 @@ def train(
             validation,
             core=core,
             settings=settings,
-            promote=promote,
             listener=view,
             options=options,
             validation_options=validation_options,
@@ -130,9 +131,14 @@ class ProgressView:
         """Print a line for a new stage."""
         self._output.print(f"  {self._alias}: {escape(message)}")
 
+    def on_evaluation(self, metrics: StepMetrics, evaluation: Any) -> None:
+        """Print a line for what was measured on the validation rows."""
+        measured = f"validation loss {evaluation.loss:.3f}, accuracy {evaluation.accuracy:.0%}"
+        self._output.print(f"  {self._alias}: step {metrics.step}: {measured}")
+
     def on_warning(self, message: str) -> None:
-        """Print a line that stands out."""
-        self._output.print(f"  [yellow]warning[/yellow]: {escape(message)}")
+        """Print what is wrong."""
+        self._output.print(f"  {self._alias}: warning: {message}", style="yellow", markup=False)
 
     def on_step(self, step: int, num_steps: int, loss: float) -> None:
         """Move the bar."""
@@ -150,11 +156,18 @@ def _print_result(result: TrainingResult) -> None:
         ("training time", f"{result.train_seconds:.0f} s, {result.tokens_per_second:.0f} tokens/s"),
         ("validation loss before", format_loss(result.validation_loss_before)),
         ("validation loss after", format_loss(result.validation_loss_after)),
+        ("best step", result.best_step),
         ("digest", result.published.version.digest[:12]),
     ]
     console.print(make_table(["", result.published.label], rows))
+    print_curves(result.folder)
+    print_gate(result.gate)
     alias, label = result.published.alias, result.published.label
+    console.print(f"metrics, sampled answers and curves are in {result.folder}", soft_wrap=True)
     if result.is_live:
         console.print(f'{alias} answers with {label} now. Try: hotswap chat {alias} "..." (with hotswap serve running)')
     else:
-        console.print(f"{label} is published; {alias} still answers as before. Try: hotswap adapters promote {label}")
+        console.print(
+            f"{label} is published and answers by that name; {alias} was not moved to it. "
+            f"Try: hotswap adapters promote {label}"
+        )

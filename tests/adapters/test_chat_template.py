@@ -120,7 +120,7 @@ def test_training_row_is_refused_when_the_template_rewrites_earlier_turns() -> N
     """One turn can be trained on, several can't: the assistant's words would be guessed."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = REWRITING
-    with pytest.raises(InvalidInputError, match="renders earlier turns differently") as caught:
+    with pytest.raises(InvalidInputError, match="turn otherwise than it asks for one") as caught:
         render_training_row(tokenizer, _turns("one?", "1x", "two?", "2x"))
     assert caught.value.param == "messages"
 

@@ -60,6 +60,9 @@ class JobPlace:
     def make(cls, root: Path, base: Path) -> JobPlace:
         """An empty home below `root`."""
         core = tiny_settings(base, home=root / "home")
+        core.home.mkdir(parents=True)
+        # A random base model forgets everything in six steps: what the gate says is tested elsewhere.
+        (core.home / "hotswap.toml").write_text('[train]\npromote = "always"\n')
         database = open_database(core.resolved_database_url)
         files = FileService(database, core.home / "files", max_bytes=1_000_000)
         return cls(core, database, files, JobService(database))

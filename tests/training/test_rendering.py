@@ -168,7 +168,7 @@ def test_render_dataset_shows_twenty_problems_when_there_are_more(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("template", "reason"),
-    [(REFUSING, ".*only cats may speak"), (FORGETFUL, ".*earlier turns differently once later turns follow.*")],
+    [(REFUSING, ".*only cats may speak"), (FORGETFUL, ".*turn otherwise than it asks for one.*")],
     ids=["refuses", "rewrites-earlier-turns"],
 )
 def test_render_dataset_names_the_line_when_the_template_can_not_be_trained_on(
