@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapters.errors import IntegrityError
+from adapters.gate_report import GateReport
 from adapters.regular_files import read_regular
 
 __all__ = [
@@ -34,7 +35,7 @@ REWARD_HEAD_FILE = "reward_head.safetensors"
 _CHUNK_BYTES = 1 << 20
 _MAX_MANIFEST_BYTES = 4 << 20
 # Fields that came later: a manifest without them keeps the bytes, and so the name, that it always had.
-_LATER_FIELDS = ("kind", "method", "parent")
+_LATER_FIELDS = ("kind", "method", "parent", "gate")
 
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A name that stays in its folder: manifests come from elsewhere too.
@@ -91,6 +92,7 @@ class Manifest(_Strict):
     kind: Literal["chat", "reward"] = "chat"
     method: str | None = Field(None, max_length=32)
     parent: _Sha256 | None = None
+    gate: GateReport | None = None
 
     def to_bytes(self) -> bytes:
         """The canonical JSON that is stored and hashed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -9,6 +10,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from adapters.settings import SettingsSection, split_names
+from training.answer_format import check_json_schema
 
 __all__ = ["METHOD_DEFAULTS", "Method", "Reference", "TrainSettings"]
 
@@ -17,6 +19,8 @@ Reference = Literal["base", "start"]
 _ModuleName = Annotated[str, StringConstraints(pattern=r"^\w+(\.\w+)*$", max_length=200)]
 _Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 _Text = Annotated[str, StringConstraints(min_length=1, max_length=500)]
+_Expression = Annotated[str, StringConstraints(min_length=1, max_length=2000)]
+_Schema = Annotated[str, StringConstraints(min_length=2, max_length=20_000)]
 
 # Where a method wants another value than supervised fine-tuning; docs/training.md has the reasons and the sources.
 METHOD_DEFAULTS: Mapping[str, Mapping[str, float]] = {
@@ -105,6 +109,38 @@ class TrainSettings(SettingsSection):
         (), max_length=4, description="Trackers that are told of every step, besides our own files; each if installed."
     )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of initialisation, order and dropout.")
+    eval_steps: int | None = Field(
+        None,
+        ge=1,
+        le=10_000_000,
+        description="Steps between two validations; without it, one at each checkpoint or epoch.",
+    )
+    patience: int | None = Field(
+        None, ge=1, le=1000, description="Validations without a better loss after which training ends early."
+    )
+    sample_prompts: int = Field(
+        2, ge=0, le=32, description="Prompts that are answered at each validation: the first of the validation rows."
+    )
+    sample_file: _Text | None = Field(None, description="A text file with a prompt a line, asked instead of those.")
+    sample_tokens: int = Field(64, ge=1, le=4096, description="Longest sampled answer in tokens.")
+    promote: Literal["always", "gate", "never"] = Field(
+        "gate", description="When the alias moves to the new version: always, if it passes the gate, or never."
+    )
+    gate_margin: float = Field(
+        0.01, ge=0, le=10, description="By how many nats a token the validation loss must be better, with confidence."
+    )
+    gate_confidence: float = Field(0.95, ge=0.5, le=0.999, description="Confidence of that, one-sided.")
+    gate_forgetting: float = Field(
+        0.5, ge=0, le=100, description="Highest rise of the loss on general text, in nats a token."
+    )
+    gate_samples: int = Field(8, ge=0, le=100, description="Answers that the gate reads; 0 reads none.")
+    gate_sample_tokens: int = Field(256, ge=1, le=4096, description="Longest of them in tokens.")
+    gate_degenerate: float = Field(
+        0.25, ge=0, le=1, description="Highest share of them that may be empty, a loop or without end."
+    )
+    gate_format_regex: _Expression | None = Field(None, description="A regular expression that whole answers match.")
+    gate_format_schema: _Schema | None = Field(None, description="A JSON schema, as JSON text, that answers follow.")
+    gate_format_share: float = Field(0.9, ge=0, le=1, description="Lowest share of answers that keep to the format.")
 
     @model_validator(mode="before")
     @classmethod
@@ -124,6 +160,22 @@ class TrainSettings(SettingsSection):
     def _refuse_initialisations(cls, value: Any) -> Any:
         if reason := _REFUSED_INITIALISATIONS.get(str(value).lower()):
             raise ValueError(reason)
+        return value
+
+    @field_validator("gate_format_regex")
+    @classmethod
+    def _check_expression(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"is no regular expression: {error}") from None
+        return value
+
+    @field_validator("gate_format_schema")
+    @classmethod
+    def _check_schema(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_json_schema(value)
         return value
 
     @model_validator(mode="after")

@@ -9,10 +9,24 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
+from rich.markup import escape
 
 from adapters.errors import ConfigurationError
-from clients.cli.options import BaseOption, DeviceOption, HomeOption, JsonOption, load_core
-from clients.cli.output import console, error_console, format_loss, make_table, print_json
+from clients.cli.options import (
+    BaseOption,
+    DeviceOption,
+    EncodingOption,
+    HomeOption,
+    JsonOption,
+    MapOption,
+    SplitOption,
+    SubsetOption,
+    ValidationSplitOption,
+    load_core,
+    read_options,
+)
+from clients.cli.output import console, error_console, format_loss, make_table, print_gate, print_json
+from clients.cli.plots import print_curves
 from clients.cli.settings_flags import with_settings
 from training.config import TrainSettings
 from training.run_file import RunFile, read_run_file
@@ -20,13 +34,16 @@ from training.run_file import RunFile, read_run_file
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from training.progress import StepMetrics
     from training.worker import TrainingResult
 
 __all__ = ["train"]
 
-_DataOption = Annotated[Path | None, typer.Option("--data", help='JSONL file, one {"messages": [...]} a line.')]
+_DataOption = Annotated[
+    Path | None, typer.Option("--data", help="A file (JSONL, JSON, CSV, TSV, Parquet), a folder, or a hub id.")
+]
 _ValidationOption = Annotated[
-    Path | None, typer.Option("--validation", help="JSONL file for the loss before and after.")
+    Path | None, typer.Option("--validation", help="The same, for the loss before and after.")
 ]
 _ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="YAML file of the run: alias, data, validation, settings. Flags win.")
@@ -40,7 +57,12 @@ def train(
     data: _DataOption = None,
     config: _ConfigOption = None,
     validation: _ValidationOption = None,
-    promote: Annotated[bool, typer.Option(help="Let the alias point to the new version.")] = True,
+    mapping: MapOption = None,
+    split: SplitOption = None,
+    validation_split: ValidationSplitOption = None,
+    subset: SubsetOption = None,
+    encoding: EncodingOption = None,
+    no_promote: Annotated[bool, typer.Option("--no-promote", help="The same as --promote never.")] = False,
     home: HomeOption = None,
     base: BaseOption = None,
     device: DeviceOption = None,
@@ -51,7 +73,7 @@ def train(
     By --method: on chat rows (sft), pairs (dpo, reward), labels (kto) or rewards (rloo, grpo).
     """
     core = load_core(home, base=base, device=device)
-    from training.formats import read_dataset
+    from training.formats import read_rows
     from training.kinds import check_kind
 
     run = read_run_file(config) if config else RunFile()
@@ -59,16 +81,32 @@ def train(
     if alias is None or data is None:
         missing = "an ALIAS to publish under" if alias is None else "--data"
         raise ConfigurationError(f"{missing} is needed, by flag or in the file of --config")
-    settings = _load_settings(core.home, config, run.settings | flags)
+    given = run.settings | flags | ({"promote": "never"} if no_promote else {})
+    settings = _load_settings(core.home, config, given)
+    options = read_options(mapping, split, subset, encoding)
+    validation_options = read_options(mapping, validation_split, subset, encoding)
     # Importing the trainer takes seconds: bad data is reported before.
-    for path in filter(None, (data, validation)):
-        check_kind(read_dataset(path), settings.method)
+    for path, how in ((data, options), (validation, validation_options)):
+        if path is not None:
+            found = read_rows(path, how).as_dataset()
+            summary = f"{found.name}: {len(found.rows)} rows; {found.recognised}"
+            error_console.print(summary, markup=False, soft_wrap=True)
+            check_kind(found, settings.method)
     # The training libraries warn about their own future arguments; nobody who trains can act on that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from training.worker import run_training
 
     with ProgressView(alias, error_console if json else console) as view:
-        result = run_training(alias, data, validation, core=core, settings=settings, promote=promote, listener=view)
+        result = run_training(
+            alias,
+            data,
+            validation,
+            core=core,
+            settings=settings,
+            listener=view,
+            options=options,
+            validation_options=validation_options,
+        )
     if json:
         print_json(result)
     else:
@@ -118,7 +156,16 @@ class ProgressView:
 
     def on_stage(self, message: str) -> None:
         """Print a line for a new stage."""
-        self._output.print(f"  {self._alias}: {message}")
+        self._output.print(f"  {self._alias}: {escape(message)}")
+
+    def on_evaluation(self, metrics: StepMetrics, evaluation: Any) -> None:
+        """Print a line for what was measured on the validation rows."""
+        measured = f"validation loss {evaluation.loss:.3f}, accuracy {evaluation.accuracy:.0%}"
+        self._output.print(f"  {self._alias}: step {metrics.step}: {measured}")
+
+    def on_warning(self, message: str) -> None:
+        """Print what is wrong."""
+        self._output.print(f"  {self._alias}: warning: {message}", style="yellow", markup=False)
 
     def on_step(self, step: int, num_steps: int, loss: float) -> None:
         """Move the bar."""
@@ -136,11 +183,18 @@ def _print_result(result: TrainingResult) -> None:
         ("training time", f"{result.train_seconds:.0f} s, {result.tokens_per_second:.0f} tokens/s"),
         ("validation loss before", format_loss(result.validation_loss_before)),
         ("validation loss after", format_loss(result.validation_loss_after)),
+        ("best step", result.best_step),
         ("digest", result.published.version.digest[:12]),
     ]
     console.print(make_table(["", result.published.label], rows))
+    print_curves(result.folder)
+    print_gate(result.gate)
     alias, label = result.published.alias, result.published.label
+    console.print(f"metrics, sampled answers and curves are in {result.folder}", soft_wrap=True)
     if result.is_live:
         console.print(f'{alias} answers with {label} now. Try: hotswap chat {alias} "..." (with hotswap serve running)')
     else:
-        console.print(f"{label} is published; {alias} still answers as before. Try: hotswap adapters promote {label}")
+        console.print(
+            f"{label} is published and answers by that name; {alias} was not moved to it. "
+            f"Try: hotswap adapters promote {label}"
+        )

@@ -14,6 +14,7 @@ from adapters.base_model import LoadedBase
 from training.config import TrainSettings
 from training.formats import Dataset, read_dataset
 from training.lora import add_adapter
+from training.losses import Evaluation
 from training.methods import TrainingRun, render_rows
 from training.progress import Checkpointing, NextMove, StepMetrics
 from training.prompts import RenderedPrompt
@@ -60,7 +61,13 @@ class TinyWatcher:
         """Keep one step."""
         self.metrics.append(metrics)
 
-    def on_checkpoint(self, metrics: StepMetrics) -> None:
+    def on_checkpoint(self, metrics: StepMetrics, validation: Evaluation | None) -> None:
+        """Of no interest."""
+
+    def on_evaluation(self, metrics: StepMetrics, evaluation: Evaluation) -> None:
+        """Of no interest."""
+
+    def on_warning(self, message: str) -> None:
         """Of no interest."""
 
 

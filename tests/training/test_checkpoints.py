@@ -14,6 +14,7 @@ from tests.support.conversations import easy_rows, make_dataset
 from tests.support.tiny import load_tiny_base
 from training.config import TrainSettings
 from training.lora import add_adapter
+from training.losses import Evaluation
 from training.methods import TrainingRun
 from training.methods.sft import train_sft
 from training.progress import Checkpointing, NextMove, StepMetrics, TrainedCounts
@@ -40,7 +41,7 @@ class Watcher:
         """Keep one step."""
         self.metrics.append(metrics)
 
-    def on_checkpoint(self, metrics: StepMetrics) -> None:
+    def on_checkpoint(self, metrics: StepMetrics, validation: Evaluation | None) -> None:
         """Keep one checkpoint's step."""
         self.checkpoints.append(metrics.step)
 

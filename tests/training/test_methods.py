@@ -39,7 +39,7 @@ def _log_prob(model: Any, row: RenderedRow) -> float:
     with torch.no_grad():
         log_probs = model(torch.tensor([row.input_ids])).logits[0].log_softmax(dim=-1)
     marked = [index for index, carries_loss in enumerate(row.loss_mask) if carries_loss]
-    return sum(log_probs[index - 1, row.input_ids[index]].item() for index in marked)
+    return float(sum(log_probs[index - 1, row.input_ids[index]].item() for index in marked))
 
 
 def _ratio(run: TrainingRun[Any], row: RenderedRow) -> float:
@@ -79,7 +79,7 @@ def test_method_learns_when_rows_are_easy(tmp_path: Path, tiny_folders: dict[str
 @pytest.mark.parametrize("method", ["rloo", "grpo"])
 def test_reward_rises_when_answers_are_sampled(tmp_path: Path, tiny_folders: dict[str, Path], method: str) -> None:
     """The mean reward of sampled answers goes up; the copy that TRL makes for a reference is gone afterwards."""
-    changes = {"batch_size": 16, "generations": 8, "learning_rate": 3e-2, "epochs": 4}
+    changes: dict[str, Any] = {"batch_size": 16, "generations": 8, "learning_rate": 3e-2, "epochs": 4}
     run = _run(tmp_path, tiny_folders["llama"], method, **changes)
     watcher = TinyWatcher()
 
@@ -114,7 +114,13 @@ def test_dpo_compares_with_the_reference_that_was_said_when_it_begins(
     tmp_path: Path, tiny_folders: dict[str, Path], reference: str
 ) -> None:
     """The first loss is that of the paper, computed from the logits by hand; with itself the model is level."""
-    changes = {"start_from": "legal", "reference": reference, "beta": 0.3, "batch_size": 2, "max_steps": 1}
+    changes: dict[str, Any] = {
+        "start_from": "legal",
+        "reference": reference,
+        "beta": 0.3,
+        "batch_size": 2,
+        "max_steps": 1,
+    }
     run = _run(tmp_path, tiny_folders["llama"], "dpo", **changes, learning_rate=1e-9)
     _shift(run)
     pairs = run.rows[:2]
@@ -153,7 +159,7 @@ def test_dpo_keeps_its_reference_when_the_model_moves(tmp_path: Path, tiny_folde
 
 def test_kto_compares_with_the_base_when_it_begins(tmp_path: Path, tiny_folders: dict[str, Path]) -> None:
     """The first loss is that of the paper, with the divergence of the mismatched rows, computed by hand."""
-    changes = {"start_from": "legal", "reference": "base", "beta": 0.3, "batch_size": 4, "max_steps": 1}
+    changes: dict[str, Any] = {"start_from": "legal", "reference": "base", "beta": 0.3, "batch_size": 4, "max_steps": 1}
     run = _only(_run(tmp_path, tiny_folders["llama"], "kto", **changes, learning_rate=1e-9), 4)
     _shift(run)
     order = torch.randperm(4, generator=torch.Generator().manual_seed(run.settings.seed)).tolist()
@@ -227,7 +233,7 @@ def test_adapter_has_the_same_bits_when_the_run_was_interrupted(
     tmp_path: Path, tiny_folders: dict[str, Path], method: str
 ) -> None:
     """Paused in the middle of an epoch and gone on from the checkpoint, reference, order and samples included."""
-    changes = {"epochs": 2, "max_answer_tokens": 3} if method == "grpo" else {"epochs": 2}
+    changes: dict[str, Any] = {"epochs": 2, "max_answer_tokens": 3} if method == "grpo" else {"epochs": 2}
 
     def train(folder: str, watcher: TinyWatcher, resume_from: int | None = None) -> TrainingRun[Any]:
         run = _run(tmp_path, tiny_folders["llama"], method, **changes)

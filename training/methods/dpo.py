@@ -68,9 +68,9 @@ def validate_dpo(run: TrainingRun[Any], rows: Sequence[RenderedPair]) -> Callabl
     def measure() -> Evaluation:
         chosen, rejected = (answer_log_probs(run.model, sides, **options) - expected).chunk(2)
         margins = run.settings.beta * (chosen - rejected)
-        loss = -torch.nn.functional.logsigmoid(margins).mean()
+        losses = -torch.nn.functional.logsigmoid(margins)
         extra = {"pair_accuracy": (margins > 0).float().mean().item(), "reward_margin": margins.mean().item()}
-        return Evaluation(loss.item(), None, extra)
+        return Evaluation.of_rows(losses, extra)
 
     return measure
 

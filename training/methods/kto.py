@@ -91,7 +91,7 @@ def validate_kto(run: TrainingRun[Any], rows: Sequence[RenderedLabel]) -> Callab
         gains = run.settings.beta * (ratios - mismatched.mean().clamp(min=0))
         losses = 1 - torch.sigmoid(torch.where(is_good, gains, -gains))
         accuracy = ((gains > 0) == is_good).float().mean().item()
-        return Evaluation(losses.mean().item(), None, {"label_accuracy": accuracy})
+        return Evaluation.of_rows(losses, {"label_accuracy": accuracy})
 
     return measure
 

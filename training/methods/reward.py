@@ -67,9 +67,9 @@ def validate_reward(run: TrainingRun[Any], rows: Sequence[RenderedPair]) -> Call
         )
         chosen, rejected = rewards.chunk(2)
         margins = chosen - rejected
-        loss = -torch.nn.functional.logsigmoid(margins).mean()
+        losses = -torch.nn.functional.logsigmoid(margins)
         extra = {"pair_accuracy": (margins > 0).float().mean().item(), "reward_margin": margins.mean().item()}
-        return Evaluation(loss.item(), None, extra)
+        return Evaluation.of_rows(losses, extra)
 
     return measure
 

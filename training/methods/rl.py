@@ -60,8 +60,7 @@ def validate_rl(run: TrainingRun[RenderedPrompt], prompts: Sequence[RenderedProm
         assert run.score is not None, "the worker gives an rl run its rewards"
         answers = [answer_greedily(run, prompt) for prompt in prompts]
         rewards = run.score(prompts, answers)
-        mean = sum(rewards) / len(rewards)
-        return Evaluation(-mean, None, {"mean_reward": mean})
+        return Evaluation.of_rows(-torch.tensor(rewards), {"mean_reward": sum(rewards) / len(rewards)})
 
     return measure
 

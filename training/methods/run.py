@@ -20,6 +20,7 @@ from adapters.base_model import LoadedBase
 from training.config import TrainSettings
 from training.precision import base_precision
 from training.progress import Checkpointing, Reporter, StepListener, StepReader, TrainedCounts
+from training.watching import Watch
 
 __all__ = [
     "AdapterTrainer",
@@ -40,7 +41,8 @@ _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with
 class TrainingRun(Generic[R]):
     """An adapter to train in place, on rows as its method takes them.
 
-    With `checkpointing` the run goes on from a checkpoint and writes more. `head` is the score head that a reward model
+    With `checkpointing` the run goes on from a checkpoint and writes more. A `watch` validates it and may end it early.
+    `head` is the score head that a reward model
     trains beside its adapter. `score` gives the rewards of a step's answers to rloo and grpo.
     """
 
@@ -50,6 +52,7 @@ class TrainingRun(Generic[R]):
     settings: TrainSettings
     listener: StepListener
     checkpointing: Checkpointing | None = None
+    watch: Watch | None = None
     head: torch.nn.Linear | None = None
     score: Callable[[Sequence[R], Sequence[list[int]]], list[float]] | None = None
 
@@ -125,15 +128,20 @@ def run_trainer(trainer: Any, run: TrainingRun[Any], *, read_step: StepReader) -
 
     The trainer counts the tokens that it saw in `state.num_input_tokens_seen`.
     """
-    trainer.add_callback(Reporter(run.listener, read_step, run.checkpointing))
+    resume_from = run.checkpointing.resume_from if run.checkpointing else None
+    if run.watch is not None and resume_from is not None:
+        run.watch.load(resume_from)
+        if (end := run.watch.ended_at) is not None:  # it was ended early, and only its result is still to be published
+            return TrainedCounts(end.step, end.num_tokens, is_complete=True)
+    trainer.add_callback(Reporter(run.listener, read_step, run.checkpointing, run.watch))
     trainer.remove_callback(PrinterCallback)
     # PEFT would copy every layer's input to the adapter's float32 and keep it for the backward pass; autocast casts
     # the small matrices instead. A step took a quarter less time so (SmolLM2-135M, 4 rows, 2 CPU cores).
     with disable_input_dtype_casting(run.model):
-        resume_from = run.checkpointing.resume_from if run.checkpointing else None
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     state = trainer.state
-    return TrainedCounts(int(state.global_step), int(state.num_input_tokens_seen), state.global_step >= state.max_steps)
+    is_complete = state.global_step >= state.max_steps or (run.watch is not None and run.watch.ended_at is not None)
+    return TrainedCounts(int(state.global_step), int(state.num_input_tokens_seen), is_complete)
 
 
 def pick_logs(names: dict[str, str]) -> StepReader:
@@ -169,6 +177,7 @@ def common_arguments(run: TrainingRun[Any], folder: Path, *, rows_per_example: i
         "bf16": False,  # the losses choose the precision themselves
         "use_cpu": base.device.type == "cpu",
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # a loss that is no number ends the run, instead of looking like the last one
         "save_strategy": "no",  # the reporter says when
         "save_total_limit": 2,  # the one before the newest stays until the newest is known to be whole
         "report_to": list(settings.report_to) or "none",
