@@ -8,6 +8,7 @@ from transformers import set_seed
 
 from adapters.base_model import LoadedBase
 from training.config import TrainSettings
+from training.flat_rows import install_row_attention
 from training.losses import check_head_is_plain
 
 __all__ = ["add_adapter", "disable_packed_kernels"]
@@ -21,6 +22,7 @@ def add_adapter(base: LoadedBase, settings: TrainSettings) -> PeftModel:
     """
     disable_packed_kernels(base.model)
     check_head_is_plain(base.model)
+    install_row_attention(base.model)
     base.model.requires_grad_(False)
     set_seed(settings.seed)
     config = LoraConfig(
