@@ -69,11 +69,15 @@ class ArtifactStore:
         with self.held():
             temporary = self._incoming / uuid.uuid4().hex
             temporary.mkdir()
-            files = {name: _copy(source / name, temporary) for name in manifest.file_names}
-            complete = manifest.model_copy(update={"files": files})
-            _write_synced(temporary / MANIFEST_FILE, complete.to_bytes())
-            _sync_folder(temporary)
-            self._move_into_place(temporary, complete.digest)
+            try:
+                files = {name: _copy(source / name, temporary) for name in manifest.file_names}
+                complete = manifest.model_copy(update={"files": files})
+                _write_synced(temporary / MANIFEST_FILE, complete.to_bytes())
+                _sync_folder(temporary)
+                self._move_into_place(temporary, complete.digest)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, what is half written is in the way
+                raise
         return complete.digest, sum(file.size_bytes for file in files.values())
 
     def verify(self, digest: str) -> Manifest:

@@ -32,6 +32,7 @@ from litserve.specs.base import LitSpec
 from litserve.utils import LitAPIStatus, LoopResponseType, ResponseBufferItem
 
 from adapters.errors import ConflictError
+from adapters.process_log import configure_log
 from adapters.settings import CoreSettings
 from server.config import ServeSettings
 from server.engine.core import EngineEvent
@@ -45,7 +46,6 @@ from server.messages import (
     PinCommand,
     UnloadCommand,
 )
-from server.observe import configure_logging
 
 if TYPE_CHECKING:
     from server.engine.scheduler import Engine
@@ -93,7 +93,7 @@ class EngineAPI(LitAPI):  # type: ignore[misc]  # LitServe ships no types
     def setup(self, device: str) -> None:
         """Load the base model and build the engine; runs in the worker. Our own setting chooses the device."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches the whole group; the parent ends the worker
-        configure_logging(self.serve.log_level)
+        configure_log(self.serve.log_level)
         import torch
 
         torch.set_num_threads(self.serve.resolved_threads)

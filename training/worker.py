@@ -34,20 +34,23 @@ from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
 from training.config import TrainSettings
 from training.evaluation import Yardstick
-from training.formats import Dataset, read_dataset
+from training.formats import Dataset, ReadOptions, read_rows
 from training.gate import judge
 from training.gate_evidence import PresentVersion, find_present, gather_evidence
 from training.losses import Evaluation
 from training.methods import METHODS, VALIDATORS, TrainingRun, check_trainable, render_rows
 from training.plots import write_curves
+from training.preflight import run_preflight
 from training.preparation import load_function, prepare_run
-from training.progress import Checkpointing, RunWatcher, StepListener, StepMetrics, TrainedCounts
+from training.progress import Checkpointing, NextMove, StepListener, StepMetrics, TrainedCounts
+from training.rewards_file import public_reward
 from training.run_log import RunLog
 from training.sampling import SamplePrompt, make_prompts, read_prompts, sample_answers
 from training.start import linear_shapes_of
 from training.watching import Best, RunListener, Watch, WatchPlan
 
 __all__ = [
+    "AdapterSaver",
     "DataFile",
     "JobFolder",
     "MoveRule",
@@ -63,6 +66,9 @@ __all__ = [
 _NOT_RECORDED = {"home", "promote", "sample_file"}  # where it runs and what becomes of the result, not what it is
 _RECORDED_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
+# Writes an adapter into a folder and checks it as strictly as the server; returns its manifest with these metrics.
+# Raises AdapterRejectedError: the server would refuse it, for one that has learned nothing so far.
+AdapterSaver = Callable[[Path, dict[str, float | None]], Manifest]
 # Opens the registry with the versions that settings may name.
 VersionOpener = Callable[[], AbstractContextManager[Registry]]
 # What may move an alias: asked with the number that it points to when the version is published.
@@ -77,11 +83,17 @@ class TrainingListener(StepListener, RunListener, Protocol):
     def on_stage(self, message: str) -> None:
         """A new stage begins."""
 
+    def on_warning(self, message: str) -> None:
+        """Something in the data or in the run that its owner should know; nothing stops for it."""
+
 
 class SilentListener:
     """A listener that tells nobody."""
 
     def on_stage(self, message: str) -> None:
+        """Ignored."""
+
+    def on_warning(self, message: str) -> None:
         """Ignored."""
 
     def on_step(self, step: int, num_steps: int, loss: float) -> None:
@@ -90,8 +102,21 @@ class SilentListener:
     def on_evaluation(self, metrics: StepMetrics, evaluation: Evaluation) -> None:
         """Ignored."""
 
-    def on_warning(self, message: str) -> None:
-        """Ignored."""
+
+class JobWatcher(Protocol):
+    """Told how a job's run goes on, and asked whether it may."""
+
+    def next_move(self) -> NextMove:
+        """Asked after every step: go on, stop after a checkpoint, or stop at once."""
+
+    def on_metrics(self, metrics: StepMetrics) -> None:
+        """A step is done."""
+
+    def on_checkpoint(self, metrics: StepMetrics, validation: Evaluation | None, save: AdapterSaver) -> None:
+        """The state after this step lies on the disk, whole; `validation` is its result, if there is data for it.
+
+        `save` writes the adapter as it is at this step.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,27 +124,28 @@ class JobFolder:
     """Where a job's run keeps its checkpoints, which of them it goes on from, and who watches it."""
 
     path: Path
-    watcher: RunWatcher
+    watcher: JobWatcher
     every_steps: int | None = None
     resume_from: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A file of training data, what messages call it, and the field of a request that named it."""
+    """A source of training data, what messages call it, the field of a request that named it, and how to read it."""
 
     path: Path
     name: str
     param: str
+    options: ReadOptions | None = None
 
     def read(self) -> Dataset:
         """Read and check it.
 
         Raises:
-            DataError: as `read_dataset`, with the field at fault.
+            DataError: as `read_rows`, or rows are bad, with the field at fault.
         """
         with _blaming(self.param):
-            return read_dataset(self.path, name=self.name)
+            return read_rows(self.path, self.options, name=self.name).as_dataset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +183,10 @@ def run_training(
     core: CoreSettings,
     settings: TrainSettings,
     listener: TrainingListener | None = None,
+    options: ReadOptions | None = None,
+    validation_options: ReadOptions | None = None,
 ) -> TrainingResult:
-    """Train an adapter on a JSONL file and publish it as the next version of `alias`.
+    """Train an adapter on rows of any known shape and publish it as the next version of `alias`.
 
     Raises:
         InvalidNameError: `alias` can't be an alias.
@@ -180,8 +208,10 @@ def run_training(
         with open_versions() as registry:
             return registry.publish(folder, manifest, alias=alias, promote=may_move)
 
-    train = DataFile(train_path, str(train_path), "data")
-    validation = DataFile(validation_path, str(validation_path), "validation") if validation_path else None
+    train = DataFile(train_path, str(train_path), "data", options)
+    validation = (
+        DataFile(validation_path, str(validation_path), "validation", validation_options) if validation_path else None
+    )
     result = train_and_publish(
         alias,
         train,
@@ -234,8 +264,10 @@ def train_and_publish(
     """
     if settings.rank > core.max_rank:
         raise RankTooHighError(rank=settings.rank, max_rank=core.max_rank)
+    # A job's data was inspected before it was queued.
+    inspect = job is None
     function = load_function(settings, is_job=job is not None)
-    data = _prepare_data(train_file, validation_file, core=core, settings=settings, listener=listener)
+    data = _prepare_data(train_file, validation_file, core=core, settings=settings, listener=listener, inspect=inspect)
     listener.on_stage(f"Loading the base model {public_name(core.base)} ({core.quantisation})")
     base = load_base(core)
     prepared = prepare_run(base, data.train, settings, open_versions, function, listener)
@@ -246,9 +278,14 @@ def train_and_publish(
     before = _validate(validate, listener)
     listener.on_stage(f"Training on {len(data.train)} rows")
     started = time.monotonic()
+
+    def save(folder: Path, metrics: dict[str, float | None]) -> Manifest:
+        prepared.save(folder)
+        return _describe(folder, base, data, settings, metrics, parent=prepared.parent)
+
     log = RunLog(folder, resume_step=_step_of(job.resume_from) if job and job.resume_from else 0)
     watch = Watch(_trained_modules(run), _plan(run, data, validate), log=log, listener=listener)
-    run = replace(run, watch=watch, checkpointing=_keep_checkpoints(job) if job else None)
+    run = replace(run, watch=watch, checkpointing=_keep_checkpoints(job, save) if job else None)
     counts = METHODS[settings.method](run)
     if not counts.is_complete:
         return None
@@ -257,9 +294,7 @@ def train_and_publish(
 
     with tempfile.TemporaryDirectory(prefix="hotswap-adapter-") as scratch:
         saved = Path(scratch)
-        prepared.save(saved)
-        metrics = _metrics_of(before, watch.best, counts)
-        manifest = _describe(saved, base, data, settings, metrics, parent=prepared.parent)
+        manifest = save(saved, _metrics_of(before, watch.best, counts))
         listener.on_stage("Checking the version against the gate")
         present = find_present(open_versions, alias, run)
         yardstick = Yardstick(run, validate, before) if validate and before else None
@@ -297,6 +332,7 @@ def _prepare_data(
     core: CoreSettings,
     settings: TrainSettings,
     listener: TrainingListener,
+    inspect: bool,
 ) -> _RenderedData:
     """Read, check and tokenise all rows; only the tokenizer of the base model is loaded for it."""
     listener.on_stage("Checking the data")
@@ -304,6 +340,8 @@ def _prepare_data(
     validation = validation_file.read() if validation_file else None
     listener.on_stage(f"Tokenising for the base model {public_name(core.base)}")
     tokenizer = load_tokenizer(pull_base(core.base, core.home))
+    if inspect:
+        _inspect(train, validation, (train_file, validation_file), tokenizer, settings, listener)
     with _blaming(train_file.param):
         train_rows = render_rows(tokenizer, train, settings)
         check_trainable(train_rows, train.name, settings)
@@ -333,6 +371,28 @@ def _sampled_prompts(tokenizer: Any, rows: Sequence[Row], settings: TrainSetting
     return read_prompts(tokenizer, Path(settings.sample_file))
 
 
+def _inspect(
+    train: Dataset,
+    validation: Dataset | None,
+    files: tuple[DataFile, DataFile | None],
+    tokenizer: Any,
+    settings: TrainSettings,
+    listener: TrainingListener,
+) -> None:
+    """Refuse data that can't be trained on, and tell the listener what its owner should know of it."""
+    params = [file.param if file else None for file in files]
+    preflight = run_preflight(
+        train,
+        validation,
+        tokenizer=tokenizer,
+        settings=settings,
+        train_param=params[0],
+        validation_param=params[1],
+    )
+    for warning in preflight.warnings:
+        listener.on_warning(warning)
+
+
 @contextmanager
 def _blaming(param: str) -> Iterator[None]:
     """Add to an error in the data which field of a request named that data."""
@@ -343,8 +403,25 @@ def _blaming(param: str) -> Iterator[None]:
         raise
 
 
-def _keep_checkpoints(job: JobFolder) -> Checkpointing:
-    return Checkpointing(job.path, job.watcher, job.every_steps, job.resume_from)
+class _SavingWatcher:
+    """Tells the job's watcher how to write the adapter of a checkpoint."""
+
+    def __init__(self, inner: JobWatcher, save: AdapterSaver) -> None:
+        self._inner = inner
+        self._save = save
+
+    def next_move(self) -> NextMove:
+        return self._inner.next_move()
+
+    def on_metrics(self, metrics: StepMetrics) -> None:
+        self._inner.on_metrics(metrics)
+
+    def on_checkpoint(self, metrics: StepMetrics, validation: Evaluation | None) -> None:
+        self._inner.on_checkpoint(metrics, validation, self._save)
+
+
+def _keep_checkpoints(job: JobFolder, save: AdapterSaver) -> Checkpointing:
+    return Checkpointing(job.path, _SavingWatcher(job.watcher, save), job.every_steps, job.resume_from)
 
 
 def _trained_modules(run: TrainingRun[Any]) -> torch.nn.ModuleList:
@@ -450,7 +527,7 @@ def _describe(
         alpha=config.lora_alpha,
         target_modules=sorted({module.rsplit(".", 1)[-1] for module in weights.modules}),
         data=data.reference,
-        settings=settings.model_dump(mode="json", exclude=_NOT_RECORDED),
+        settings=settings.model_dump(mode="json", exclude=_NOT_RECORDED) | {"reward": public_reward(settings.reward)},
         metrics=metrics,
         chat_template_sha256=hash_chat_template(base.tokenizer),
         libraries={name: version(name) for name in _RECORDED_LIBRARIES} | {"python": platform.python_version()},

@@ -129,8 +129,8 @@ def test_read_dataset_names_the_file_when_it_is_missing(tmp_path: Path) -> None:
 
 
 def test_read_dataset_names_the_path_when_it_is_a_folder(tmp_path: Path) -> None:
-    """A folder is not taken for a file."""
-    with pytest.raises(DataError, match=rf"^{tmp_path}: can't be read: Is a directory$"):
+    """A folder without data is an error that says which files it looked for."""
+    with pytest.raises(DataError, match=rf"^{tmp_path}: is a folder without a file whose name ends in .jsonl, .*$"):
         read_dataset(tmp_path)
 
 

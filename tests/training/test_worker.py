@@ -173,6 +173,13 @@ def test_run_training_lowers_the_validation_loss_when_rows_are_easy(run: Run) ->
     assert 0 < run.result.validation_loss_after < 0.7 * run.result.validation_loss_before
 
 
+def test_run_training_tells_the_warnings_of_the_preflight_when_somebody_listens(run: Run) -> None:
+    """What the data's owner should know is told in the words of the preflight, before the model is loaded."""
+    path = run.place.validation_path
+
+    assert f"{path}: number of rows: 3; fewer than 10 seldom teach a behaviour" in run.place.recorder.warnings
+
+
 def test_run_training_tells_its_stages_when_somebody_listens(run: Run) -> None:
     """A person who watches sees the data checked before the base model is loaded, and publishing last."""
     quantisation = run.place.core.quantisation
@@ -206,7 +213,9 @@ def test_manifest_records_where_a_version_comes_from_when_it_was_trained(run: Ru
         "validation_sha256": hash_file(place.validation_path),
         "num_validation_rows": 3,
     } == manifest.data.model_dump()
-    assert place.settings.model_dump(mode="json", exclude={"home", "promote", "sample_file"}) == manifest.settings
+    assert ("chat", "sft", None) == (manifest.kind, manifest.method, manifest.parent)
+    recorded = place.settings.model_dump(mode="json", exclude={"home", "promote", "sample_file"})
+    assert recorded == manifest.settings
     assert {
         "validation_loss_before": run.result.validation_loss_before,
         "validation_loss_after": run.result.validation_loss_after,
