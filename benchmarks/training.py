@@ -9,9 +9,6 @@ that others use, it is the steadier of the two.
 
 from __future__ import annotations
 
-import argparse
-import os
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,24 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from adapters.base_model import LoadedBase, load_base
+from adapters.base_model import LoadedBase
 from adapters.chat_template import RenderedRow
-from adapters.settings import CoreSettings, resolve_home
-from benchmarks.conditions import describe_machine, format_conditions
-from benchmarks.measure import alternate, paired_ratio
 from training.config import TrainSettings
-from training.formats import read_dataset
 from training.lora import add_adapter
 from training.methods import TrainingRun
 from training.methods.sft import train_sft
-from training.rendering import render_dataset
 
 __all__ = ["Trained", "largest_difference", "run_ours", "run_trl"]
 

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from adapters.errors import NotFoundError
 from clients.cli.options import HomeOption, JsonOption, open_registry
-from clients.cli.output import console, make_table, print_json
+from clients.cli.output import console, make_table, print_gate, print_json
+from clients.cli.plots import print_metrics
 
 if TYPE_CHECKING:
     from adapters.jobs import JobService
@@ -33,9 +35,22 @@ def list_jobs(limit: _LimitOption = 20, home: HomeOption = None, json: JsonOptio
 
 
 @app.command("show")
-def show(job_id: _JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
-    """One job, and what went wrong if it failed."""
-    _print(_open(home).get(job_id), json=json)
+def show(
+    job_id: _JobArgument,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw the loss curves.")] = False,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """One job, what went wrong if it failed, and what the gate said of what it made."""
+    jobs = _open(home)
+    job = jobs.get(job_id)
+    _print(job, json=json)
+    if json:
+        return
+    if plot:
+        print_metrics(jobs.metrics(job_id))
+    if job.fine_tuned_model is not None:
+        _print_gate_of(job.fine_tuned_model, home)
 
 
 @app.command("events")
@@ -71,6 +86,16 @@ def _open(home: Path | None) -> JobService:
     from adapters.jobs import JobService
 
     return JobService(open_registry(home).database)
+
+
+def _print_gate_of(label: str, home: Path | None) -> None:
+    registry = open_registry(home)
+    try:
+        report = registry.store.read_manifest(registry.find(label).version.digest).gate
+    except NotFoundError:  # removed since
+        return
+    if report is not None:
+        print_gate(report)
 
 
 def _print(job: Job, *, json: bool) -> None:
