@@ -247,7 +247,9 @@ def test_job_is_drawn_when_it_has_been_measured(shell: Shell) -> None:
     file_id = files.upload(io.BytesIO(rows.encode()), "rows.jsonl").id
     method = {"type": "supervised", "supervised": {"hyperparameters": {}}}
     job = jobs.create(JobOrder("tiny", file_id, method, 0, alias="legal"))
-    jobs.finish_validation(job.id) if hasattr(jobs, "finish_validation") else None
+    validation = jobs.claim_validation(lease_s=60)
+    assert validation is not None
+    jobs.pass_validation(validation)
     claim = jobs.claim(lease_s=60)
     assert claim is not None
     for step in (1, 2, 3):
