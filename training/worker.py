@@ -47,6 +47,7 @@ from training.rewards_file import public_reward
 from training.run_log import RunLog
 from training.sampling import SamplePrompt, make_prompts, read_prompts, sample_answers
 from training.start import linear_shapes_of
+from training.trackers import prepare_trackers
 from training.watching import Best, RunListener, Watch, WatchPlan
 
 __all__ = [
@@ -267,6 +268,7 @@ def train_and_publish(
     # A job's data was inspected before it was queued.
     inspect = job is None
     function = load_function(settings, is_job=job is not None)
+    prepare_trackers(settings.report_to, folder)
     data = _prepare_data(train_file, validation_file, core=core, settings=settings, listener=listener, inspect=inspect)
     listener.on_stage(f"Loading the base model {public_name(core.base)} ({core.quantisation})")
     base = load_base(core)
