@@ -40,6 +40,7 @@ __all__ = [
     "NumberedVersion",
     "Scope",
     "StoredFile",
+    "VersionKind",
     "check_alias_name",
     "checkpoint_name",
     "parse_checkpoint_name",
@@ -57,6 +58,7 @@ _JOB_PREFIX = "ftjob-"
 _JOB_ID_CHARS = 12
 
 Route = Literal["base", "alias", "version", "checkpoint", "experiment"]
+VersionKind = Literal["chat", "reward"]
 ChangeAction = Literal["publish", "promote", "rollback"]
 JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Scope = Literal["chat", "feedback", "train", "adapters", "experiments", "admin"]
@@ -84,7 +86,10 @@ AuditAction = Literal[
 
 @dataclass(frozen=True, slots=True)
 class AdapterVersion:
-    """Immutable LoRA weights and their manifest, named by the SHA-256 of their content."""
+    """Immutable LoRA weights and their manifest, named by the SHA-256 of their content.
+
+    One of kind `reward` scores answers and writes none.
+    """
 
     digest: str
     base_fingerprint: str
@@ -93,6 +98,7 @@ class AdapterVersion:
     source: str
     published_at: datetime
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    kind: VersionKind = "chat"
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from adapters.assignment import assign_arm
 from adapters.audit import record_act
 from adapters.checkpoint_adapters import check_not_needed, find_checkpoint_digest, is_checkpoint
 from adapters.database import Database, actor_of
-from adapters.errors import AliasForbiddenError, ConflictError, NotFoundError
+from adapters.errors import AliasForbiddenError, ConflictError, InvalidInputError, NotFoundError
 from adapters.experiments import find_running, load_arms
 from adapters.manifest import Manifest
 from adapters.records import (
@@ -36,9 +36,9 @@ from adapters.records import (
     parse_model_name,
 )
 from adapters.store import ArtifactStore
-from adapters.tables import AliasChangeRow, AliasRow, AliasVersionRow, PinRow, VersionRow, utc_now
+from adapters.tables import KIND_KEY, AliasChangeRow, AliasRow, AliasVersionRow, PinRow, VersionRow, utc_now
 
-__all__ = ["Registry", "find_version"]
+__all__ = ["Registry", "check_can_chat", "find_version"]
 
 _MAX_NAMES_SHOWN = 20
 
@@ -178,6 +178,7 @@ class Registry:
         Raises:
             InvalidNameError: the name breaks the grammar.
             NotFoundError: no such alias or version.
+            InvalidInputError: the version is a reward model.
         """
         if model == BASE_MODEL_NAME and self.database.actor.can_see(model):
             return Binding(BASE_MODEL_NAME, "base")
@@ -190,12 +191,14 @@ class Registry:
             parsed = parse_model_name(model)
             if parsed.number is not None or parsed.digest_prefix is not None:
                 found = find_version(session, parsed)
+                check_can_chat(found)
                 return Binding(parsed.alias, "version", found.version.digest, found.number)
             _get_alias(session, parsed.alias)  # an experiment must not answer for an alias that the actor can't see
             if experiment := find_running(session, parsed.alias):
                 arm = assign_arm(load_arms(session, experiment.id), experiment.salt, unit)
                 return Binding(parsed.alias, "experiment", arm.digest, arm.number, experiment.id, arm.name)
             current = find_version(session, parsed)
+            check_can_chat(current)
             return Binding(parsed.alias, "alias", current.version.digest, current.number)
 
     def find(self, name: str) -> NumberedVersion:
@@ -240,6 +243,20 @@ class Registry:
             is_seen = actor_of(session).can_see(alias)
             rows = _changes(session, alias, after=after, limit=limit) if is_seen else []
             return [AliasChange(r.alias, _action(r), r.from_number, r.to_number, r.changed_at) for r in rows]
+
+
+def check_can_chat(found: NumberedVersion) -> None:
+    """Refuse a version that writes no answers.
+
+    Raises:
+        InvalidInputError: it is a reward model.
+    """
+    if found.version.kind == "reward":
+        raise InvalidInputError(
+            f"{found.label} is a reward model: it scores answers for training and writes none; use it as the reward of "
+            "hotswap train --method rloo or grpo",
+            param="model",
+        )
 
 
 def _append_version(session: Session, alias: str, digest: str) -> int:
@@ -417,7 +434,7 @@ def _version_row(digest: str, size_bytes: int, manifest: Manifest) -> VersionRow
         size_bytes=size_bytes,
         source=manifest.source,
         published_at=utc_now(),
-        metrics=manifest.metrics,
+        metrics=manifest.metrics if manifest.kind == "chat" else manifest.metrics | {KIND_KEY: manifest.kind},
     )
 
 
@@ -429,5 +446,6 @@ def _to_version(row: VersionRow) -> AdapterVersion:
         size_bytes=row.size_bytes,
         source=row.source,
         published_at=row.published_at,
-        metrics=row.metrics,
+        metrics={name: value for name, value in row.metrics.items() if name != KIND_KEY},
+        kind=row.kind,
     )

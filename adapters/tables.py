@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import (
     JSON,
@@ -23,6 +23,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 __all__ = [
+    "KIND_KEY",
     "AliasChangeRow",
     "AliasRow",
     "AliasVersionRow",
@@ -41,6 +42,8 @@ __all__ = [
     "VersionRow",
     "utc_now",
 ]
+
+KIND_KEY = "kind"
 
 
 def utc_now() -> datetime:
@@ -74,6 +77,11 @@ class VersionRow(Table):
     source: Mapped[str] = mapped_column(String(16))
     published_at: Mapped[datetime] = mapped_column(UtcDateTime)
     metrics: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+    @property
+    def kind(self) -> Literal["chat", "reward"]:
+        """Kept among the metrics of a version that is not for chat; no metric is called so."""
+        return "reward" if self.metrics.get(KIND_KEY) == "reward" else "chat"
 
 
 class AliasVersionRow(Table):

@@ -4,32 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from peft import PeftModel
 
 from adapters.chat_template import RenderedRow
 from training.config import Reference
-from training.precision import base_precision
-from training.rendering import IGNORED_LABEL, collate
+from training.flat_rows import make_batch
+from training.losses import row_sums
 
 __all__ = ["answer_log_probs", "as_reference", "eval_mode"]
 
 
 @torch.no_grad()
-def answer_log_probs(model: PeftModel, rows: Sequence[RenderedRow], *, batch_size: int, pad_token_id: int) -> Any:
+def answer_log_probs(
+    model: PeftModel, rows: Sequence[RenderedRow], *, batch_size: int, pad_token_id: int
+) -> torch.Tensor:
     """Log-probability of the tokens of each row that carry loss, summed a row, in nats: float32 `[num_rows]`.
 
     The model computes in eval mode, with the adapters that are active.
     """
     base = model.get_base_model()
     sums = []
-    with eval_mode(model), base_precision(base):
+    with eval_mode(model):
         for start in range(0, len(rows), batch_size):
-            batch = collate(rows[start : start + batch_size], pad_token_id=pad_token_id)
-            sums.append(_sum_rows(base, {name: tensor.to(base.device) for name, tensor in batch.items()}))
-    return torch.cat(sums).cpu()
+            batch = make_batch(base, rows[start : start + batch_size], pad_token_id=pad_token_id)
+            losses = row_sums(base, {name: tensor.to(base.device) for name, tensor in batch.items()}).loss
+            sums.append(-losses.cpu())
+    return torch.cat(sums)
 
 
 @contextmanager
@@ -55,15 +57,3 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _sum_rows(base: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    hidden = base.get_decoder()(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).last_hidden_state
-    targets = batch["labels"][:, 1:]
-    carries_loss = targets != IGNORED_LABEL
-    logits = base.get_output_embeddings()(hidden[:, :-1][carries_loss])  # [num_targets, vocab]
-    losses = torch.nn.functional.cross_entropy(logits.float(), targets[carries_loss], reduction="none")
-    row_of = carries_loss.nonzero()[:, 0]
-    return torch.zeros(len(targets), device=losses.device).index_add_(0, row_of, -losses.float())

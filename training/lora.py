@@ -12,6 +12,7 @@ from transformers import set_seed
 from adapters.base_model import LoadedBase
 from adapters.errors import ConfigurationError
 from training.config import TrainSettings
+from training.flat_rows import install_row_attention
 from training.loftq import begin_from_quantisation_error
 from training.losses import check_head_is_plain
 from training.start import StoredVersion, install_version, linear_shapes_of, lora_config
@@ -31,6 +32,7 @@ def add_adapter(base: LoadedBase, settings: TrainSettings, start: StoredVersion 
     """
     disable_packed_kernels(base.model)
     check_head_is_plain(base.model)
+    install_row_attention(base.model)
     base.model.requires_grad_(False)
     set_seed(settings.seed)
     config = lora_config(start, dropout=settings.dropout) if start else _fresh_config(base, settings)

@@ -15,14 +15,16 @@ import torch
 
 from adapters.chat_template import RenderedRow
 from adapters.errors import BaseModelError
+from training.flat_rows import RowLayout, make_batch
 from training.precision import base_precision
-from training.rendering import IGNORED_LABEL, collate
+from training.rendering import IGNORED_LABEL
 
 __all__ = [
     "Evaluation",
     "TokenSums",
     "check_head_is_plain",
     "evaluate",
+    "head_sums",
     "mean_loss",
     "row_sums",
     "summed_loss",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 _PROBE_TOKENS = (1, 2, 3, 4)
+_HEAD_CHUNK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,33 +105,105 @@ def token_sums(model: Any, batch: dict[str, torch.Tensor]) -> TokenSums:
 
     Args:
         model: A causal LM of transformers, with or without LoRA layers in it.
-        batch: `input_ids`, `attention_mask`, `labels`, each `[batch, seq]`.
+        batch: `input_ids`, `attention_mask`, `labels`, each `[batch, seq]`; or a flat one of `training/flat_rows.py`.
     """
-    logits, wanted, _ = _target_logits(model, batch)
-    loss = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
-    return TokenSums(loss, (logits.detach().argmax(dim=-1) == wanted).sum())
-
-
-def row_sums(model: Any, batch: dict[str, torch.Tensor]) -> TokenSums:
-    """The same, but one sum a row: both are `[batch]`."""
-    logits, wanted, row_of = _target_logits(model, batch)
-    losses = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
-    is_right = (logits.argmax(dim=-1) == wanted).float()
-    zeros = torch.zeros(len(batch["labels"]), device=losses.device)
-    return TokenSums(zeros.index_add(0, row_of, losses), zeros.index_add(0, row_of, is_right))
-
-
-def _target_logits(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each token that carries loss: logits `[num_targets, vocab]`, the token, and the row that it is in."""
     with base_precision(model):
-        decoder = model.get_decoder()
-        hidden = decoder(  # [batch, seq, hidden]
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).last_hidden_state
-        targets = batch["labels"][:, 1:]
-        carries_loss = targets != IGNORED_LABEL
-        logits = model.get_output_embeddings()(hidden[:, :-1][carries_loss])
-    return logits, targets[carries_loss], carries_loss.nonzero()[:, 0]
+        hidden, wanted, _ = _target_states(model, batch)
+        return head_sums(model.get_output_embeddings(), hidden, wanted)
+
+
+@torch.no_grad()
+def row_sums(model: Any, batch: dict[str, torch.Tensor]) -> TokenSums:
+    """The same without a gradient, but one sum a row: both are `[rows]`."""
+    with base_precision(model):
+        hidden, wanted, row_of = _target_states(model, batch)
+        starts = range(0, len(wanted), _HEAD_CHUNK)
+        parts = [slice(start, start + _HEAD_CHUNK) for start in starts]
+        found = [_token_losses(model, hidden[part], wanted[part]) for part in parts]
+    num_rows = len(batch.get("row_lengths", batch["labels"]))
+    sums = [torch.zeros(num_rows, device=hidden.device) for _ in range(2)]
+    for total, column in zip(sums, zip(*found, strict=True), strict=False):
+        total.index_add_(0, row_of, torch.cat(column))
+    return TokenSums(*sums)
+
+
+def _token_losses(model: Any, hidden: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = model.get_output_embeddings()(hidden).float()  # [chunk, vocab]
+    losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+    return losses, (logits.argmax(dim=-1) == wanted).float()
+
+
+def _target_states(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each token that carries loss: the hidden state before it `[num_targets, hidden]`, the token, and its row."""
+    hidden = model.get_decoder()(**_decoder_inputs(batch), use_cache=False).last_hidden_state  # [batch, seq, hidden]
+    targets = batch["labels"][:, 1:]
+    carries_loss = targets != IGNORED_LABEL
+    row_of = carries_loss.nonzero()[:, 0]
+    if (lengths := batch.get("row_lengths")) is not None:
+        row_of = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)[1:][carries_loss[0]]
+    return hidden[:, :-1][carries_loss], targets[carries_loss], row_of
+
+
+def _decoder_inputs(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    names = ("input_ids", "attention_mask", "position_ids")
+    inputs: dict[str, Any] = {name: batch[name] for name in names if name in batch}
+    if "row_lengths" in batch:
+        inputs["row_layout"] = RowLayout(tuple(batch["row_lengths"].tolist()))
+    return inputs
+
+
+def head_sums(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> TokenSums:
+    """The sums over tokens whose last hidden states, `[num_targets, hidden]`, are given."""
+    if type(head) is torch.nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
+        inputs = (hidden.to(head.weight.dtype), head.weight, head.bias, targets, torch.is_grad_enabled())
+        return TokenSums(*_FrozenHeadLoss.apply(*inputs))  # type: ignore[no-untyped-call]
+    logits = head(hidden).float()  # [num_targets, vocab]
+    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    return TokenSums(loss, (logits.detach().argmax(dim=-1) == targets).sum())
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Cross-entropy behind a frozen linear head: a few tokens at a time, with the gradient computed on the way.
+
+    The logits of all tokens, their softmax and its gradient would be three tensors `[num_targets, vocab]`, which for a
+    large vocabulary take more time to write and read than the product itself.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        needs_gradient: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        gradient = torch.empty_like(hidden) if needs_gradient else None
+        loss = torch.zeros((), device=hidden.device)
+        num_correct = torch.zeros((), dtype=torch.long, device=hidden.device)
+        for start in range(0, len(targets), _HEAD_CHUNK):
+            part = slice(start, start + _HEAD_CHUNK)
+            wanted = targets[part, None]
+            logits = torch.nn.functional.linear(hidden[part], weight, bias).float()  # [chunk, vocab]
+            peaks, guesses = logits.max(dim=-1, keepdim=True)
+            num_correct += (guesses == wanted).sum()
+            picked = logits.gather(1, wanted) - peaks
+            weights = logits.sub_(peaks).exp_()
+            totals = weights.sum(dim=-1, keepdim=True)
+            loss += (totals.log() - picked).sum()
+            if gradient is not None:
+                # The derivative by the logits: the softmax, less one at the target.
+                weights.div_(totals).scatter_add_(1, wanted, -torch.ones_like(totals))
+                gradient[part] = weights.to(weight.dtype) @ weight
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(num_correct)
+        return loss, num_correct
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0].to(gradient.dtype), None, None, None, None
 
 
 def mean_loss(model: Any, rows: Sequence[RenderedRow], *, batch_size: int, pad_token_id: int) -> float:
@@ -144,7 +219,7 @@ def evaluate(model: Any, rows: Sequence[RenderedRow], *, batch_size: int, pad_to
     found: list[TokenSums] = []
     try:
         for start in range(0, len(rows), batch_size):
-            batch = collate(rows[start : start + batch_size], pad_token_id=pad_token_id)
+            batch = make_batch(model, rows[start : start + batch_size], pad_token_id=pad_token_id)
             found.append(row_sums(model, {name: tensor.to(model.device) for name, tensor in batch.items()}))
     finally:
         model.train(was_training)

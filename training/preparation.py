@@ -16,14 +16,8 @@ from training.lora import add_adapter
 from training.methods import TrainingRun
 from training.progress import StepListener
 from training.reward_model import make_head, save_head
-from training.rewards import (
-    RewardFunction,
-    Scorer,
-    function_scorer,
-    is_function_name,
-    load_reward_function,
-    model_scorer,
-)
+from training.rewards import RewardFunction, Scorer, function_scorer, load_reward_function, model_scorer
+from training.rewards_file import is_function_name, public_reward
 from training.start import StoredVersion, read_version
 
 __all__ = ["PreparedRun", "load_function", "prepare_run"]
@@ -96,7 +90,7 @@ def prepare_run(
     head = make_head(base, settings.seed, start.head if start else None) if settings.method == "reward" else None
     score: Scorer | None = None
     if function is not None:
-        score = function_scorer(function, str(settings.reward), base.tokenizer)
+        score = function_scorer(function, str(public_reward(settings.reward)), base.tokenizer)
     elif judge is not None:
         score = model_scorer(model, base, judge, batch_size=settings.batch_size)
     run = TrainingRun(model, base, rows, settings, listener, head=head, score=score)

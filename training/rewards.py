@@ -19,7 +19,7 @@ from training.prompts import RenderedPrompt
 from training.reward_model import RewardModel, make_head, score_rows
 from training.start import StoredVersion, install_version, lora_config
 
-__all__ = ["RewardFunction", "Scorer", "function_scorer", "is_function_name", "load_reward_function", "model_scorer"]
+__all__ = ["RewardFunction", "Scorer", "function_scorer", "load_reward_function", "model_scorer"]
 
 # completions, prompts, references -> one number each
 RewardFunction = Callable[[list[str], list[list[dict[str, Any]]], list[str]], Sequence[float]]
@@ -27,11 +27,6 @@ RewardFunction = Callable[[list[str], list[list[dict[str, Any]]], list[str]], Se
 Scorer = Callable[[Sequence[RenderedPrompt], Sequence[list[int]]], list[float]]
 
 _REWARD_ADAPTER = "reward"
-
-
-def is_function_name(name: str) -> bool:
-    """Whether a `reward` names a function in a file (`rewards.py:polite`), and not a version."""
-    return ".py:" in name
 
 
 def load_reward_function(name: str, folder: Path) -> RewardFunction:

@@ -43,9 +43,11 @@ from training.plots import write_curves
 from training.preflight import run_preflight
 from training.preparation import load_function, prepare_run
 from training.progress import Checkpointing, NextMove, StepListener, StepMetrics, TrainedCounts
+from training.rewards_file import public_reward
 from training.run_log import RunLog
 from training.sampling import SamplePrompt, make_prompts, read_prompts, sample_answers
 from training.start import linear_shapes_of
+from training.trackers import prepare_trackers
 from training.watching import Best, RunListener, Watch, WatchPlan
 
 __all__ = [
@@ -266,6 +268,7 @@ def train_and_publish(
     # A job's data was inspected before it was queued.
     inspect = job is None
     function = load_function(settings, is_job=job is not None)
+    prepare_trackers(settings.report_to, folder)
     data = _prepare_data(train_file, validation_file, core=core, settings=settings, listener=listener, inspect=inspect)
     listener.on_stage(f"Loading the base model {public_name(core.base)} ({core.quantisation})")
     base = load_base(core)
@@ -526,7 +529,7 @@ def _describe(
         alpha=config.lora_alpha,
         target_modules=sorted({module.rsplit(".", 1)[-1] for module in weights.modules}),
         data=data.reference,
-        settings=settings.model_dump(mode="json", exclude=_NOT_RECORDED),
+        settings=settings.model_dump(mode="json", exclude=_NOT_RECORDED) | {"reward": public_reward(settings.reward)},
         metrics=metrics,
         chat_template_sha256=hash_chat_template(base.tokenizer),
         libraries={name: version(name) for name in _RECORDED_LIBRARIES} | {"python": platform.python_version()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 from rich.markup import escape
 
+from adapters.errors import ConfigurationError
 from clients.cli.options import (
     BaseOption,
     DeviceOption,
@@ -27,6 +29,7 @@ from clients.cli.output import console, error_console, format_loss, make_table, 
 from clients.cli.plots import print_curves
 from clients.cli.settings_flags import with_settings
 from training.config import TrainSettings
+from training.run_file import RunFile, read_run_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,18 +40,22 @@ if TYPE_CHECKING:
 __all__ = ["train"]
 
 _DataOption = Annotated[
-    Path, typer.Option("--data", help="A file (JSONL, JSON, CSV, TSV, Parquet), a folder, or a hub id.")
+    Path | None, typer.Option("--data", help="A file (JSONL, JSON, CSV, TSV, Parquet), a folder, or a hub id.")
 ]
 _ValidationOption = Annotated[
     Path | None, typer.Option("--validation", help="The same, for the loss before and after.")
+]
+_ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="YAML file of the run: alias, data, validation, settings. Flags win.")
 ]
 
 
 @with_settings(TrainSettings)
 def train(
-    alias: Annotated[str, typer.Argument(help="Name to publish under, for example legal.")],
-    data: _DataOption,
     flags: dict[str, Any],
+    alias: Annotated[str | None, typer.Argument(help="Name to publish under, for example legal.")] = None,
+    data: _DataOption = None,
+    config: _ConfigOption = None,
     validation: _ValidationOption = None,
     mapping: MapOption = None,
     split: SplitOption = None,
@@ -61,19 +68,31 @@ def train(
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Train an adapter on chat rows and publish it as the next version of ALIAS."""
+    """Train an adapter and publish it as the next version of ALIAS.
+
+    By --method: on chat rows (sft), pairs (dpo, reward), labels (kto) or rewards (rloo, grpo).
+    """
     core = load_core(home, base=base, device=device)
     from training.formats import read_rows
+    from training.kinds import check_kind
 
-    settings = TrainSettings.load(core.home, **flags | ({"promote": "never"} if no_promote else {}))
-    options = read_options(mapping, split, subset, encoding)
-    validation_options = read_options(mapping, validation_split, subset, encoding)
+    run = read_run_file(config) if config else RunFile()
+    alias, data, validation = alias or run.alias, data or run.data, validation or run.validation
+    if alias is None or data is None:
+        missing = "an ALIAS to publish under" if alias is None else "--data"
+        raise ConfigurationError(f"{missing} is needed, by flag or in the file of --config")
+    given = run.settings | flags | ({"promote": "never"} if no_promote else {})
+    settings = _load_settings(core.home, config, given)
+    mapping, subset, encoding = mapping or run.mapping, subset or run.subset, encoding or run.encoding
+    options = read_options(mapping, split or run.split, subset, encoding)
+    validation_options = read_options(mapping, validation_split or run.validation_split, subset, encoding)
     # Importing the trainer takes seconds: bad data is reported before.
     for path, how in ((data, options), (validation, validation_options)):
         if path is not None:
             found = read_rows(path, how).as_dataset()
             summary = f"{found.name}: {len(found.rows)} rows; {found.recognised}"
             error_console.print(summary, markup=False, soft_wrap=True)
+            check_kind(found, settings.method)
     # The training libraries warn about their own future arguments; nobody who trains can act on that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from training.worker import run_training
@@ -93,6 +112,15 @@ def train(
         print_json(result)
     else:
         _print_result(result)
+
+
+def _load_settings(home: Path, config: Path | None, given: Mapping[str, Any]) -> TrainSettings:
+    try:
+        return TrainSettings.load(home, **given)
+    except ConfigurationError as error:
+        if config is None:
+            raise
+        raise ConfigurationError(f"{config}, with the flags given: {error}") from None
 
 
 class ProgressView:

@@ -213,7 +213,9 @@ def test_manifest_records_where_a_version_comes_from_when_it_was_trained(run: Ru
         "validation_sha256": hash_file(place.validation_path),
         "num_validation_rows": 3,
     } == manifest.data.model_dump()
-    assert place.settings.model_dump(mode="json", exclude={"home", "promote", "sample_file"}) == manifest.settings
+    assert ("chat", "sft", None) == (manifest.kind, manifest.method, manifest.parent)
+    recorded = place.settings.model_dump(mode="json", exclude={"home", "promote", "sample_file"})
+    assert recorded == manifest.settings
     assert {
         "validation_loss_before": run.result.validation_loss_before,
         "validation_loss_after": run.result.validation_loss_after,

@@ -11,6 +11,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from adapters.chat_template import RenderedRow
+from training.flat_rows import make_batch
 from training.losses import Evaluation, evaluate, token_sums
 from training.methods.run import (
     AdapterTrainer,
@@ -21,7 +22,6 @@ from training.methods.run import (
     trainer_folder,
 )
 from training.progress import TrainedCounts
-from training.rendering import collate
 
 __all__ = ["train_sft", "validate_sft"]
 
@@ -31,7 +31,7 @@ def train_sft(run: TrainingRun[RenderedRow]) -> TrainedCounts:
     dataset = Dataset.from_dict(
         {
             "input_ids": [row.input_ids for row in run.rows],
-            "labels": [row.input_ids for row in run.rows],  # TRL builds none of its own; `_collate_rows` masks them
+            "labels": [row.input_ids for row in run.rows],  # TRL builds none of its own; `_batch_rows` masks them
             "loss_mask": [row.loss_mask for row in run.rows],
         }
     )
@@ -44,7 +44,7 @@ def train_sft(run: TrainingRun[RenderedRow]) -> TrainedCounts:
                 ),
                 train_dataset=dataset,
                 processing_class=run.base.tokenizer,
-                data_collator=partial(_collate_rows, pad_token_id=run.base.tokenizer.pad_token_id),
+                data_collator=partial(_batch_rows, model=run.base.model, pad_token_id=run.base.tokenizer.pad_token_id),
             )
         return run_trainer(trainer, run, read_step=lambda logs: (trainer.take_accuracy(), {}))
 
@@ -83,6 +83,6 @@ class _MaskedLossTrainer(AdapterTrainer, SFTTrainer):  # type: ignore[misc]  # T
         return accuracy
 
 
-def _collate_rows(examples: list[dict[str, Any]], *, pad_token_id: int) -> dict[str, torch.Tensor]:
+def _batch_rows(examples: list[dict[str, Any]], *, model: Any, pad_token_id: int) -> dict[str, torch.Tensor]:
     rows = [RenderedRow(example["input_ids"], example["loss_mask"]) for example in examples]
-    return collate(rows, pad_token_id=pad_token_id)
+    return make_batch(model, rows, pad_token_id=pad_token_id)
