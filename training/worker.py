@@ -20,12 +20,14 @@ from adapters.chat_template import RenderedRow, hash_chat_template
 from adapters.database import open_database
 from adapters.errors import DataError, RankTooHighError
 from adapters.manifest import ADAPTER_CONFIG_FILE, DataReference, Manifest
+from adapters.pulse import EnginePulse, pulse_path
 from adapters.records import NumberedVersion, check_alias_name
 from adapters.registry import Registry
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
 from training.config import TrainSettings
 from training.formats import Dataset, read_dataset
+from training.giving_way import Gate, install_gate, share_from_environment
 from training.lora import add_adapter
 from training.losses import Evaluation, evaluate, mean_loss
 from training.methods import METHODS, TrainingRun
@@ -186,6 +188,8 @@ def train_and_publish(
     listener.on_stage(f"Loading the base model {public_name(core.base)} ({core.quantisation})")
     base = load_base(core)
     model = add_adapter(base, settings)
+    if (share := share_from_environment()) is not None:
+        install_gate(base.model, Gate(EnginePulse(pulse_path(core.home)), share))
     before = _validate(base, data, settings, listener, "before")
     listener.on_stage(f"Training on {len(data.train)} rows")
     started = time.monotonic()

@@ -261,6 +261,7 @@ def test_published_version_has_the_recorded_loss_when_plain_peft_loads_it(run: R
     """The loss in the manifest is that of the files beside it."""
     base = load_base(run.place.core)
     disable_packed_kernels(base.model)
+    install_row_attention(base.model)  # rounds as in training
     loaded = PeftModel.from_pretrained(base.model, run.folder).get_base_model()
     rows = render_dataset(base.tokenizer, read_dataset(run.place.validation_path), max_length=64)
 
