@@ -27,6 +27,7 @@ from adapters.store import ArtifactStore
 from tests.support.conversations import easy_rows, make_messages, write_rows
 from tests.support.tiny import tiny_settings
 from training.config import TrainSettings
+from training.flat_rows import install_row_attention
 from training.formats import read_dataset
 from training.lora import add_adapter, disable_packed_kernels
 from training.losses import mean_loss
