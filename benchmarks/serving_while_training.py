@@ -41,7 +41,7 @@ class Gaps:
 
     def __str__(self) -> str:
         """Medians and the 95th percentile, in milliseconds."""
-        median, late = statistics.median(self.between), percentile(self.between, 95)
+        median, late = statistics.median(self.between), percentile(self.between, 0.95)
         first = statistics.median(self.to_first)
         return (
             f"between tokens p50 {1000 * median:.0f} ms, p95 {1000 * late:.0f} ms; to the first {1000 * first:.0f} ms"
