@@ -65,6 +65,9 @@ class Hyperparameters(_Wire):
     init: Literal["default", "gaussian", "loftq"] | None = None
     max_length: int | None = Field(None, strict=True, ge=8, le=131_072)
     gradient_checkpointing: StrictBool | None = None
+    eval_steps: int | None = Field(None, strict=True, ge=1, le=_MAX_STEPS)
+    patience: int | None = Field(None, strict=True, ge=1, le=1000)
+    promote: Literal["always", "gate", "never"] | None = None
     checkpoint_steps: int | None = Field(None, strict=True, ge=1, le=_MAX_STEPS)
 
 

@@ -136,6 +136,9 @@ class JobRun:
                 _log.info("checkpoint_can_not_be_called", step=metrics.step, reason=str(error))
                 record(None)
                 return
+            if manifest.kind == "reward":  # it judges answers and gives none
+                record(None)
+                return
             self._checkpoints.add(folder, manifest, record)
         self._checkpoints.prune(self._claim.job.id)
 

@@ -17,7 +17,7 @@ from adapters.chat_messages import RowProblem
 from adapters.chat_rows import EXPECTED_ROW, Row, parse_document
 from adapters.errors import DataError
 
-__all__ = ["TARGETS", "Shape", "choose_shape", "parse_mapping"]
+__all__ = ["SHAPES", "TARGETS", "Shape", "choose_shape", "parse_mapping"]
 
 # What a column can be mapped to, with `--map target=column`.
 TARGETS = (

@@ -18,16 +18,25 @@ from training.rewards_file import anchor_function
 __all__ = ["RunFile", "read_run_file"]
 
 _MAX_BYTES = 1 << 20
-_OWN_KEYS = ("alias", "data", "validation")
+_READING_KEYS = ("split", "validation_split", "subset", "encoding")
+_OWN_KEYS = ("alias", "data", "validation", "map", *_READING_KEYS)
 
 
 @dataclass(frozen=True, slots=True)
 class RunFile:
-    """What a file says about a run; None where it says nothing. Paths are relative to the file's folder no more."""
+    """What a file says about a run; None where it says nothing. Paths are relative to the file's folder no more.
+
+    `mapping` is which column is what, `user=question`; with the four below it says how the data is read.
+    """
 
     alias: str | None = None
     data: Path | None = None
     validation: Path | None = None
+    mapping: list[str] | None = None
+    split: str | None = None
+    validation_split: str | None = None
+    subset: str | None = None
+    encoding: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -47,11 +56,15 @@ def read_run_file(path: Path) -> RunFile:
     settings = _check_keys(path, document)
     if isinstance(settings.get("reward"), str):
         settings["reward"] = anchor_function(settings["reward"], path.parent)
+    if isinstance(settings.get("sample_file"), str):
+        settings["sample_file"] = str(_place(path, document, "sample_file"))
     return RunFile(
         alias=_text(path, document, "alias"),
         data=_place(path, document, "data"),
         validation=_place(path, document, "validation"),
+        mapping=_mapping(path, document),
         settings=settings,
+        **{key: _text(path, document, key) for key in _READING_KEYS},
     )
 
 
@@ -98,6 +111,15 @@ def _text(path: Path, document: Mapping[str, Any], key: str) -> str | None:
     if value is None or isinstance(value, str):
         return value
     raise ConfigurationError(f"{path}: key {key}: expected text, found {value!r:.80}")
+
+
+def _mapping(path: Path, document: Mapping[str, Any]) -> list[str] | None:
+    value = document.get("map")
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(isinstance(item, str) for pair in value.items() for item in pair):
+        raise ConfigurationError(f"{path}: key map: expected columns by name (user: question), found {value!r:.80}")
+    return [f"{target}={column}" for target, column in value.items()]
 
 
 def _place(path: Path, document: Mapping[str, Any], key: str) -> Path | None:

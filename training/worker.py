@@ -27,6 +27,7 @@ from adapters.database import open_database
 from adapters.errors import DataError, RankTooHighError
 from adapters.gate_report import GateReport, may_promote
 from adapters.manifest import ADAPTER_CONFIG_FILE, DataReference, Manifest, hash_file
+from adapters.pulse import EnginePulse, pulse_path
 from adapters.records import NumberedVersion, check_alias_name
 from adapters.registry import Registry
 from adapters.reward_head import read_reward_head
@@ -37,6 +38,7 @@ from training.evaluation import Yardstick
 from training.formats import Dataset, ReadOptions, read_rows
 from training.gate import judge
 from training.gate_evidence import PresentVersion, find_present, gather_evidence
+from training.giving_way import Gate, install_gate, share_from_environment
 from training.losses import Evaluation
 from training.methods import METHODS, VALIDATORS, TrainingRun, check_trainable, render_rows
 from training.plots import write_curves
@@ -47,6 +49,7 @@ from training.rewards_file import public_reward
 from training.run_log import RunLog
 from training.sampling import SamplePrompt, make_prompts, read_prompts, sample_answers
 from training.start import linear_shapes_of
+from training.trackers import prepare_trackers
 from training.watching import Best, RunListener, Watch, WatchPlan
 
 __all__ = [
@@ -267,6 +270,7 @@ def train_and_publish(
     # A job's data was inspected before it was queued.
     inspect = job is None
     function = load_function(settings, is_job=job is not None)
+    prepare_trackers(settings.report_to, folder)
     data = _prepare_data(train_file, validation_file, core=core, settings=settings, listener=listener, inspect=inspect)
     listener.on_stage(f"Loading the base model {public_name(core.base)} ({core.quantisation})")
     base = load_base(core)
@@ -274,6 +278,8 @@ def train_and_publish(
     settings, run = prepared.run.settings, prepared.run
     if settings.rank > core.max_rank:
         raise RankTooHighError(rank=settings.rank, max_rank=core.max_rank)
+    if (share := share_from_environment()) is not None:
+        install_gate(base.model, Gate(EnginePulse(pulse_path(core.home)), share))
     validate = VALIDATORS[settings.method](run, data.validation) if data.validation else None
     before = _validate(validate, listener)
     listener.on_stage(f"Training on {len(data.train)} rows")

@@ -23,13 +23,14 @@ from clients.cli.options import (
     load_core,
     read_options,
 )
-from clients.cli.output import console, error_console, print_json
+from clients.cli.output import console, error_console, format_bytes, format_seconds, print_json
 from clients.cli.settings_flags import with_settings
 from training.config import TrainSettings
 
 if TYPE_CHECKING:
     from adapters.chat_template import RenderedRow
     from adapters.settings import CoreSettings
+    from training.estimate import Estimate
     from training.formats import Dataset, ReadRows
     from training.preflight import Preflight, SetReport
 
@@ -125,26 +126,35 @@ def check(
     found = [read_rows(source, read_options(mapping, split, subset, encoding))]
     if validation is not None:
         found.append(read_rows(validation, read_options(mapping, validation_split, subset, encoding)))
-    report = _inspect(found, core, settings)
+    report, estimate = _inspect(found, core, settings)
     problems = [problem for data in found for problem in data.problems]
     problems += [problem for data in (report.sets if report else ()) for problem in data.problems]
     if json:
-        print_json({"problems": problems, "warnings": report.warnings if report else [], "report": report})
+        warnings = report.warnings if report else []
+        print_json({"problems": problems, "warnings": warnings, "report": report, "estimate": estimate})
     else:
         _print_report(report, problems)
+        _print_estimate(estimate)
     if problems:
         raise typer.Exit(1)
 
 
-def _inspect(found: list[ReadRows], core: CoreSettings, settings: TrainSettings) -> Preflight | None:
-    """What the rows that could be read look like; None if there are none to train on."""
+def _inspect(
+    found: list[ReadRows], core: CoreSettings, settings: TrainSettings
+) -> tuple[Preflight | None, Estimate | None]:
+    """What the rows that could be read look like, and what training on them takes; None without rows."""
+    from adapters.base_files import pull_base
+    from training.estimate import estimate_run
     from training.preflight import inspect_data
 
     if not found[0].rows:
-        return None
+        return None, None
     train, *rest = [data.good_rows() for data in found if data.rows]
-    tokenizer = _load_tokenizer(core)
-    return inspect_data(train, rest[0] if rest else None, tokenizer=tokenizer, settings=settings)
+    report = inspect_data(train, rest[0] if rest else None, tokenizer=_load_tokenizer(core), settings=settings)
+    if report.train.tokens is None or train.kind not in ("chat", "text"):
+        return report, None
+    folder = pull_base(core.base, core.home)
+    return report, estimate_run(report.train.tokens, len(train.rows), folder, core=core, settings=settings)
 
 
 def _load_tokenizer(core: CoreSettings) -> Any:
@@ -200,6 +210,16 @@ def _print_report(report: Preflight | None, problems: list[str]) -> None:
     console.print(f"errors: {len(problems)}, warnings: {len(warnings)}")
     if problems:
         console.print("Mend the rows, or leave the bad ones out: hotswap data convert SOURCE OUT.jsonl --drop-bad")
+
+
+def _print_estimate(estimate: Estimate | None) -> None:
+    if estimate is None:
+        return
+    low, high = (format_seconds(seconds) for seconds in (estimate.seconds_low, estimate.seconds_high))
+    memory = format_bytes(estimate.memory_bytes)
+    console.print(
+        f"estimate for this machine, idle: {estimate.num_steps} steps in {low} to {high}, about {memory} of memory"
+    )
 
 
 def _print_set(found: SetReport) -> None:

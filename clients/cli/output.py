@@ -16,7 +16,16 @@ from rich.table import Table
 if TYPE_CHECKING:
     from adapters.gate_report import GateReport
 
-__all__ = ["console", "error_console", "format_bytes", "format_loss", "make_table", "print_gate", "print_json"]
+__all__ = [
+    "console",
+    "error_console",
+    "format_bytes",
+    "format_loss",
+    "format_seconds",
+    "make_table",
+    "print_gate",
+    "print_json",
+]
 
 console = Console(highlight=False)
 error_console = Console(stderr=True, highlight=False)
@@ -44,6 +53,13 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+def format_seconds(seconds: float) -> str:
+    """A time for people: 40 s, 3 min, 2.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def format_loss(loss: float | None) -> str | None:

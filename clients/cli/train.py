@@ -83,8 +83,9 @@ def train(
         raise ConfigurationError(f"{missing} is needed, by flag or in the file of --config")
     given = run.settings | flags | ({"promote": "never"} if no_promote else {})
     settings = _load_settings(core.home, config, given)
-    options = read_options(mapping, split, subset, encoding)
-    validation_options = read_options(mapping, validation_split, subset, encoding)
+    mapping, subset, encoding = mapping or run.mapping, subset or run.subset, encoding or run.encoding
+    options = read_options(mapping, split or run.split, subset, encoding)
+    validation_options = read_options(mapping, validation_split or run.validation_split, subset, encoding)
     # Importing the trainer takes seconds: bad data is reported before.
     for path, how in ((data, options), (validation, validation_options)):
         if path is not None:

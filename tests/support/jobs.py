@@ -61,8 +61,11 @@ class JobPlace:
         """An empty home below `root`."""
         core = tiny_settings(base, home=root / "home")
         core.home.mkdir(parents=True)
-        # A random base model forgets everything in six steps: what the gate says is tested elsewhere.
-        (core.home / "hotswap.toml").write_text('[train]\npromote = "always"\n')
+        # A random base model forgets everything in six steps, and samples take longer than training: what the gate says
+        # is tested elsewhere.
+        settings = {"promote": '"always"', "gate_samples": 0, "sample_tokens": 4}
+        lines = [f"{name} = {value}\n" for name, value in settings.items()]
+        (core.home / "hotswap.toml").write_text("[train]\n" + "".join(lines))
         database = open_database(core.resolved_database_url)
         files = FileService(database, core.home / "files", max_bytes=1_000_000)
         return cls(core, database, files, JobService(database))

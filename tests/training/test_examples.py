@@ -19,6 +19,7 @@ _EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 _RUNS = sorted(path.stem for path in _EXAMPLES.glob("*.yaml"))
 # A single step of few short answers; the validation rows and most others would only cost time.
 _SMALL = ["--max-steps", "1", "--rank", "4", "--batch-size", "4", "--max-answer-tokens", "2", "--learning-rate", "1e-3"]
+_SMALL += ["--promote", "always", "--gate-samples", "1", "--gate-sample-tokens", "2", "--sample-prompts", "0"]
 
 
 class Shell:

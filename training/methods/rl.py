@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from adapters.chat_template import end_of_turn_id
 from training.log_probs import eval_mode
 from training.losses import Evaluation
 from training.methods.run import (
@@ -24,6 +25,7 @@ from training.methods.run import (
     run_trainer,
     trainer_folder,
 )
+from training.precision import base_precision
 from training.progress import TrainedCounts
 from training.prompts import RenderedPrompt
 
@@ -70,7 +72,7 @@ def answer_greedily(run: TrainingRun[Any], prompt: RenderedPrompt) -> list[int]:
     """The tokens of the likeliest answer, its end among them, at most `max_answer_tokens`."""
     base = run.base
     ids = torch.tensor([prompt.input_ids], device=base.device)
-    with eval_mode(run.model):
+    with eval_mode(run.model), base_precision(base.model):
         output = base.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -78,7 +80,7 @@ def answer_greedily(run: TrainingRun[Any], prompt: RenderedPrompt) -> list[int]:
                 max_new_tokens=run.settings.max_answer_tokens,
                 do_sample=False,
                 pad_token_id=base.tokenizer.pad_token_id,
-                eos_token_id=base.tokenizer.eos_token_id,
+                eos_token_id=_ends(run),
                 disable_compile=True,
             ),
         )
@@ -106,12 +108,24 @@ def _train(run: TrainingRun[RenderedPrompt], trainer_class: Any, config_class: A
             )
         if settings.reference == "base":
             run.model.delete_adapter(_COPY)  # without it, TRL takes the model without adapter for the reference
+        ends = _ends(run)
+        trainer.eos_token_ids = trainer.generation_config.eos_token_id = trainer.generation_kwargs["eos_token_id"] = (
+            ends
+        )
         trainer.prompt_ids = {_text(number): prompt.input_ids for number, prompt in enumerate(run.rows)}
         try:
             return run_trainer(trainer, run, read_step=pick_logs(_LOGS))
         finally:
             if _COPY in run.model.peft_config:
                 run.model.delete_adapter(_COPY)
+
+
+def _ends(run: TrainingRun[Any]) -> list[int]:
+    """The tokens that end an answer: those at which the server stops."""
+    configured = run.base.model.generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    known = {*listed, run.base.tokenizer.eos_token_id, end_of_turn_id(run.base.tokenizer)}
+    return sorted(known - {None})
 
 
 class _AnsweringTrainer(MethodTrainer):

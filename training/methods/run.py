@@ -20,6 +20,7 @@ from adapters.base_model import LoadedBase
 from training.config import TrainSettings
 from training.precision import base_precision
 from training.progress import Checkpointing, Reporter, StepListener, StepReader, TrainedCounts
+from training.trackers import tracker_arguments
 from training.watching import Watch
 
 __all__ = [
@@ -180,7 +181,7 @@ def common_arguments(run: TrainingRun[Any], folder: Path, *, rows_per_example: i
         "logging_nan_inf_filter": False,  # a loss that is no number ends the run, instead of looking like the last one
         "save_strategy": "no",  # the reporter says when
         "save_total_limit": 2,  # the one before the newest stays until the newest is known to be whole
-        "report_to": list(settings.report_to) or "none",
+        **tracker_arguments(settings.report_to),
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_pin_memory": base.device.type == "cuda",
