@@ -57,7 +57,7 @@ def show(
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """One job: how far it is, its latest losses, its warnings, what went wrong, and what the gate said of its version."""
+    """One job: how far it is, its latest losses, warnings, what went wrong, and what the gate said of its version."""
     jobs = _open(home)
     job = jobs.get(job_id)
     if json:
