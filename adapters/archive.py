@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import BinaryIO
 
-from adapters.manifest import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, MANIFEST_FILE
+from adapters.manifest import MANIFEST_FILE
 from adapters.store import ArtifactStore
 
 __all__ = ["VersionArchive"]
 
-_NAMES = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, MANIFEST_FILE)  # in this order
 _END = bytes(2 * tarfile.BLOCKSIZE)
 _CHUNK_BYTES = 1 << 18
 
@@ -30,11 +29,12 @@ class VersionArchive:
     """
 
     def __init__(self, store: ArtifactStore, digest: str) -> None:
-        store.verify(digest)
+        manifest = store.verify(digest)
         folder = store.folder(digest)
         with ExitStack() as stack:
             # Opened together: a version that is removed meanwhile can be read to its end.
-            self._files = {name: stack.enter_context((folder / name).open("rb")) for name in _NAMES}
+            names = (*manifest.file_names, MANIFEST_FILE)
+            self._files = {name: stack.enter_context((folder / name).open("rb")) for name in names}
             self._opened = stack.pop_all()
 
     @property

@@ -16,7 +16,15 @@ from adapters.errors import BaseModelError, ConfigurationError
 from adapters.manifest import BaseReference
 from adapters.settings import CoreSettings
 
-__all__ = ["LoadedBase", "linear_shapes", "load_base", "load_tokenizer", "pick_device", "read_module_shapes"]
+__all__ = [
+    "LoadedBase",
+    "linear_shapes",
+    "load_base",
+    "load_tokenizer",
+    "pick_device",
+    "read_hidden_size",
+    "read_module_shapes",
+]
 
 # At import bitsandbytes advises to install a package that would fetch kernels from a hub; its own are used here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -120,6 +128,15 @@ def read_module_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         return linear_shapes(AutoModelForCausalLM.from_config(config))
+
+
+def read_hidden_size(folder: Path) -> int:
+    """How many numbers the hidden state of a base model's last layer has, from its config alone."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    size: int = config.get_text_config().hidden_size
+    return size
 
 
 def _weight_options(quantisation: str) -> dict[str, Any]:

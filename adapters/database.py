@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
 
+import structlog
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from adapters.errors import ConfigurationError
@@ -22,8 +24,12 @@ from adapters.records import COMMAND_LINE, Actor
 
 __all__ = ["Database", "actor_of", "open_database"]
 
+_log = structlog.get_logger(__name__)
+
 _MIGRATIONS_DIR = Path(__file__).parent / "migrations"
 _BUSY_TIMEOUT_MS = 10_000
+_FIRST_WAIT_S = 0.1
+_LONGEST_WAIT_S = 5.0
 _ACTOR = "actor"  # in `Session.info`
 
 
@@ -37,8 +43,18 @@ class Database:
     def __init__(self, engine: Engine, actor: Actor = COMMAND_LINE) -> None:
         self.engine = engine
         self.actor = actor
+        self._patience_s = 0.0
         self._readers = sessionmaker(engine, expire_on_commit=False)
         self._writers = sessionmaker(engine.execution_options(writes=True), expire_on_commit=False)
+
+    def waiting(self, limit_s: float) -> Database:
+        """The same database for a process that nobody waits for: while it is locked or away, this one tries again.
+
+        Each session tries for so many seconds before it fails, ever more rarely.
+        """
+        view = copy(self)
+        view._patience_s = limit_s
+        return view
 
     def acting_for(self, actor: Actor) -> Database:
         """The same database on somebody's behalf; closing either closes both."""
@@ -48,17 +64,36 @@ class Database:
 
     def read(self) -> Session:
         """A session for reading; use it in a `with` block."""
-        return self._readers(info={_ACTOR: self.actor})
+        session = self._readers(info={_ACTOR: self.actor})
+        self._begin(session)
+        return session
 
     @contextmanager
     def write(self) -> Iterator[Session]:
         """A session in one transaction: all of it is committed at the end of the block, or none of it."""
         with self._writers(info={_ACTOR: self.actor}) as session, session.begin():
+            self._begin(session)
             yield session
 
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+
+    def _begin(self, session: Session) -> None:
+        """Begin the transaction as soon as that can be done: to write is to hold the lock from then on."""
+        give_up_at = time.monotonic() + self._patience_s
+        wait_s = _FIRST_WAIT_S
+        while self._patience_s:
+            try:
+                session.connection()
+            except OperationalError as error:
+                if time.monotonic() + wait_s > give_up_at:
+                    raise
+                _log.warning("database_not_to_be_had", reason=str(error.orig), retry_in_s=wait_s)
+            else:
+                return
+            time.sleep(wait_s)
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
 
 def actor_of(session: Session) -> Actor:

@@ -26,6 +26,7 @@ HotswapError
 |- AdapterLoadError             a published version can't be served; the reason is in the message
 |- EngineFailureError           a step of the model failed under this request
 |- DeadlineExceededError        the answer was not finished in its time
+|- TrainingDivergedError        a run whose loss is no number, or only rises
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ __all__ = [
     "PromptTooLongError",
     "RankTooHighError",
     "RateLimitError",
+    "TrainingDivergedError",
 ]
 
 
@@ -211,3 +213,7 @@ class EngineFailureError(HotswapError):
 
 class DeadlineExceededError(HotswapError):
     """The answer was not finished in its time; the same request would most likely run out of it again."""
+
+
+class TrainingDivergedError(HotswapError):
+    """A training run was stopped, since going on would make nothing; the message says at which step, and what to do."""

@@ -26,6 +26,7 @@ from adapters.tables import (
     ExperimentRow,
     ExposureRow,
     FeedbackRow,
+    VersionRow,
     utc_now,
 )
 
@@ -92,7 +93,7 @@ class ExperimentService:
             salt: Decides the assignment; random if not given, so that experiments are independent.
 
         Raises:
-            InvalidInputError: fewer than two arms, a name twice, or weights that don't add up.
+            InvalidInputError: fewer than two arms, a name twice, weights that don't add up, or a reward model.
             NotFoundError: no such alias or version.
             ConflictError: an experiment is running on the alias already.
         """
@@ -271,8 +272,14 @@ def _find_pinned(session: Session, alias: str, version: str) -> tuple[int, str]:
     statement = select(AliasVersionRow).where(AliasVersionRow.alias == alias)
     for row in session.scalars(statement):
         if row.number == name.number or (name.digest_prefix and row.digest.startswith(name.digest_prefix)):
+            _check_is_chat(session, f"{alias}@v{row.number}", row.digest)
             return row.number, row.digest
     raise NotFoundError(f"{alias!r} has no version {version!r}")
+
+
+def _check_is_chat(session: Session, label: str, digest: str) -> None:
+    if session.get_one(VersionRow, digest).kind == "reward":
+        raise InvalidInputError(f"{label} is a reward model, which answers nobody: it can't be an arm", param="arms")
 
 
 def _is_behind(row: ExperimentRow) -> ColumnElement[bool]:

@@ -12,6 +12,7 @@ import secrets
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import IO, Literal
 
@@ -19,17 +20,17 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from adapters.audit import record_act
-from adapters.chat_rows import check_chat_file
+from adapters.chat_rows import check_rows_file
 from adapters.database import Database, actor_of
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
 from adapters.records import Actor, StoredFile
 from adapters.tables import FileRow, JobRow, utc_now
 
-__all__ = ["ACTIVE_STATUSES", "RESULTS_PURPOSE", "TRAINING_PURPOSE", "FileService"]
+__all__ = ["ACTIVE_STATUSES", "RESULTS_PURPOSE", "TRAINING_PURPOSE", "FileService", "can_see_file"]
 
 TRAINING_PURPOSE = "fine-tune"
 RESULTS_PURPOSE = "fine-tune-results"
-ACTIVE_STATUSES = ("queued", "running", "paused")
+ACTIVE_STATUSES = ("validating_files", "queued", "running", "paused")
 _MAX_NAME_CHARS = 255
 _CHUNK_BYTES = 1 << 20
 _Order = Literal["asc", "desc"]
@@ -46,17 +47,18 @@ class FileService:
         self._incoming.mkdir(parents=True, exist_ok=True)
 
     def acting_for(self, actor: Actor) -> FileService:
-        """The same service on somebody's behalf: deletions bear the actor's name."""
+        """The same service on somebody's behalf: what `can_see_file` hides does not exist in it."""
         return FileService(self.database.acting_for(actor), self.root, max_bytes=self.max_bytes)
 
     def upload(self, content: IO[bytes], filename: str) -> StoredFile:
         """Check training data and keep it; of what is refused nothing stays.
 
         Raises:
-            DataError: a line is no chat row; all bad lines are counted, the first 20 named.
+            DataError: a line is no row of training data, or of another kind than the others; all bad lines are counted,
+                the first 20 named.
             InvalidInputError: the name can't be one, or the content is larger than `max_bytes`.
         """
-        with self._placed(content, _check_name(filename), TRAINING_PURPOSE, check_chat_file) as file:
+        with self._placed(content, _check_name(filename), TRAINING_PURPOSE, _find_kind) as file:
             with self.database.write() as session:
                 self.register(session, file)
             return file
@@ -68,8 +70,8 @@ class FileService:
             yield file
 
     @staticmethod
-    def register(session: Session, file: StoredFile) -> None:
-        """Make a file that was put on the disk known, in the caller's transaction."""
+    def register(session: Session, file: StoredFile, *, alias: str | None = None) -> None:
+        """Make a file that was put on the disk known, in the caller's transaction; `alias` is whose result it is."""
         session.add(
             FileRow(
                 id=file.id,
@@ -78,6 +80,9 @@ class FileService:
                 size_bytes=file.size_bytes,
                 sha256=file.sha256,
                 created_at=file.created_at,
+                kind=file.kind,
+                owner=actor_of(session).id,
+                alias=alias,
             )
         )
 
@@ -114,9 +119,10 @@ class FileService:
                 position = _find_after(session, after)
                 behind = FileRow.sequence < position if order == "desc" else FileRow.sequence > position
                 statement = statement.where(behind)
-            ordered = FileRow.sequence.desc() if order == "desc" else FileRow.sequence
-            rows = session.scalars(statement.order_by(ordered).limit(limit + 1)).all()
-        return [_to_file(row) for row in rows[:limit]], len(rows) > limit
+            ordered = statement.order_by(FileRow.sequence.desc() if order == "desc" else FileRow.sequence)
+            rows = session.scalars(ordered.execution_options(yield_per=100))
+            found = list(islice((_to_file(row) for row in rows if can_see_file(session, row)), limit + 1))
+        return found[:limit], len(found) > limit
 
     def delete(self, file_id: str) -> None:
         """Delete a file.
@@ -157,7 +163,7 @@ class FileService:
 
     @contextmanager
     def _placed(
-        self, content: IO[bytes], filename: str, purpose: str, check: Callable[[Path], object] | None = None
+        self, content: IO[bytes], filename: str, purpose: str, check: Callable[[Path], str] | None = None
     ) -> Iterator[StoredFile]:
         """Content under a new id, whole and synced; deleted again if the block fails, which has to register it."""
         file_id = f"file-{secrets.token_hex(12)}"
@@ -165,11 +171,10 @@ class FileService:
         with self._held():
             try:
                 size_bytes, sha256 = _write_synced(temporary, content, self.max_bytes)
-                if check is not None:
-                    check(temporary)
+                kind = check(temporary) if check is not None else None
                 os.rename(temporary, final)
                 _sync_folder(self.root)
-                yield StoredFile(file_id, filename, purpose, size_bytes, sha256, utc_now())
+                yield StoredFile(file_id, filename, purpose, size_bytes, sha256, utc_now(), kind)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 final.unlink(missing_ok=True)
@@ -184,6 +189,20 @@ class FileService:
 
     def _open_lock(self) -> IO[str]:
         return (self._incoming / ".lock").open("w")
+
+
+def can_see_file(session: Session, row: FileRow) -> bool:
+    """Whether a file exists as far as the session's actor is concerned.
+
+    One that is limited to aliases knows what it has uploaded itself, and the results of jobs for those aliases.
+    """
+    actor = actor_of(session)
+    is_own = row.owner == actor.id or (row.alias is not None and actor.can_see(row.alias))
+    return actor.aliases is None or is_own
+
+
+def _find_kind(path: Path) -> str:
+    return check_rows_file(path).kind
 
 
 def _check_name(filename: str) -> str:
@@ -224,16 +243,16 @@ def _sync_folder(folder: Path) -> None:
 
 def _find(session: Session, file_id: str) -> FileRow:
     row = session.scalar(select(FileRow).where(FileRow.id == file_id))
-    if row is None:
+    if row is None or not can_see_file(session, row):
         raise NotFoundError(f"there is no file {file_id[:80]!r}")
     return row
 
 
 def _find_after(session: Session, file_id: str) -> int:
-    position = session.scalar(select(FileRow.sequence).where(FileRow.id == file_id))
-    if position is None:
+    row = session.scalar(select(FileRow).where(FileRow.id == file_id))
+    if row is None or not can_see_file(session, row):
         raise InvalidInputError(f"after: there is no file {file_id[:80]!r}", param="after")
-    return position
+    return row.sequence
 
 
 def _job_that_needs(session: Session, file_id: str) -> JobRow | None:
@@ -242,4 +261,4 @@ def _job_that_needs(session: Session, file_id: str) -> JobRow | None:
 
 
 def _to_file(row: FileRow) -> StoredFile:
-    return StoredFile(row.id, row.filename, row.purpose, row.size_bytes, row.sha256, row.created_at)
+    return StoredFile(row.id, row.filename, row.purpose, row.size_bytes, row.sha256, row.created_at, row.kind)

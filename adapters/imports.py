@@ -25,12 +25,14 @@ from adapters.manifest import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
     MANIFEST_FILE,
+    REWARD_HEAD_FILE,
     BaseReference,
     Manifest,
     read_manifest,
 )
 from adapters.records import NumberedVersion, check_alias_name
 from adapters.registry import Registry
+from adapters.reward_head import parse_reward_head, read_reward_head_bytes
 from adapters.settings import CoreSettings
 
 __all__ = ["export_version", "import_folder"]
@@ -76,8 +78,8 @@ def import_folder(
 def _check(
     folder: Path, base: BaseReference, base_folder: Path, max_rank: int
 ) -> tuple[dict[str, bytearray], Manifest]:
-    """Read the two files once and check them; the manifest is the folder's own, or one made from what was found."""
-    from adapters.base_model import read_module_shapes
+    """Read each file once and check it; the manifest is the folder's own, or one made from what was found."""
+    from adapters.base_model import read_hidden_size, read_module_shapes
 
     shapes = read_module_shapes(base_folder)
     contents = {ADAPTER_CONFIG_FILE: read_config_bytes(folder)}
@@ -85,8 +87,13 @@ def _check(
     config.check_rank(max_rank)
     contents[ADAPTER_WEIGHTS_FILE] = read_weights_bytes(folder, config, shapes)
     weights = parse_adapter_weights(contents[ADAPTER_WEIGHTS_FILE], config, shapes)
+    is_reward_model = os.path.lexists(folder / REWARD_HEAD_FILE)
+    if is_reward_model:
+        contents[REWARD_HEAD_FILE] = read_reward_head_bytes(folder)
+        parse_reward_head(contents[REWARD_HEAD_FILE], read_hidden_size(base_folder))
     made = Manifest(
         source="imported",
+        kind="reward" if is_reward_model else "chat",
         base=base,
         rank=weights.rank,
         alpha=config.lora_alpha,
@@ -117,6 +124,9 @@ def _check_manifest(manifest: Manifest, made: Manifest, contents: dict[str, byte
                 f"{name} is not the file of its manifest (expected sha256 {expected}, found {found}); "
                 f"to import it as a new adapter, delete {MANIFEST_FILE} first"
             )
+    if manifest.kind != made.kind:
+        has = "is" if made.kind == "reward" else "is not"
+        raise AdapterManifestError(f"{MANIFEST_FILE} says kind {manifest.kind}, but {REWARD_HEAD_FILE} {has} there")
     if (manifest.rank, manifest.alpha) != (made.rank, made.alpha):
         raise AdapterManifestError(
             f"{MANIFEST_FILE} says rank {manifest.rank} and alpha {manifest.alpha:g}, "

@@ -10,12 +10,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapters.errors import IntegrityError
+from adapters.gate_report import GateReport
 from adapters.regular_files import read_regular
 
 __all__ = [
     "ADAPTER_CONFIG_FILE",
     "ADAPTER_WEIGHTS_FILE",
     "MANIFEST_FILE",
+    "REWARD_HEAD_FILE",
     "BaseReference",
     "DataReference",
     "FileReference",
@@ -29,8 +31,11 @@ __all__ = [
 MANIFEST_FILE = "manifest.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+REWARD_HEAD_FILE = "reward_head.safetensors"
 _CHUNK_BYTES = 1 << 20
 _MAX_MANIFEST_BYTES = 4 << 20
+# Fields that came later: a manifest without them keeps the bytes, and so the name, that it always had.
+_LATER_FIELDS = ("kind", "method", "parent", "gate")
 
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A name that stays in its folder: manifests come from elsewhere too.
@@ -66,7 +71,11 @@ class FileReference(_Strict):
 
 
 class Manifest(_Strict):
-    """Everything that is recorded about a version. It holds no clock time, so equal content has an equal name."""
+    """Everything that is recorded about a version. It holds no clock time, so equal content has an equal name.
+
+    A version of kind `reward` scores conversations: a `REWARD_HEAD_FILE` stands beside its adapter, and nobody can chat
+    with it. `parent` is the digest of the version that training went on from.
+    """
 
     format: Literal[1] = 1
     source: Literal["trained", "imported"]
@@ -80,10 +89,24 @@ class Manifest(_Strict):
     chat_template_sha256: str | None = None
     libraries: dict[str, str] = Field(default_factory=dict)
     files: dict[_FileName, FileReference] = Field(default_factory=dict)
+    kind: Literal["chat", "reward"] = "chat"
+    method: str | None = Field(None, max_length=32)
+    parent: _Sha256 | None = None
+    gate: GateReport | None = None
 
     def to_bytes(self) -> bytes:
         """The canonical JSON that is stored and hashed."""
-        return json.dumps(self.model_dump(), sort_keys=True, indent=1, ensure_ascii=False).encode()
+        document = self.model_dump()
+        for name in _LATER_FIELDS:
+            if document[name] == type(self).model_fields[name].default:
+                del document[name]
+        return json.dumps(document, sort_keys=True, indent=1, ensure_ascii=False).encode()
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """The files that a version of this kind has beside its manifest."""
+        files = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE)
+        return (*files, REWARD_HEAD_FILE) if self.kind == "reward" else files
 
     @property
     def digest(self) -> str:

@@ -26,6 +26,7 @@ __all__ = [
     "AuditAction",
     "AuditEntry",
     "Binding",
+    "CheckpointName",
     "Experiment",
     "Exposure",
     "Feedback",
@@ -39,7 +40,10 @@ __all__ = [
     "NumberedVersion",
     "Scope",
     "StoredFile",
+    "VersionKind",
     "check_alias_name",
+    "checkpoint_name",
+    "parse_checkpoint_name",
     "parse_model_name",
 ]
 
@@ -49,9 +53,14 @@ _ALIAS_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _NUMBER_PATTERN = re.compile(r"v([1-9][0-9]{0,8})")
 _DIGEST_PATTERN = re.compile(r"[0-9a-f]{8,64}")
 
-Route = Literal["base", "alias", "version", "experiment"]
+_CHECKPOINT_PATTERN = re.compile(r"([^:@]+):([0-9a-f]{12}):ckpt-step-([1-9][0-9]{0,8})")
+_JOB_PREFIX = "ftjob-"
+_JOB_ID_CHARS = 12
+
+Route = Literal["base", "alias", "version", "checkpoint", "experiment"]
+VersionKind = Literal["chat", "reward"]
 ChangeAction = Literal["publish", "promote", "rollback"]
-JobStatus = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
+JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Scope = Literal["chat", "feedback", "train", "adapters", "experiments", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 AuditAction = Literal[
@@ -69,13 +78,18 @@ AuditAction = Literal[
     "revoke_key",
     "create_job",
     "cancel_job",
+    "pause_job",
+    "resume_job",
     "delete_file",
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterVersion:
-    """Immutable LoRA weights and their manifest, named by the SHA-256 of their content."""
+    """Immutable LoRA weights and their manifest, named by the SHA-256 of their content.
+
+    One of kind `reward` scores answers and writes none.
+    """
 
     digest: str
     base_fingerprint: str
@@ -84,6 +98,7 @@ class AdapterVersion:
     source: str
     published_at: datetime
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    kind: VersionKind = "chat"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +170,13 @@ class Binding:
     number: int | None = None
     experiment_id: str | None = None
     arm: str | None = None
+    checkpoint: str | None = None
 
     @property
     def version_label(self) -> str:
-        """`alias@vN`, or `base`."""
+        """`alias@vN`, the name of a checkpoint, or `base`."""
+        if self.checkpoint is not None:
+            return self.checkpoint
         return self.alias if self.number is None else f"{self.alias}@v{self.number}"
 
 
@@ -190,7 +208,10 @@ class Feedback:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file that a client uploaded or a job made. `filename` is data: it is never part of a path."""
+    """A file that a client uploaded or a job made. `filename` is data: it is never part of a path.
+
+    `kind` says what the rows of training data are; results have none.
+    """
 
     id: str
     filename: str
@@ -198,6 +219,7 @@ class StoredFile:
     size_bytes: int
     sha256: str
     created_at: datetime
+    kind: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +233,12 @@ class JobError:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One training run. `method` is what the client asked for; `fine_tuned_model` is the label of what came of it."""
+    """One training run. `method` is what the client asked for; `fine_tuned_model` is the label of what came of it.
+
+    `model` is the base model's name, or the label of the version that training goes on from; `start_from` then names
+    that version by its digest, `legal@<digest>`. A job with a higher `priority` is trained earlier; `queue_position` is
+    its place among those that wait, from 1, and None for one that doesn't.
+    """
 
     id: str
     status: JobStatus
@@ -229,6 +256,10 @@ class Job:
     fine_tuned_model: str | None = None
     result_file: str | None = None
     error: JobError | None = None
+    start_from: str | None = None
+    priority: int = 0
+    queue_position: int | None = None
+    integrations: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,13 +276,18 @@ class JobEvent:
 
 @dataclass(frozen=True, slots=True)
 class JobCheckpoint:
-    """A state of a job at the end of a step, from which its training can go on."""
+    """A state of a job at the end of a step, from which its training can go on.
+
+    `name` is what `model` calls its adapter by, for as long as that `is_kept`.
+    """
 
     id: str
     job_id: str
     step: int
     created_at: datetime
     metrics: Mapping[str, float]
+    name: str
+    is_kept: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +358,15 @@ class ModelName:
     digest_prefix: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class CheckpointName:
+    """The parsed name of a checkpoint: of the job for `alias` whose id begins with `job_prefix`, after `step` steps."""
+
+    alias: str
+    job_prefix: str
+    step: int
+
+
 def check_alias_name(name: str) -> str:
     """Return `name` if it may be an alias.
 
@@ -337,6 +382,24 @@ def check_alias_name(name: str) -> str:
             param="alias",
         )
     return name
+
+
+def parse_checkpoint_name(name: str) -> CheckpointName | None:
+    """Split the name of a checkpoint into its parts; None for a name of any other kind.
+
+    Raises:
+        InvalidNameError: the alias breaks the grammar.
+    """
+    found = _CHECKPOINT_PATTERN.fullmatch(name)
+    if found is None:
+        return None
+    alias, job, step = found.groups()
+    return CheckpointName(check_alias_name(alias), f"{_JOB_PREFIX}{job}", int(step))
+
+
+def checkpoint_name(alias: str, job_id: str, step: int) -> str:
+    """What `model` calls the state of a job after a step: `legal:0f3c7a91b2de:ckpt-step-60`."""
+    return f"{alias}:{job_id.removeprefix(_JOB_PREFIX)[:_JOB_ID_CHARS]}:ckpt-step-{step}"
 
 
 def parse_model_name(name: str) -> ModelName:

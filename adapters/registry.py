@@ -16,8 +16,9 @@ from sqlalchemy.orm import Session
 
 from adapters.assignment import assign_arm
 from adapters.audit import record_act
+from adapters.checkpoint_adapters import check_not_needed, find_checkpoint_digest, is_checkpoint
 from adapters.database import Database, actor_of
-from adapters.errors import AliasForbiddenError, ConflictError, NotFoundError
+from adapters.errors import AliasForbiddenError, ConflictError, InvalidInputError, NotFoundError
 from adapters.experiments import find_running, load_arms
 from adapters.manifest import Manifest
 from adapters.records import (
@@ -31,12 +32,13 @@ from adapters.records import (
     ModelName,
     NumberedVersion,
     check_alias_name,
+    parse_checkpoint_name,
     parse_model_name,
 )
 from adapters.store import ArtifactStore
-from adapters.tables import AliasChangeRow, AliasRow, AliasVersionRow, PinRow, VersionRow, utc_now
+from adapters.tables import KIND_KEY, AliasChangeRow, AliasRow, AliasVersionRow, PinRow, VersionRow, utc_now
 
-__all__ = ["Registry", "find_version"]
+__all__ = ["Registry", "check_can_chat", "find_version"]
 
 _MAX_NAMES_SHOWN = 20
 
@@ -62,20 +64,22 @@ class Registry:
         manifest: Manifest,
         *,
         alias: str,
-        promote: bool = True,
+        promote: bool | Callable[[int | None], bool] = True,
         action: Literal["publish", "import"] = "publish",
         also: Callable[[Session, NumberedVersion], None] | None = None,
     ) -> tuple[NumberedVersion, bool]:
         """Store a checked adapter as the next version of `alias`, and move the alias to it.
 
-        The alias stays where it is when `promote` is False or an experiment is running on it; a first version is always
-        pointed to. Publishing content that the alias has already gives the same number again.
+        The alias stays where it is when `promote` is False or an experiment is running on it; a new alias then points
+        nowhere, and its versions are called by their own names. Publishing content that the alias has already gives
+        the same number again.
 
         Args:
             source: A folder in PEFT's layout.
             manifest: What to record about it.
             alias: The name to publish under.
-            promote: Whether to move the alias.
+            promote: Whether to move the alias; a function is asked in the transaction, with the number that the alias
+                points to by then, None if it points nowhere.
             action: What the audit log calls it.
             also: Writes further rows in the same transaction; if it raises, nothing is registered.
 
@@ -95,7 +99,8 @@ class Registry:
                     session.add(_version_row(digest, size_bytes, manifest))
                 number = _number_of(session, alias, digest) or _append_version(session, alias, digest)
                 row = session.get_one(AliasRow, alias)
-                if row.number is None or (promote and find_running(session, alias) is None):
+                may_move = promote(row.number) if callable(promote) else promote
+                if may_move and find_running(session, alias) is None:
                     _move(session, row, number, "publish")
                 published, is_live = _load_numbered(session, alias, number), row.number == number
                 record_act(session, action, published.label, digest=digest, is_live=is_live)
@@ -148,7 +153,8 @@ class Registry:
 
         Raises:
             NotFoundError: no such alias or version.
-            ConflictError: the alias points to the version, or an experiment is running on the alias.
+            ConflictError: the alias points to the version, an experiment is running on the alias, or a job that is not
+                at its end goes on from a version.
         """
         parsed = parse_model_name(name)
         # Alone: a publisher of equal content must not find the files between the commit and their deletion.
@@ -166,27 +172,33 @@ class Registry:
         """Bind a request to what will answer it, to its last token.
 
         Args:
-            model: `base`, an alias, `alias@vN` or `alias@<digest>`.
+            model: `base`, an alias, `alias@vN`, `alias@<digest>`, or the name of a job's checkpoint.
             unit: The key that experiments split by.
 
         Raises:
             InvalidNameError: the name breaks the grammar.
             NotFoundError: no such alias or version.
+            InvalidInputError: the version is a reward model.
         """
         if model == BASE_MODEL_NAME and self.database.actor.can_see(model):
             return Binding(BASE_MODEL_NAME, "base")
         with self.database.read() as session:
             if model == BASE_MODEL_NAME:
                 raise _absent(session, model)
+            if checkpoint := parse_checkpoint_name(model):
+                digest = find_checkpoint_digest(session, checkpoint)
+                return Binding(checkpoint.alias, "checkpoint", digest, checkpoint=model)
             parsed = parse_model_name(model)
             if parsed.number is not None or parsed.digest_prefix is not None:
                 found = find_version(session, parsed)
+                check_can_chat(found)
                 return Binding(parsed.alias, "version", found.version.digest, found.number)
             _get_alias(session, parsed.alias)  # an experiment must not answer for an alias that the actor can't see
             if experiment := find_running(session, parsed.alias):
                 arm = assign_arm(load_arms(session, experiment.id), experiment.salt, unit)
                 return Binding(parsed.alias, "experiment", arm.digest, arm.number, experiment.id, arm.name)
             current = find_version(session, parsed)
+            check_can_chat(current)
             return Binding(parsed.alias, "alias", current.version.digest, current.number)
 
     def find(self, name: str) -> NumberedVersion:
@@ -200,11 +212,18 @@ class Registry:
             names = _alias_names(session, after=after, limit=limit)
             return [_load_alias(session, name) for name in names]
 
+    def unpromoted(self) -> list[str]:
+        """Names with versions of which none has been promoted: they point nowhere."""
+        with self.database.read() as session:
+            has_version = select(AliasVersionRow.alias).where(AliasVersionRow.alias == AliasRow.name).exists()
+            names = session.scalars(select(AliasRow.name).where(AliasRow.number.is_(None), has_version))
+            return sorted(name for name in names if actor_of(session).can_see(name))
+
     def alias(self, name: str) -> Alias:
         """One alias.
 
         Raises:
-            NotFoundError: no such alias.
+            NotFoundError: no such alias, or it points nowhere.
         """
         with self.database.read() as session:
             return _load_alias(session, name)
@@ -224,6 +243,20 @@ class Registry:
             is_seen = actor_of(session).can_see(alias)
             rows = _changes(session, alias, after=after, limit=limit) if is_seen else []
             return [AliasChange(r.alias, _action(r), r.from_number, r.to_number, r.changed_at) for r in rows]
+
+
+def check_can_chat(found: NumberedVersion) -> None:
+    """Refuse a version that writes no answers.
+
+    Raises:
+        InvalidInputError: it is a reward model.
+    """
+    if found.version.kind == "reward":
+        raise InvalidInputError(
+            f"{found.label} is a reward model: it scores answers for training and writes none; use it as the reward of "
+            "hotswap train --method rloo or grpo",
+            param="model",
+        )
 
 
 def _append_version(session: Session, alias: str, digest: str) -> int:
@@ -278,6 +311,7 @@ def _detach(session: Session, name: ModelName) -> list[NumberedVersion]:
 
 def _drop_versions(session: Session, targets: list[NumberedVersion]) -> list[str]:
     for target in targets:
+        check_not_needed(session, target)
         session.delete(session.get_one(AliasVersionRow, (target.alias, target.number)))
         session.execute(delete(PinRow).where(PinRow.alias == target.alias, PinRow.number == target.number))
     session.flush()
@@ -285,7 +319,8 @@ def _drop_versions(session: Session, targets: list[NumberedVersion]) -> list[str
     for digest in {target.version.digest for target in targets}:
         if session.scalar(select(func.count()).where(AliasVersionRow.digest == digest)) == 0:
             session.delete(session.get_one(VersionRow, digest))
-            orphans.append(digest)
+            if not is_checkpoint(session, digest):
+                orphans.append(digest)
     return orphans
 
 
@@ -297,8 +332,11 @@ def _movable_alias(session: Session, alias: str) -> AliasRow:
 
 
 def _get_alias(session: Session, alias: str) -> AliasRow:
+    """An alias that points somewhere, or has versions that nobody has promoted yet."""
     row = session.get(AliasRow, alias)
-    if row is None or row.number is None or not actor_of(session).can_see(alias):
+    if row is None or not actor_of(session).can_see(alias):
+        raise _absent(session, alias)
+    if row.number is None and not _list_versions(session, alias, limit=1):
         raise _absent(session, alias)
     return row
 
@@ -311,7 +349,11 @@ def _absent(session: Session, alias: str) -> NotFoundError:
 
 
 def _pointed_to(row: AliasRow) -> int:
-    assert row.number is not None, "_get_alias lets no removed alias through"
+    if row.number is None:
+        label = f"{row.name}@v{row.last_number}"
+        raise NotFoundError(
+            f"no version of {row.name!r} has been promoted; call one by its name, or promote it: {label}"
+        )
     return row.number
 
 
@@ -392,7 +434,7 @@ def _version_row(digest: str, size_bytes: int, manifest: Manifest) -> VersionRow
         size_bytes=size_bytes,
         source=manifest.source,
         published_at=utc_now(),
-        metrics=manifest.metrics,
+        metrics=manifest.metrics if manifest.kind == "chat" else manifest.metrics | {KIND_KEY: manifest.kind},
     )
 
 
@@ -404,5 +446,6 @@ def _to_version(row: VersionRow) -> AdapterVersion:
         size_bytes=row.size_bytes,
         source=row.source,
         published_at=row.published_at,
-        metrics=row.metrics,
+        metrics={name: value for name, value in row.metrics.items() if name != KIND_KEY},
+        kind=row.kind,
     )

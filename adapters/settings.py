@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from adapters.errors import ConfigurationError
 
-__all__ = ["CONFIG_FILE_NAME", "CoreSettings", "SettingsSection", "resolve_home"]
+__all__ = ["CONFIG_FILE_NAME", "CoreSettings", "SettingsSection", "resolve_home", "split_names"]
 
 CONFIG_FILE_NAME = "hotswap.toml"
 _TABLES = ("serve", "train")  # the sections of other packages; any other table is an unknown key
@@ -25,6 +26,17 @@ def resolve_home(flag: Path | None = None) -> Path:
     """Return the absolute home folder: the flag, else `HOTSWAP_HOME`, else `~/.hotswap`. Creates nothing."""
     chosen = flag or Path(os.environ.get("HOTSWAP_HOME") or "~/.hotswap")
     return chosen.expanduser().absolute()
+
+
+def split_names(value: Any) -> Any:
+    """Names as a tuple, each once, from a list or from text with commas or spaces between them.
+
+    An environment variable has no lists. What is neither is given back for the section to refuse.
+    """
+    given = [value] if isinstance(value, str) else value
+    if not isinstance(given, list | tuple) or not all(isinstance(item, str) for item in given):
+        return value
+    return tuple(dict.fromkeys(name for item in given for name in item.replace(",", " ").split()))
 
 
 class SettingsSection(BaseSettings):
@@ -105,9 +117,15 @@ def _read_table(home: Path, table: str | None) -> dict[str, Any]:
 
 
 def _describe(error: ValidationError, table: str | None) -> str:
+    # What depends on a value that is wrong has no default: that follows from the first error.
+    details = [detail for detail in error.errors() if detail["type"] != "default_factory_not_called"]
+    return "; ".join(_describe_one(detail, table) for detail in details)
+
+
+def _describe_one(detail: ErrorDetails, table: str | None) -> str:
+    message = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
+    if not detail["loc"]:  # several settings don't go together; the message names them
+        return f"settings of {table}: {message}" if table else message
     prefix = f"{table}." if table else ""
-    return "; ".join(
-        f"setting {prefix}{'.'.join(str(part) for part in detail['loc'])}: {detail['msg']}"
-        + ("" if detail["type"] == "extra_forbidden" else f", found {detail['input']!r}")
-        for detail in error.errors()
-    )
+    found = "" if detail["type"] == "extra_forbidden" else f", found {detail['input']!r}"
+    return f"setting {prefix}{'.'.join(str(part) for part in detail['loc'])}: {message}{found}"

@@ -19,8 +19,6 @@ from typing import IO
 
 from adapters.errors import AdapterRejectedError, IntegrityError, NotFoundError
 from adapters.manifest import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_WEIGHTS_FILE,
     MANIFEST_FILE,
     FileReference,
     Manifest,
@@ -56,10 +54,10 @@ class ArtifactStore:
         return self.root / digest
 
     def add(self, source: Path, manifest: Manifest) -> tuple[str, int]:
-        """Copy an adapter's two files in, with its manifest, in one atomic step. Adding equal content again is fine.
+        """Copy an adapter's files in, with its manifest, in one atomic step. Adding equal content again is fine.
 
         Args:
-            source: A folder in PEFT's layout; only the config and the safetensors file are taken.
+            source: A folder in PEFT's layout; only the config and the safetensors files of its kind are taken.
             manifest: What to record; its `files` are filled in here.
 
         Returns:
@@ -71,11 +69,15 @@ class ArtifactStore:
         with self.held():
             temporary = self._incoming / uuid.uuid4().hex
             temporary.mkdir()
-            files = {name: _copy(source / name, temporary) for name in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE)}
-            complete = manifest.model_copy(update={"files": files})
-            _write_synced(temporary / MANIFEST_FILE, complete.to_bytes())
-            _sync_folder(temporary)
-            self._move_into_place(temporary, complete.digest)
+            try:
+                files = {name: _copy(source / name, temporary) for name in manifest.file_names}
+                complete = manifest.model_copy(update={"files": files})
+                _write_synced(temporary / MANIFEST_FILE, complete.to_bytes())
+                _sync_folder(temporary)
+                self._move_into_place(temporary, complete.digest)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, what is half written is in the way
+                raise
         return complete.digest, sum(file.size_bytes for file in files.values())
 
     def verify(self, digest: str) -> Manifest:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     DateTime,
     Dialect,
     Float,
@@ -17,10 +18,12 @@ from sqlalchemy import (
     String,
     TypeDecorator,
     text,
+    true,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 __all__ = [
+    "KIND_KEY",
     "AliasChangeRow",
     "AliasRow",
     "AliasVersionRow",
@@ -39,6 +42,8 @@ __all__ = [
     "VersionRow",
     "utc_now",
 ]
+
+KIND_KEY = "kind"
 
 
 def utc_now() -> datetime:
@@ -72,6 +77,11 @@ class VersionRow(Table):
     source: Mapped[str] = mapped_column(String(16))
     published_at: Mapped[datetime] = mapped_column(UtcDateTime)
     metrics: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+    @property
+    def kind(self) -> Literal["chat", "reward"]:
+        """Kept among the metrics of a version that is not for chat; no metric is called so."""
+        return "reward" if self.metrics.get(KIND_KEY) == "reward" else "chat"
 
 
 class AliasVersionRow(Table):
@@ -225,15 +235,21 @@ class FileRow(Table):
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str] = mapped_column(String(64))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    kind: Mapped[str | None] = mapped_column(String(16))
+    owner: Mapped[str | None] = mapped_column(String(64))
+    alias: Mapped[str | None] = mapped_column(String(63))
 
 
 class JobRow(Table):
     """One training run. Clients write `status` (cancel, pause, resume), the holder of `claim` writes the rest.
 
-    `claim` names one attempt; it is held until `lease_until`, which its holder keeps moving on.
+    `claim` names one attempt, on `device`; it is held until `lease_until`, which its holder keeps moving on.
+    `request_key` is what the client `owner` called its request by, so that the same request makes one job alone;
+    `request_sha256` is what it asked for.
     """
 
     __tablename__ = "jobs"
+    __table_args__ = (Index("one_job_per_request", "owner", "request_key", unique=True),)
     sequence: Mapped[int] = mapped_column(Integer, primary_key=True)
     id: Mapped[str] = mapped_column(String(40), unique=True)
     status: Mapped[str] = mapped_column(String(20), index=True)
@@ -254,6 +270,14 @@ class JobRow(Table):
     claim: Mapped[str | None] = mapped_column(String(40))
     lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
     num_attempts: Mapped[int] = mapped_column(Integer)
+    device: Mapped[str | None] = mapped_column(String(120))
+    is_validated: Mapped[bool] = mapped_column(Boolean, server_default=true())
+    priority: Mapped[int] = mapped_column(Integer, server_default="0")
+    start_from: Mapped[str | None] = mapped_column(String(130))
+    integrations: Mapped[list[dict[str, Any]]] = mapped_column(JSON, server_default="[]")
+    owner: Mapped[str | None] = mapped_column(String(64))
+    request_key: Mapped[str | None] = mapped_column(String(255))
+    request_sha256: Mapped[str | None] = mapped_column(String(64))
 
 
 class JobEventRow(Table):
@@ -271,7 +295,10 @@ class JobEventRow(Table):
 
 
 class JobCheckpointRow(Table):
-    """A state of a job that training can go on from; its files lie in the job's folder under the step."""
+    """A state of a job that training can go on from; its files lie in the job's folder under the step.
+
+    `digest` is its adapter in the store, for as long as that is kept; such a version has no number.
+    """
 
     __tablename__ = "job_checkpoints"
     sequence: Mapped[int] = mapped_column(Integer, primary_key=True)
@@ -280,3 +307,4 @@ class JobCheckpointRow(Table):
     step: Mapped[int] = mapped_column(Integer)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     metrics: Mapped[dict[str, float]] = mapped_column(JSON)
+    digest: Mapped[str | None] = mapped_column(String(64), index=True)

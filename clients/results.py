@@ -74,6 +74,7 @@ class Version(_Record):
     rank: int
     size_bytes: int
     source: str
+    kind: str
     published_at: Moment
     metrics: dict[str, Any]
     residency: Residency | None

@@ -26,6 +26,7 @@ from adapters.files import FileService
 from adapters.jobs import JobService
 from adapters.keys import KeyService
 from adapters.pins import PinService
+from adapters.process_log import configure_log
 from adapters.registry import Registry
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
@@ -42,7 +43,7 @@ from server.fine_tuning import FineTuningService
 from server.job_supervisor import SupervisorProcess
 from server.limits import BodyLimitMiddleware, larger_bodies
 from server.metrics import Metrics
-from server.observe import RequestIdMiddleware, configure_logging
+from server.observe import RequestIdMiddleware
 from server.openapi import describe_api
 from server.pins import PinKeeper
 from server.routes import router
@@ -64,7 +65,7 @@ def serve(core: CoreSettings, settings: ServeSettings, build: EngineBuilder = bu
         BaseModelError: the base model can't be fetched or is not supported.
         ConfigurationError: a pinned alias does not exist, or others could reach the server and there are no API keys.
     """
-    configure_logging(settings.log_level)
+    configure_log(settings.log_level)
     _check_bind(core, settings)
     settings = _fit_base(settings, pull_base(core.base, core.home))
     ArtifactStore(core.home / "store").sweep()

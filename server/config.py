@@ -12,7 +12,7 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 
 from adapters.errors import ConfigurationError
 from adapters.records import ApiKey
-from adapters.settings import SettingsSection
+from adapters.settings import SettingsSection, split_names
 
 __all__ = ["ServeSettings", "check_bind"]
 
@@ -86,6 +86,13 @@ class ServeSettings(SettingsSection):
     )
     jobs: bool = Field(True, description="Train fine-tuning jobs beside serving, one at a time.")
     job_threads: int = Field(1, ge=1, le=1024, description="Processor threads of a job, which runs at low priority.")
+    job_share: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Part of the time in which a job computes while answers are written; 1: jobs never give way.",
+    )
     max_queued_jobs: int = Field(
         100, ge=1, le=10_000, description="Fine-tuning jobs that wait before new ones get 429."
     )
@@ -98,11 +105,7 @@ class ServeSettings(SettingsSection):
     @field_validator("pinned", mode="before")
     @classmethod
     def _split_names(cls, value: Any) -> Any:
-        """Names come as a list, or as text with commas or spaces between them: an environment variable has no lists."""
-        given = [value] if isinstance(value, str) else value
-        if not isinstance(given, list | tuple) or not all(isinstance(item, str) for item in given):
-            return value
-        return tuple(dict.fromkeys(name for item in given for name in item.replace(",", " ").split()))
+        return split_names(value)
 
     @model_validator(mode="after")
     def _check_pins(self) -> Self:

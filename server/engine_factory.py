@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from adapters.adapter_files import AdapterWeights, parse_adapter_config, parse_adapter_weights
 from adapters.base_model import LoadedBase, load_base
 from adapters.database import open_database
-from adapters.errors import ConfigurationError, FingerprintMismatchError, IntegrityError
+from adapters.errors import AdapterConfigError, ConfigurationError, FingerprintMismatchError, IntegrityError
 from adapters.manifest import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from adapters.registry import Registry
 from adapters.settings import CoreSettings
@@ -111,6 +111,8 @@ def make_weights_reader(
         manifest, files = store.read(digest)
         if manifest.base.fingerprint != base.reference.fingerprint:
             raise FingerprintMismatchError(adapter=manifest.base.fingerprint, base=base.reference.fingerprint)
+        if manifest.kind != "chat":
+            raise AdapterConfigError(f"version {digest} is a {manifest.kind} model, which writes no answers")
         if missing := {ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE} - files.keys():
             raise IntegrityError(f"the manifest of version {digest} does not name {min(missing)}")
         config = parse_adapter_config(files[ADAPTER_CONFIG_FILE])

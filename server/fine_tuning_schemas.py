@@ -12,10 +12,13 @@ from adapters.records import Job, JobCheckpoint, JobEvent, StoredFile
 __all__ = [
     "CheckpointsQuery",
     "CreateJobRequest",
+    "DpoHyperparameters",
     "EventsQuery",
     "FilesQuery",
     "Hyperparameters",
     "JobsQuery",
+    "RewardedHyperparameters",
+    "SupervisedHyperparameters",
     "checkpoint_body",
     "event_body",
     "file_body",
@@ -27,7 +30,11 @@ _Auto = Literal["auto"]
 _Id = Annotated[str, StringConstraints(min_length=1, max_length=80)]
 _Key = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 _Value = Annotated[str, StringConstraints(max_length=512)]
+_Name = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+_Tag = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^,]*$")]
+_ModuleName = Annotated[str, StringConstraints(pattern=r"^\w+(\.\w+)*$", max_length=200)]
 _MAX_STEPS = 10_000_000
+_VERSION_NAME = r"^[a-z0-9][a-z0-9._-]{0,62}@v[1-9][0-9]{0,8}$"
 
 
 class _Wire(BaseModel):
@@ -35,31 +42,79 @@ class _Wire(BaseModel):
 
 
 class Hyperparameters(_Wire):
-    """Those of the wire, and the knobs of `hotswap train`; "auto" or None is what the server is set to.
+    """Those that every method has: the wire's, and knobs of `hotswap train`.
 
-    `checkpoint_steps` is the distance between two checkpoints; without it there is one at the end of each epoch.
+    "auto" or None is what the server is set to. `checkpoint_steps` is the distance between two checkpoints; without it
+    there is one at the end of each epoch.
     """
 
     n_epochs: Annotated[int, Field(strict=True, ge=1, le=1000)] | _Auto = "auto"
     batch_size: Annotated[int, Field(strict=True, ge=1, le=1024)] | _Auto = "auto"
     learning_rate_multiplier: Annotated[float, Field(strict=True, gt=0, le=1000, allow_inf_nan=False)] | _Auto = "auto"
     learning_rate: float | None = Field(None, strict=True, gt=0, le=1)
+    schedule: Literal["cosine", "linear", "constant"] | None = None
     max_steps: int | None = Field(None, strict=True, ge=1, le=_MAX_STEPS)
     gradient_accumulation: int | None = Field(None, strict=True, ge=1, le=1024)
     warmup_steps: int | None = Field(None, strict=True, ge=0, le=1_000_000)
     weight_decay: float | None = Field(None, strict=True, ge=0, le=1)
     rank: int | None = Field(None, strict=True, ge=1, le=256)
     alpha: float | None = Field(None, strict=True, gt=0, le=4096)
+    rslora: StrictBool | None = None
     dropout: float | None = Field(None, strict=True, ge=0, lt=1)
+    targets: Annotated[list[_ModuleName], Field(max_length=200)] | None = None
+    init: Literal["default", "gaussian", "loftq"] | None = None
     max_length: int | None = Field(None, strict=True, ge=8, le=131_072)
     gradient_checkpointing: StrictBool | None = None
+    eval_steps: int | None = Field(None, strict=True, ge=1, le=_MAX_STEPS)
+    patience: int | None = Field(None, strict=True, ge=1, le=1000)
+    promote: Literal["always", "gate", "never"] | None = None
     checkpoint_steps: int | None = Field(None, strict=True, ge=1, le=_MAX_STEPS)
+
+
+class SupervisedHyperparameters(Hyperparameters):
+    """Of supervised fine-tuning."""
+
+    neftune: float | None = Field(None, strict=True, gt=0, le=100)
+
+
+class DpoHyperparameters(Hyperparameters):
+    """Of methods that hold the model to a reference: the version that it starts from, or the base model."""
+
+    beta: Annotated[float, Field(strict=True, gt=0, le=2, allow_inf_nan=False)] | _Auto = "auto"
+    reference: Literal["base", "start"] | None = None
+
+
+class RewardedHyperparameters(DpoHyperparameters):
+    """Of reinforcement by a reward version. A function is for the command line alone: no program comes by this way."""
+
+    reward: Annotated[str, StringConstraints(pattern=_VERSION_NAME, max_length=80)]
+    generations: int | None = Field(None, strict=True, ge=2, le=64)
+    max_answer_tokens: int | None = Field(None, strict=True, ge=1, le=4096)
+    temperature: float | None = Field(None, strict=True, gt=0, le=2)
 
 
 class SupervisedMethod(_Wire):
     """Supervised fine-tuning."""
 
+    hyperparameters: SupervisedHyperparameters = SupervisedHyperparameters()
+
+
+class DpoMethod(_Wire):
+    """Direct preference optimisation, or KTO on labelled answers."""
+
+    hyperparameters: DpoHyperparameters = DpoHyperparameters()
+
+
+class RewardMethod(_Wire):
+    """A reward version from preferences."""
+
     hyperparameters: Hyperparameters = Hyperparameters()
+
+
+class RewardedMethod(_Wire):
+    """Reinforcement by a reward version."""
+
+    hyperparameters: RewardedHyperparameters
 
 
 class Method(_Wire):
@@ -67,8 +122,28 @@ class Method(_Wire):
 
     type: Annotated[str, StringConstraints(max_length=40)]
     supervised: SupervisedMethod | None = None
-    dpo: dict[str, Any] | None = None
+    dpo: DpoMethod | None = None
+    kto: DpoMethod | None = None
+    reward: RewardMethod | None = None
+    rloo: RewardedMethod | None = None
+    grpo: RewardedMethod | None = None
     reinforcement: dict[str, Any] | None = None
+
+
+class WandbIntegration(_Wire):
+    """Where Weights & Biases shows the run."""
+
+    project: _Name
+    name: _Name | None = None
+    entity: _Name | None = None
+    tags: Annotated[list[_Tag], Field(max_length=16)] | None = None
+
+
+class Integration(_Wire):
+    """A service that is told how the run goes on."""
+
+    type: Literal["wandb"]
+    wandb: WandbIntegration
 
 
 class CreateJobRequest(_Wire):
@@ -78,11 +153,12 @@ class CreateJobRequest(_Wire):
     training_file: _Id
     validation_file: _Id | None = None
     method: Method | None = None
-    hyperparameters: Hyperparameters | None = None
+    hyperparameters: SupervisedHyperparameters | None = None
     suffix: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
     seed: int | None = Field(None, strict=True, ge=0, le=2**32 - 1)
     metadata: Annotated[dict[_Key, _Value], Field(max_length=16)] | None = None
-    integrations: Annotated[list[Any], Field(max_length=5)] | None = None
+    integrations: Annotated[list[Integration], Field(max_length=1)] | None = None
+    priority: int = Field(0, strict=True, ge=-100, le=100)
 
 
 class FilesQuery(_Wire):
@@ -160,7 +236,9 @@ def job_body(job: Job) -> dict[str, Any]:
         "method": job.method,
         "seed": job.seed,
         "metadata": job.metadata,
-        "integrations": [],
+        "integrations": [dict(integration) for integration in job.integrations],
+        "priority": job.priority,
+        "queue_position": job.queue_position,
     }
 
 
@@ -178,15 +256,16 @@ def event_body(event: JobEvent) -> dict[str, Any]:
 
 
 def checkpoint_body(checkpoint: JobCheckpoint) -> dict[str, Any]:
-    """A checkpoint. It can be gone on from, not called: the name in `fine_tuned_model_checkpoint` is its id."""
+    """A checkpoint; `model` of a chat request knows the name in `fine_tuned_model_checkpoint` while it `is_kept`."""
     return {
         "id": checkpoint.id,
         "object": "fine_tuning.job.checkpoint",
         "created_at": int(checkpoint.created_at.timestamp()),
-        "fine_tuned_model_checkpoint": checkpoint.id,
+        "fine_tuned_model_checkpoint": checkpoint.name,
         "fine_tuning_job_id": checkpoint.job_id,
         "step_number": checkpoint.step,
         "metrics": {"step": checkpoint.step, **checkpoint.metrics},
+        "is_kept": checkpoint.is_kept,
     }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import structlog
 
+from adapters.process_log import log_environment
 from adapters.processes import child_environment
 from adapters.settings import CoreSettings
 from server.config import ServeSettings
@@ -40,7 +41,8 @@ class SupervisorProcess:
         command: Sequence[str] = _COMMAND,
     ) -> None:
         threads = {"OMP_NUM_THREADS": str(settings.job_threads), "TOKENIZERS_PARALLELISM": "false"}
-        self._environment = os.environ | core.environment | threads
+        share = {"HOTSWAP_JOB_SHARE": str(settings.job_share)}  # read by `training/giving_way.py`
+        self._environment = os.environ | core.environment | threads | share | log_environment(settings.log_level)
         self._command = list(command)
         self._stopping = stopping
         self._thread = threading.Thread(target=self._keep_running, name="job-supervisor", daemon=True)

@@ -1,16 +1,14 @@
-"""Request ids and logs: what an operator needs to follow one request."""
+"""Request ids: what an operator needs to follow one request through the log."""
 
 from __future__ import annotations
 
-import logging
 import secrets
-import sys
 
 import structlog
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["RequestIdMiddleware", "configure_logging", "request_id_of"]
+__all__ = ["RequestIdMiddleware", "request_id_of"]
 
 _STATE_KEY = "hotswap_request_id"
 
@@ -42,18 +40,3 @@ class RequestIdMiddleware:
 def request_id_of(scope: Scope) -> str:
     """The id that the middleware gave, without its prefix."""
     return str(scope["state"][_STATE_KEY])
-
-
-def configure_logging(level: str) -> None:
-    """Log key-value lines to standard error, one an event; for this process."""
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"]),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )

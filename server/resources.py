@@ -11,6 +11,7 @@ from fastapi import Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters.manifest import Manifest
+from adapters.records import VersionKind
 
 __all__ = [
     "ALIAS_PATTERN",
@@ -143,6 +144,7 @@ class VersionObject(BaseModel):
     rank: int
     size_bytes: int
     source: str
+    kind: VersionKind = Field(description="chat, or reward: it scores answers for training and writes none.")
     published_at: int
     metrics: dict[str, Any]
     residency: ResidencyObject | None = Field(description="Null while there is no engine.")

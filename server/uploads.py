@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from adapters.errors import DeadlineExceededError, InvalidInputError, InvalidNameError, OverloadedError
 from adapters.imports import import_folder
-from adapters.manifest import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, MANIFEST_FILE
+from adapters.manifest import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, MANIFEST_FILE, REWARD_HEAD_FILE
 from adapters.records import NumberedVersion, check_alias_name
 from adapters.registry import Registry
 from adapters.settings import CoreSettings
@@ -30,6 +30,7 @@ FILE_PARTS = {
     "adapter_config": ADAPTER_CONFIG_FILE,
     "adapter_model": ADAPTER_WEIGHTS_FILE,
     "manifest": MANIFEST_FILE,
+    "reward_head": REWARD_HEAD_FILE,
 }
 _REQUIRED_PARTS = ("alias", "adapter_config", "adapter_model")
 _FIELD_PARTS = frozenset({"alias", "promote"})

@@ -13,16 +13,18 @@ from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 from pydantic import BaseModel
 
+from adapters.chat_rows import ChatRow
 from adapters.records import SCOPES
 from adapters.settings import CoreSettings, SettingsSection
 from clients.cli.main import app
 from server.auth import read_access
 from server.completion_schemas import CompletionRequest
 from server.config import ServeSettings
-from server.fine_tuning_schemas import CreateJobRequest, Hyperparameters
+from server.fine_tuning_schemas import CreateJobRequest, RewardedHyperparameters, SupervisedHyperparameters
 from server.routes import adapters, experiments, router
 from server.schemas import ChatRequest
 from training.config import TrainSettings
+from training.recognise import SHAPES, TARGETS
 
 _ROOT = Path(__file__).resolve().parents[1]
 _SECTIONS: list[type[SettingsSection]] = [CoreSettings, TrainSettings, ServeSettings]
@@ -81,7 +83,9 @@ def test_every_field_of_the_hosted_api_is_decided_when_compared() -> None:
         assert [name for name in ours.unsupported if f"`{name}`" not in refused] == []
 
 
-@pytest.mark.parametrize(("model", "least"), [(CreateJobRequest, 9), (Hyperparameters, 14)])
+@pytest.mark.parametrize(
+    ("model", "least"), [(CreateJobRequest, 10), (SupervisedHyperparameters, 20), (RewardedHyperparameters, 22)]
+)
 def test_fine_tuning_page_has_a_row_for_every_field_when_compared(model: type[BaseModel], least: int) -> None:
     """What a job may be asked for, and each hyperparameter with its numeric bounds."""
     rows = [line for line in (_ROOT / "docs/fine-tuning.md").read_text().splitlines() if line.startswith("| `")]
@@ -153,7 +157,7 @@ def test_architecture_names_files_that_exist_when_followed() -> None:
 
 def test_example_data_keeps_to_its_house_style_when_read() -> None:
     """Each domain can be told by its form, and has the promised number of rows."""
-    from training.formats import read_chat_dataset
+    from training.formats import read_dataset
 
     forms = {
         "legal": r"^Clause: .*This is general information, not legal advice\.$",
@@ -162,7 +166,19 @@ def test_example_data_keeps_to_its_house_style_when_read() -> None:
     }
     for domain, form in forms.items():
         for part, least in (("train", 120), ("valid", 30)):
-            rows = read_chat_dataset(_ROOT / f"examples/{domain}.{part}.jsonl").rows
+            rows = read_dataset(_ROOT / f"examples/{domain}.{part}.jsonl").rows
             assert len(rows) >= least
-            answers = [m["content"] for row in rows for m in row.messages if m["role"] == "assistant"]
+            chats = [numbered.row for numbered in rows if isinstance(numbered.row, ChatRow)]
+            answers = [m["content"] for row in chats for m in row.messages if m["role"] == "assistant"]
+            assert len(answers) >= least
             assert [answer for answer in answers if not re.search(form, answer, re.DOTALL)] == []
+
+
+def test_data_page_has_an_example_for_every_shape_when_compared() -> None:
+    """Each shape's columns stand in the table of shapes, each target in that of mappings."""
+    page = (_ROOT / "docs/data.md").read_text()
+    shapes, mappings = page[page.index("## Shapes") :].split("| targets |")
+    assert len(SHAPES) >= 20
+    columns = {column for shape in SHAPES for column in shape.columns.values()}
+    assert [name for name in sorted(columns) if f"`{name}`" not in shapes and f'"{name}"' not in shapes] == []
+    assert [target for target in TARGETS if f"`{target}`" not in mappings] == []

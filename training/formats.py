@@ -1,60 +1,175 @@
-"""Reads training data: one JSON object a line, `{"messages": [{"role": ..., "content": ...}, ...]}`.
+"""Reads training data of any known shape into rows of one kind.
 
 Every problem is named by file, line and field, before any model is loaded.
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.chat_rows import MAX_PROBLEMS_SHOWN, parse_chat_line
-from adapters.errors import DataError
+from adapters.chat_rows import EXPECTED_ROW, MAX_PROBLEMS_SHOWN, Row, RowKind, parse_document, row_document
+from adapters.errors import ConflictError, DataError
+from training.readers import RawRow, read_table
+from training.recognise import Shape, choose_shape
 
-__all__ = ["ChatDataset", "ChatRow", "read_chat_dataset"]
+__all__ = ["Dataset", "NumberedRow", "ReadOptions", "ReadRows", "read_dataset", "read_rows", "write_dataset"]
 
 
 @dataclass(frozen=True, slots=True)
-class ChatRow:
-    """One conversation and the line that it came from."""
+class NumberedRow:
+    """One row, and the line that it came from; of a source without lines, its number from 1."""
 
     line: int
-    messages: tuple[dict[str, str], ...]
+    row: Row
 
 
 @dataclass(frozen=True, slots=True)
-class ChatDataset:
-    """All rows of one file, and the SHA-256 of the file's bytes. `name` is what messages call the file."""
+class Dataset:
+    """All rows of one source, which are of one kind, and the SHA-256 of its bytes.
+
+    Args:
+        name: What messages call it.
+        sha256: In hex; of several files, that of their hashes in order.
+        kind: That of every row.
+        rows: In the order of the source.
+        recognised: In words, how the source was read.
+    """
 
     name: str
     sha256: str
-    rows: tuple[ChatRow, ...]
+    kind: RowKind
+    rows: tuple[NumberedRow, ...]
+    recognised: str = ""
 
 
-def read_chat_dataset(path: Path, *, name: str | None = None) -> ChatDataset:
-    """Read and check a JSONL file of conversations. Blank lines are skipped, unknown columns of a row are ignored.
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """How a source is to be read, where it does not say so itself.
 
-    Messages call the file `name`, or by its path if none is given.
+    Args:
+        mapping: Which column each target is (`training/recognise.py: TARGETS`); found out if not given.
+        split: Which part is meant, where the source has several.
+        subset: The part of a data set on the hub that it calls its configuration.
+        encoding: That of a text file that is not UTF-8.
+    """
+
+    mapping: Mapping[str, str] | None = None
+    split: str | None = None
+    subset: str | None = None
+    encoding: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRows:
+    """What was found in a source, good rows and bad; every problem begins with where it is."""
+
+    name: str
+    sha256: str
+    recognised: str
+    rows: tuple[NumberedRow, ...]
+    problems: list[str]
+
+    def as_dataset(self) -> Dataset:
+        """The rows, if all are good.
+
+        Raises:
+            DataError: some are bad; up to 20 are listed.
+        """
+        if self.problems:
+            shown = self.problems[:MAX_PROBLEMS_SHOWN]
+            raise DataError(shown, num_more=len(self.problems) - len(shown))
+        return self.good_rows()
+
+    def good_rows(self) -> Dataset:
+        """The good rows, of which there must be one."""
+        return Dataset(self.name, self.sha256, self.rows[0].row.kind, self.rows, self.recognised)
+
+
+def read_dataset(
+    source: Path | str,
+    *,
+    name: str | None = None,
+    mapping: Mapping[str, str] | None = None,
+    split: str | None = None,
+    subset: str | None = None,
+    encoding: str | None = None,
+) -> Dataset:
+    """Read and check training data. Blank lines are skipped, columns that the shape has no use for are ignored.
+
+    Args:
+        source: A file, a folder, or the id of a data set on the hub.
+        name: What messages call it; the source itself if not given.
+        mapping: As in `ReadOptions`, like those that follow.
+        split: As there.
+        subset: As there.
+        encoding: As there.
 
     Raises:
-        DataError: the file can't be read, holds no rows, or has bad lines; up to 20 of them are listed.
+        DataError: the source can't be read, holds no rows, has no known shape, or has bad rows; up to 20 are listed.
     """
-    shown = name or str(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError([f"{shown}: can't be read: {error.strerror}"]) from None
-    rows: list[ChatRow] = []
+    return read_rows(source, ReadOptions(mapping, split, subset, encoding), name=name).as_dataset()
+
+
+def read_rows(source: Path | str, options: ReadOptions | None = None, *, name: str | None = None) -> ReadRows:
+    """The same, with the bad rows' problems beside the good rows instead of an error. At least one of both is there.
+
+    Raises:
+        DataError: the source can't be read, holds no rows, or has no known shape.
+    """
+    options = options or ReadOptions()
+    table = read_table(source, name=name, split=options.split, subset=options.subset, encoding=options.encoding)
+    if not table.rows:
+        raise DataError([f"{table.name}: holds no rows; {EXPECTED_ROW} on each line"])
+    documents = [row.document for row in table.rows if isinstance(row.document, Mapping)]
+    shape, columns = choose_shape(documents, options.mapping, table.name) if documents else (None, [])
+    rows: list[NumberedRow] = []
     problems: list[str] = []
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        row, found = parse_chat_line(line)
-        problems += [f"{shown}:{number}: {problem}" for problem in found]
-        rows.append(ChatRow(number, row))
-    if problems:
-        raise DataError(problems[:MAX_PROBLEMS_SHOWN], num_more=max(0, len(problems) - MAX_PROBLEMS_SHOWN))
-    if not rows:
-        raise DataError([f'{shown}: holds no rows; expected one {{"messages": [...]}} a line'])
-    return ChatDataset(shown, hashlib.sha256(content).hexdigest(), tuple(rows))
+    for raw in table.rows:
+        row, found = _read_row(raw, shape)
+        if row is not None and rows and row.kind != rows[0].row.kind:
+            found = [f"a {row.kind} row among {rows[0].row.kind} rows; expected one kind in a file"]
+        if row is not None and not found:
+            rows.append(NumberedRow(raw.line, row))
+        problems += [f"{raw.file or table.name}:{raw.line}: {problem}" for problem in found]
+    recognised = f"{table.layout}: {shape.describe(columns)}" if shape else table.layout
+    return ReadRows(table.name, table.sha256, recognised, tuple(rows), problems)
+
+
+def write_dataset(rows: Iterable[NumberedRow], path: Path, *, overwrite: bool = False) -> int:
+    """Write rows as JSON lines, whole or not at all.
+
+    Returns:
+        How many were written.
+
+    Raises:
+        ConflictError: there is such a file, and it is not to be overwritten.
+        DataError: the file can't be written.
+    """
+    lines = [json.dumps(row_document(numbered.row), ensure_ascii=False) + "\n" for numbered in rows]
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write("".join(lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        # Linking fails where a file has come to be meanwhile; replacing would not.
+        (os.replace if overwrite else os.link)(temporary, path)
+    except FileExistsError:
+        raise ConflictError(f"{path} exists already; --force writes over it") from None
+    except OSError as error:
+        raise DataError([f"{path}: can't be written: {error.strerror}"]) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(lines)
+
+
+def _read_row(raw: RawRow, shape: Shape | None) -> tuple[Row | None, list[str]]:
+    if raw.problem:
+        return None, [raw.problem]
+    row, problems = shape.read(raw.document) if shape else parse_document(raw.document)
+    return row, [str(problem) for problem in problems]

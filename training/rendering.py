@@ -3,43 +3,111 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from adapters.chat_rows import MAX_PROBLEMS_SHOWN
-from adapters.chat_template import RenderedRow, render_training_row
+from adapters.chat_messages import Message
+from adapters.chat_rows import MAX_PROBLEMS_SHOWN, ChatRow, LabelledRow, PreferenceRow, Row, TextRow
+from adapters.chat_template import RenderedRow, render_plain_text, render_training_row, render_training_rows
 from adapters.errors import DataError, InvalidInputError
-from training.formats import ChatDataset
+from training.formats import Dataset
 
-__all__ = ["IGNORED_LABEL", "collate", "render_dataset"]
+__all__ = [
+    "IGNORED_LABEL",
+    "Rendered",
+    "RenderedLabel",
+    "RenderedPair",
+    "collate",
+    "render_dataset",
+    "render_row",
+    "token_rows",
+]
 
 IGNORED_LABEL = -100
 
 
-def render_dataset(tokenizer: Any, dataset: ChatDataset, *, max_length: int) -> list[RenderedRow]:
-    """Tokenise every row.
+@dataclass(frozen=True, slots=True)
+class RenderedPair:
+    """Two answers to one prompt: both rows begin with the same tokens, and carry loss on the answer alone."""
 
-    A row longer than `max_length` is an error, not cut: an answer without its end teaches the model not to stop.
+    chosen: RenderedRow
+    rejected: RenderedRow
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedLabel:
+    """An answer to a prompt, which carries the loss, and whether it is a good one."""
+
+    row: RenderedRow
+    label: bool
+
+
+Rendered = RenderedRow | RenderedPair | RenderedLabel
+
+
+def render_dataset(tokenizer: Any, dataset: Dataset, *, max_length: int) -> list[Any]:
+    """Tokenise every row: chat and text give `RenderedRow`, preference `RenderedPair`, labelled `RenderedLabel`.
+
+    A chat row may become several, see `render_training_rows`. A row longer than `max_length` is an error, not cut: an
+    answer without its end teaches the model not to stop.
 
     Raises:
         DataError: rows that are too long or that the chat template refuses, by file and line.
     """
-    rendered: list[RenderedRow] = []
+    rendered: list[Rendered] = []
     problems: list[str] = []
-    for row in dataset.rows:
-        where = f"{dataset.name}:{row.line}"
+    for numbered in dataset.rows:
         try:
-            result = render_training_row(tokenizer, row.messages)
+            results = render_row(tokenizer, numbered.row)
+            _check_length(results, max_length)
         except InvalidInputError as error:
-            problems.append(f"{where}: {error}")
+            problems.append(f"{dataset.name}:{numbered.line}: {error}")
             continue
-        if len(result.input_ids) > max_length:
-            problems.append(f"{where}: {len(result.input_ids)} tokens, more than max_length {max_length}")
-        rendered.append(result)
+        rendered += results
     if problems:
         raise DataError(problems[:MAX_PROBLEMS_SHOWN], num_more=max(0, len(problems) - MAX_PROBLEMS_SHOWN))
     return rendered
+
+
+def render_row(tokenizer: Any, row: Row) -> Sequence[Rendered]:
+    """Tokenise one row of any kind; only a chat row may give more than one.
+
+    Raises:
+        InvalidInputError: the chat template refuses it.
+    """
+    match row:
+        case ChatRow():
+            return render_training_rows(tokenizer, row.messages, row.tools)
+        case TextRow():
+            return [render_plain_text(tokenizer, row.text)]
+        case PreferenceRow():
+            chosen, rejected = (_render_answer(tokenizer, row, answer) for answer in (row.chosen, row.rejected))
+            return [RenderedPair(chosen, rejected)]
+        case LabelledRow():
+            return [RenderedLabel(_render_answer(tokenizer, row, row.completion), row.label)]
+
+
+def token_rows(rendered: Rendered) -> tuple[RenderedRow, ...]:
+    """The rows of tokens that something rendered is made of."""
+    match rendered:
+        case RenderedRow():
+            return (rendered,)
+        case RenderedPair():
+            return (rendered.chosen, rendered.rejected)
+        case RenderedLabel():
+            return (rendered.row,)
+
+
+def _render_answer(tokenizer: Any, row: PreferenceRow | LabelledRow, answer: Message) -> RenderedRow:
+    return render_training_row(tokenizer, (*row.prompt, answer), row.tools, only_last=True)
+
+
+def _check_length(results: Sequence[Rendered], max_length: int) -> None:
+    longest = max(len(row.input_ids) for result in results for row in token_rows(result))
+    if longest > max_length:
+        raise InvalidInputError(f"{longest} tokens, more than max_length {max_length}")
 
 
 def collate(rows: Sequence[RenderedRow], *, pad_token_id: int) -> dict[str, torch.Tensor]:

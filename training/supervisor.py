@@ -1,53 +1,80 @@
-"""Claims jobs one at a time and runs each in a process of its own: `python -m training.supervisor`.
+"""Claims jobs and works on each in a process of its own: `python -m training.supervisor`.
 
-It holds no model and imports no trainer, so that nothing a job does can end it. `hotswap serve` starts it, restarts it
-if it dies, and ends it; it ends by itself when the server is gone.
+Two lanes run side by side: one validates the files of new jobs, one trains. It holds no model and imports no trainer,
+so that nothing a job does can end it. `hotswap serve` starts it, restarts it if it dies, and ends it; it ends by itself
+when the server is gone.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import structlog
+from sqlalchemy.exc import OperationalError
 
+from adapters.checkpoint_adapters import CheckpointAdapters
 from adapters.database import open_database
 from adapters.errors import NotFoundError
 from adapters.files import ACTIVE_STATUSES
 from adapters.jobs import Claim, JobService
+from adapters.process_log import configure_log
 from adapters.processes import child_environment, parent_pid
-from adapters.records import JobError
+from adapters.records import JobError, JobStatus
 from adapters.settings import CoreSettings, resolve_home
-from training.process_log import configure_process_log
+from adapters.store import ArtifactStore
 
 __all__ = ["Supervisor", "main"]
 
 _log = structlog.get_logger(__name__)
 
 _TRAINER = (sys.executable, "-m", "training.job")
+_VALIDATOR = (sys.executable, "-m", "training.validation")
 _LEASE_S = 20.0
 _POLL_S = 0.5
 _GRACE_S = 20.0
+_DATABASE_PATIENCE_S = 300.0
+_INSIST_EVERY_S = 5.0
+_LEAST_FREE_BYTES = 1_000_000
+_MAX_DEVICE_CHARS = 120
+_OUT_OF_MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
+
+
+@dataclass(frozen=True, slots=True)
+class _Lane:
+    """One kind of work: how a job is claimed for it, which command does it, and the job's status meanwhile.
+
+    `worker` is what messages call the command's process, `again` how they say that another one follows.
+    """
+
+    take: Callable[[], Claim | None]
+    command: Sequence[str]
+    status: JobStatus
+    worker: str
+    again: str
 
 
 class Supervisor:
-    """Runs jobs until it is told to stop.
+    """Works on jobs until it is told to stop.
 
     Args:
-        core: Base model, home and database, for the trainers.
+        core: Base model, home and database, for the processes that it starts.
         jobs: The job table.
-        trainer: The command that runs one job, without its two arguments.
+        trainer: The command that trains one job, without its two arguments.
+        validator: The command that validates the files of one job, without its two arguments.
         lease_s: How long a claim holds without being renewed; it is renewed five times as often.
-        poll_s: Seconds between two looks at the job table and at the trainer.
-        grace_s: Seconds that a trainer has to obey before it is killed.
+        poll_s: Seconds between two looks at the job table and at a process.
+        grace_s: Seconds that a process has to obey before it is killed.
     """
 
     def __init__(
@@ -56,48 +83,96 @@ class Supervisor:
         jobs: JobService,
         *,
         trainer: Sequence[str] = _TRAINER,
+        validator: Sequence[str] = _VALIDATOR,
         lease_s: float = _LEASE_S,
         poll_s: float = _POLL_S,
         grace_s: float = _GRACE_S,
     ) -> None:
         self._core = core
         self._jobs = jobs
-        self._trainer = trainer
         self._lease_s = lease_s
         self._poll_s = poll_s
         self._grace_s = grace_s
+        self._adapters = CheckpointAdapters(jobs.database, ArtifactStore(core.home / "store"))
         self.stopping = threading.Event()
+        device = f"{platform.node()}/{core.device}"[-_MAX_DEVICE_CHARS:]
+        self._training = _Lane(
+            lambda: jobs.claim(lease_s=lease_s, device=device),
+            trainer,
+            "running",
+            "trainer",
+            "the job goes on from its newest checkpoint",
+        )
+        self._validation = _Lane(
+            lambda: jobs.claim_validation(lease_s=lease_s),
+            validator,
+            "validating_files",
+            "process that validates the files",
+            "it begins again",
+        )
 
     def run(self) -> None:
         """Take one job after another until `stopping` is set or the parent process is gone."""
-        parent = parent_pid()
         self._sweep()
-        while not self.stopping.is_set() and os.getppid() == parent:
-            if not self.run_one():
-                self.stopping.wait(self._poll_s)
+        beside = threading.Thread(target=self._keep_taking, args=(self._validation,), name="validation")
+        beside.start()
+        try:
+            self._keep_taking(self._training)
+        finally:
+            beside.join()
 
     def run_one(self) -> bool:
-        """Run the oldest job that waits; False if there is none."""
-        claim = self._jobs.claim(lease_s=self._lease_s)
+        """Train the job whose turn it is; False if there is none."""
+        return self._take_one(self._training)
+
+    def validate_one(self) -> bool:
+        """Validate the files of one new job; False if there is none."""
+        return self._take_one(self._validation)
+
+    def _keep_taking(self, lane: _Lane) -> None:
+        parent = parent_pid()
+        try:
+            while not self.stopping.is_set() and os.getppid() == parent:
+                if not self._take_one(lane):
+                    self.stopping.wait(self._poll_s)
+        finally:
+            # Both lanes end with either: half a supervisor would leave jobs waiting, a new one is started at once.
+            self.stopping.set()
+
+    def _take_one(self, lane: _Lane) -> bool:
+        claim = lane.take()
         if claim is None:
             return False
         folder = self._core.home / "jobs" / claim.job.id
         folder.mkdir(parents=True, exist_ok=True)
-        _log.info("job_started", job=claim.job.id, alias=claim.job.alias)
+        _log.info("job_taken", job=claim.job.id, alias=claim.job.alias, worker=lane.worker)
+        num_killed = _count_memory_kills()
         with (folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
-                [*self._trainer, claim.job.id, claim.token],
+                [*lane.command, claim.job.id, claim.token],
                 env=os.environ | self._core.environment | child_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
             returncode = self._watch(process, claim)
-        self._conclude(claim, returncode)
+        is_out_of_memory = _count_memory_kills() > num_killed
+        self._insist(lambda: self._conclude(lane, claim, returncode, is_out_of_memory=is_out_of_memory))
         return True
 
+    def _insist(self, act: Callable[[], None]) -> None:
+        """Do what must not be lost as soon as the database takes it, which on a full disk may be hours later."""
+        while True:
+            try:
+                return act()
+            except OperationalError as error:
+                if self.stopping.is_set():
+                    raise
+                _log.error("database_can_not_be_written", reason=str(error.orig), retry_in_s=_INSIST_EVERY_S)
+                self.stopping.wait(_INSIST_EVERY_S)
+
     def _watch(self, process: subprocess.Popen[bytes], claim: Claim) -> int:
-        """Renew the claim while the trainer runs; pass on a stop, and kill a trainer that doesn't obey."""
+        """Renew the claim while the process runs; pass on a stop, and kill a process that doesn't obey."""
         parent = parent_pid()
         renew_at = 0.0
         kill_at: float | None = None
@@ -113,26 +188,33 @@ class Supervisor:
             is_ending = self.stopping.is_set() or os.getppid() != parent
             if kill_at is None and (is_ending or self._jobs.standing(claim) == "stop"):
                 kill_at = now + self._grace_s
-                if is_ending:  # a trainer whose job is at its end knows that from the job table
+                if is_ending:  # a process whose job is at its end knows that from the job table
                     process.send_signal(signal.SIGTERM)
             if not has_claim or (kill_at is not None and now >= kill_at):
                 process.kill()
 
-    def _conclude(self, claim: Claim, returncode: int) -> None:
-        """Leave no job that seems to run without a trainer."""
-        job = self._jobs.get(claim.job.id)
-        is_lost = returncode < 0 and job.status == "running" and not self.stopping.is_set()
-        if returncode > 0 and job.status == "running":
-            message = f"the trainer ended with exit code {returncode}; the job's log on the server says why"
-            self._jobs.fail(claim, JobError("trainer_crashed", message))
-        lost = f"The trainer was killed by signal {-returncode}; the job goes on from its newest checkpoint"
-        job = self._jobs.release(claim, problem=lost if is_lost else None)
+    def _conclude(self, lane: _Lane, claim: Claim, returncode: int, *, is_out_of_memory: bool) -> None:
+        """Leave no job that seems to be worked on while nobody is."""
+        status = self._jobs.get(claim.job.id).status
+        is_open = status == lane.status and not self.stopping.is_set()
+        if returncode > 0 and status == lane.status:
+            self._jobs.fail(claim, self._describe_crash(lane, returncode))
+        lost = _describe_kill(lane, -returncode, is_out_of_memory=is_out_of_memory)
+        job = self._jobs.release(claim, problem=lost if is_open and returncode < 0 else None)
         _log.info("job_left", job=job.id, status=job.status, returncode=returncode)
         if job.status not in ACTIVE_STATUSES:
             self._discard_checkpoints(self._core.home / "jobs" / job.id)
+            self._adapters.sweep()
+
+    def _describe_crash(self, lane: _Lane, returncode: int) -> JobError:
+        if shutil.disk_usage(self._core.home).free < _LEAST_FREE_BYTES:
+            return JobError("disk_full", f"the {lane.worker} ended since the server's disk is full: free some space")
+        message = f"the {lane.worker} ended with exit code {returncode}; the job's log on the server says why"
+        return JobError("trainer_crashed", message)
 
     def _sweep(self) -> None:
-        """Delete the checkpoints of jobs that are at their end, and those of jobs that nobody knows."""
+        """Delete the states of jobs that are at their end or that nobody knows, and old adapters of checkpoints."""
+        self._adapters.sweep()
         folders = [path for path in (self._core.home / "jobs").glob("*") if path.is_dir()]
         for folder in folders:
             try:
@@ -147,11 +229,29 @@ class Supervisor:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
+def _describe_kill(lane: _Lane, number: int, *, is_out_of_memory: bool) -> str:
+    reason = ""
+    if is_out_of_memory:
+        reason = ", by the kernel, since memory ran out"
+    elif number == signal.SIGKILL:
+        reason = ", as the kernel does when memory runs out"
+    return f"The {lane.worker} was killed by signal {number}{reason}; {lane.again}"
+
+
+def _count_memory_kills() -> int:
+    """How many processes of this machine or container the kernel has killed for memory, where it tells; else 0."""
+    try:
+        lines = _OUT_OF_MEMORY_EVENTS.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+
 def main() -> None:
     """Supervise until SIGTERM, or until the process that started this one is gone."""
-    configure_process_log()
+    configure_log()
     core = CoreSettings.load(resolve_home())
-    database = open_database(core.resolved_database_url)
+    database = open_database(core.resolved_database_url).waiting(_DATABASE_PATIENCE_S)
     supervisor = Supervisor(core, JobService(database))
 
     def stop(number: int, frame: FrameType | None) -> None:

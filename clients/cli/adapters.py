@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from adapters.errors import NotFoundError
 from clients.cli.options import BaseOption, HomeOption, JsonOption, load_core, open_registry
-from clients.cli.output import console, format_bytes, format_loss, make_table, print_json
+from clients.cli.output import console, format_bytes, format_loss, make_table, print_gate, print_json
+
+if TYPE_CHECKING:
+    from adapters.registry import Registry
 
 __all__ = ["app"]
 
@@ -20,9 +24,15 @@ _NameArgument = Annotated[str, typer.Argument(help="An alias (legal) or a versio
 @app.command("list")
 def list_adapters(home: HomeOption = None, json: JsonOption = False) -> None:
     """List the aliases and what they point to."""
-    aliases = open_registry(home).aliases()
+    registry = open_registry(home)
+    aliases, unpromoted = registry.aliases(), registry.unpromoted()
     if json:
         print_json(aliases)
+        return
+    for name in unpromoted:
+        label = registry.versions(name)[-1].label
+        console.print(f"{name}: no version has been promoted; the newest is {label} (hotswap adapters promote {label})")
+    if not aliases and unpromoted:
         return
     if not aliases:
         console.print("no adapters yet; make one with: hotswap train NAME --data FILE.jsonl")
@@ -52,18 +62,21 @@ def show(name: _NameArgument, home: HomeOption = None, json: JsonOption = False)
     """Show a version's manifest, and the alias's versions and history."""
     registry = open_registry(home)
     found = registry.find(name)
-    alias = registry.alias(found.alias)
+    live = _live_number(registry, found.alias)
     manifest = registry.store.verify(found.version.digest)
     history = registry.history(found.alias)
     versions = registry.versions(found.alias)
     if json:
-        document = {"version": found, "live": alias.current.number, "manifest": manifest.model_dump()}
+        document = {"version": found, "live": live, "manifest": manifest.model_dump()}
         print_json(document | {"versions": versions, "history": history})
         return
     rows: list[tuple[str, Any]] = [
         ("digest", found.version.digest),
         ("base model", f"{manifest.base.name} ({manifest.base.quantisation}), {manifest.base.fingerprint[:12]}"),
         ("source", manifest.source),
+        ("kind", "reward model: it scores answers and writes none" if manifest.kind == "reward" else "chat"),
+        *([("method", manifest.method)] if manifest.method else []),
+        *([("gone on from", manifest.parent[:12])] if manifest.parent else []),
         ("rank, alpha", f"{manifest.rank}, {manifest.alpha:g}"),
         ("targets", ", ".join(manifest.target_modules)),
         ("size", format_bytes(found.version.size_bytes)),
@@ -71,10 +84,13 @@ def show(name: _NameArgument, home: HomeOption = None, json: JsonOption = False)
             (name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else value)
             for name, value in manifest.metrics.items()
         ],
+        ("gate", manifest.gate.reason if manifest.gate else None),
         ("files", "intact (every hash checked)"),
     ]
     console.print(make_table(["", found.label], rows))
-    numbers = [f"v{v.number}{' (live)' if v.number == alias.current.number else ''}" for v in versions]
+    if manifest.gate is not None:
+        print_gate(manifest.gate)
+    numbers = [f"v{v.number}{' (live)' if v.number == live else ''}" for v in versions]
     console.print(f"versions: {', '.join(numbers)}")
     for change in history:
         source = f"v{change.from_number} -> " if change.from_number else ""
@@ -158,6 +174,14 @@ def remove(
         print_json({"removed": removed})
     else:
         console.print(f"removed {', '.join(removed)}")
+
+
+def _live_number(registry: Registry, alias: str) -> int | None:
+    """Which version an alias points to; None while none has been promoted."""
+    try:
+        return registry.alias(alias).current.number
+    except NotFoundError:
+        return None
 
 
 def _print_alias(name: str, label: str, document: object, *, as_json: bool) -> None:

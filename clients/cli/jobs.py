@@ -1,4 +1,4 @@
-"""`hotswap jobs`: what the fine-tuning API has queued, and how it goes on."""
+"""`hotswap jobs`: what waits to be trained, and how it goes on."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from adapters.errors import NotFoundError
+from clients.cli.job_orders import create_job
+from clients.cli.job_output import print_job, print_progress
 from clients.cli.options import HomeOption, JsonOption, open_registry
-from clients.cli.output import console, make_table, print_json
+from clients.cli.output import console, make_table, print_gate, print_json
+from clients.cli.plots import print_metrics
 
 if TYPE_CHECKING:
     from adapters.jobs import JobService
@@ -16,26 +20,55 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Fine-tuning jobs: list, show, events, cancel, pause, resume.", no_args_is_help=True)
+app = typer.Typer(help="Fine-tuning jobs: create, list, show, events, cancel, pause, resume.", no_args_is_help=True)
 _JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="A job's id: ftjob-...")]
 _LimitOption = Annotated[int, typer.Option("--limit", min=1, max=1000, help="How many at most.")]
 
 
+app.command("create")(create_job)
+
+
 @app.command("list")
 def list_jobs(limit: _LimitOption = 20, home: HomeOption = None, json: JsonOption = False) -> None:
-    """The newest jobs."""
+    """The newest jobs; of those that wait, their place in the queue."""
     jobs, _ = _open(home).list(limit=limit)
     if json:
         print_json(jobs)
         return
-    rows = [(job.id, job.status, job.alias, job.fine_tuned_model, f"{job.created_at:%Y-%m-%d %H:%M}") for job in jobs]
-    console.print(make_table(["job", "status", "alias", "made", "created (UTC)"], rows))
+    rows = [
+        (
+            job.id,
+            job.status,
+            job.queue_position,
+            job.priority,
+            job.alias,
+            job.fine_tuned_model,
+            f"{job.created_at:%Y-%m-%d %H:%M}",
+        )
+        for job in jobs
+    ]
+    console.print(make_table(["job", "status", "place", "priority", "alias", "made", "created (UTC)"], rows))
 
 
 @app.command("show")
-def show(job_id: _JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
-    """One job, and what went wrong if it failed."""
-    _print(_open(home).get(job_id), json=json)
+def show(
+    job_id: _JobArgument,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw the loss curves.")] = False,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """One job: how far it is, its latest losses, warnings, what went wrong, and what the gate said of its version."""
+    jobs = _open(home)
+    job = jobs.get(job_id)
+    if json:
+        print_json(job)
+        return
+    print_job(job)
+    print_progress(jobs, job_id)
+    if plot:
+        print_metrics(jobs.metrics(job_id))
+    if job.fine_tuned_model is not None:
+        _print_gate_of(job.fine_tuned_model, home)
 
 
 @app.command("events")
@@ -52,19 +85,19 @@ def events(job_id: _JobArgument, limit: _LimitOption = 50, home: HomeOption = No
 @app.command("cancel")
 def cancel(job_id: _JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
     """End a job for good; nothing of it is published."""
-    _print(_open(home).cancel(job_id), json=json)
+    _print_turned(_open(home).cancel(job_id), json=json)
 
 
 @app.command("pause")
 def pause(job_id: _JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
     """Stop a job after a checkpoint."""
-    _print(_open(home).pause(job_id), json=json)
+    _print_turned(_open(home).pause(job_id), json=json)
 
 
 @app.command("resume")
 def resume(job_id: _JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
     """Queue a paused job again; it goes on from its checkpoint."""
-    _print(_open(home).resume(job_id), json=json)
+    _print_turned(_open(home).resume(job_id), json=json)
 
 
 def _open(home: Path | None) -> JobService:
@@ -73,17 +106,18 @@ def _open(home: Path | None) -> JobService:
     return JobService(open_registry(home).database)
 
 
-def _print(job: Job, *, json: bool) -> None:
+def _print_gate_of(label: str, home: Path | None) -> None:
+    registry = open_registry(home)
+    try:
+        report = registry.store.read_manifest(registry.find(label).version.digest).gate
+    except NotFoundError:  # removed since
+        return
+    if report is not None:
+        print_gate(report)
+
+
+def _print_turned(job: Job, *, json: bool) -> None:
     if json:
         print_json(job)
-        return
-    rows = [
-        ("status", job.status),
-        ("alias", job.alias),
-        ("training file", job.training_file),
-        ("validation file", job.validation_file),
-        ("trained tokens", job.trained_tokens),
-        ("made", job.fine_tuned_model),
-        ("error", f"{job.error.code}: {job.error.message}" if job.error else None),
-    ]
-    console.print(make_table(["", job.id], rows))
+    else:
+        print_job(job)

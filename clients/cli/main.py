@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clients.cli import adapters, audit, base, bench, chat, demo, doctor, experiments, jobs, keys, serve, train
+from clients.cli import adapters, audit, base, bench, chat, data, demo, doctor, experiments, jobs, keys, serve, train
 
 __all__ = ["app", "main"]
 
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
+app.add_typer(data.app, name="data")
 app.command("serve")(serve.serve)
 app.command("chat")(chat.chat)
 app.add_typer(adapters.app, name="adapters")

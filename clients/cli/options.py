@@ -10,8 +10,23 @@ import typer
 if TYPE_CHECKING:
     from adapters.registry import Registry
     from adapters.settings import CoreSettings
+    from training.formats import ReadOptions
 
-__all__ = ["BaseOption", "DeviceOption", "HomeOption", "JsonOption", "UrlOption", "load_core", "open_registry"]
+__all__ = [
+    "BaseOption",
+    "DeviceOption",
+    "EncodingOption",
+    "HomeOption",
+    "JsonOption",
+    "MapOption",
+    "SplitOption",
+    "SubsetOption",
+    "UrlOption",
+    "ValidationSplitOption",
+    "load_core",
+    "open_registry",
+    "read_options",
+]
 
 HomeOption = Annotated[
     Path | None,
@@ -31,6 +46,19 @@ DeviceOption = Annotated[
     typer.Option("--device", envvar="HOTSWAP_DEVICE", help="auto, cpu, cuda or cuda:N.", show_default="auto"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+MapOption = Annotated[
+    list[str] | None,
+    typer.Option("--map", metavar="TARGET=COLUMN", help="Which column is what: user=question,assistant=answer."),
+]
+SplitOption = Annotated[str | None, typer.Option("--split", help="Which split, of a source that has several.")]
+SubsetOption = Annotated[str | None, typer.Option("--subset", help="Which configuration, of a data set on the hub.")]
+EncodingOption = Annotated[
+    str | None,
+    typer.Option("--encoding", help="Of a text file: cp1252 for most files from Windows.", show_default="utf-8"),
+]
+ValidationSplitOption = Annotated[
+    str | None, typer.Option("--validation-split", help="Which split of the validation data.")
+]
 UrlOption = Annotated[str, typer.Option("--url", envvar="HOTSWAP_URL", help="Where the server listens.")]
 
 
@@ -50,3 +78,11 @@ def open_registry(home: Path | None) -> Registry:
     core = load_core(home)
     core.home.mkdir(parents=True, exist_ok=True)
     return Registry(open_database(core.resolved_database_url), ArtifactStore(core.home / "store"))
+
+
+def read_options(mapping: list[str] | None, split: str | None, subset: str | None, encoding: str | None) -> ReadOptions:
+    """What the flags say of how a source is to be read."""
+    from training.formats import ReadOptions
+    from training.recognise import parse_mapping
+
+    return ReadOptions(parse_mapping(mapping or []), split, subset, encoding)

@@ -8,12 +8,24 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["console", "error_console", "format_bytes", "format_loss", "make_table", "print_json"]
+if TYPE_CHECKING:
+    from adapters.gate_report import GateReport
+
+__all__ = [
+    "console",
+    "error_console",
+    "format_bytes",
+    "format_loss",
+    "format_seconds",
+    "make_table",
+    "print_gate",
+    "print_json",
+]
 
 console = Console(highlight=False)
 error_console = Console(stderr=True, highlight=False)
@@ -43,12 +55,27 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} GB"
 
 
+def format_seconds(seconds: float) -> str:
+    """A time for people: 40 s, 3 min, 2.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def format_loss(loss: float | None) -> str | None:
     """A loss in nats a token to three digits."""
     return None if loss is None else f"{loss:.3f}"
 
 
+def print_gate(report: GateReport) -> None:
+    """What the gate found, check by check, and what that amounts to."""
+    rows = [(check.name, check.outcome, check.sentence) for check in report.checks]
+    console.print(make_table(["check", "outcome", f"the gate: {report.verdict}"], rows))
+
+
 def _plain(value: Any) -> Any:
+    if hasattr(value, "verdict"):
+        return {"verdict": value.verdict, "reason": value.reason, **value.model_dump()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         document = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return {"label": value.label, **document} if hasattr(value, "label") else document

@@ -48,7 +48,8 @@ def _parameters(section: type[SettingsSection]) -> Iterator[inspect.Parameter]:
     for name, field in section.model_fields.items():
         if name in SettingsSection.model_fields:
             continue
-        option = typer.Option(help=field.description, show_default=_shown(field.default))
+        shown = "by method" if field.default_factory else _shown(field.default)
+        option = typer.Option(help=field.description, show_default=shown)
         yield inspect.Parameter(
             name, _KEYWORD, default=None, annotation=Annotated[_flag_type(field.annotation), option]
         )
@@ -56,13 +57,21 @@ def _parameters(section: type[SettingsSection]) -> Iterator[inspect.Parameter]:
 
 def _flag_type(annotation: Any) -> Any:
     """What the command line reads for a setting: its type or None; a list where the setting holds several values."""
+    annotation = _plain(annotation)
     members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    inner = next(member for member in members if member is not NoneType)
+    inner = _plain(next(member for member in members if member is not NoneType))
     if get_origin(inner) is tuple:
-        inner = list[get_args(inner)[0]]  # type: ignore[misc]
+        member = _plain(get_args(inner)[0])
+        # Typer reads no list of choices; the section checks each.
+        inner = list[str] if get_origin(member) is Literal else list[member]  # type: ignore[valid-type]
     if get_origin(inner) is Literal and not all(isinstance(value, str) for value in get_args(inner)):
         raise TypeError(f"{inner} can't be read from a command line")
     return inner | None
+
+
+def _plain(annotation: Any) -> Any:
+    """A type without the constraints that are written beside it."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _shown(default: Any) -> str | bool:

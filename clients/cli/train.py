@@ -3,60 +3,124 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
+from rich.markup import escape
 
-from clients.cli.options import BaseOption, DeviceOption, HomeOption, JsonOption, load_core
-from clients.cli.output import console, error_console, format_loss, make_table, print_json
+from adapters.errors import ConfigurationError
+from clients.cli.options import (
+    BaseOption,
+    DeviceOption,
+    EncodingOption,
+    HomeOption,
+    JsonOption,
+    MapOption,
+    SplitOption,
+    SubsetOption,
+    ValidationSplitOption,
+    load_core,
+    read_options,
+)
+from clients.cli.output import console, error_console, format_loss, make_table, print_gate, print_json
+from clients.cli.plots import print_curves
 from clients.cli.settings_flags import with_settings
 from training.config import TrainSettings
+from training.run_file import RunFile, read_run_file
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from training.progress import StepMetrics
     from training.worker import TrainingResult
 
 __all__ = ["train"]
 
-_DataOption = Annotated[Path, typer.Option("--data", help='JSONL file, one {"messages": [...]} a line.')]
+_DataOption = Annotated[
+    Path | None, typer.Option("--data", help="A file (JSONL, JSON, CSV, TSV, Parquet), a folder, or a hub id.")
+]
 _ValidationOption = Annotated[
-    Path | None, typer.Option("--validation", help="JSONL file for the loss before and after.")
+    Path | None, typer.Option("--validation", help="The same, for the loss before and after.")
+]
+_ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="YAML file of the run: alias, data, validation, settings. Flags win.")
 ]
 
 
 @with_settings(TrainSettings)
 def train(
-    alias: Annotated[str, typer.Argument(help="Name to publish under, for example legal.")],
-    data: _DataOption,
     flags: dict[str, Any],
+    alias: Annotated[str | None, typer.Argument(help="Name to publish under, for example legal.")] = None,
+    data: _DataOption = None,
+    config: _ConfigOption = None,
     validation: _ValidationOption = None,
-    promote: Annotated[bool, typer.Option(help="Let the alias point to the new version.")] = True,
+    mapping: MapOption = None,
+    split: SplitOption = None,
+    validation_split: ValidationSplitOption = None,
+    subset: SubsetOption = None,
+    encoding: EncodingOption = None,
+    no_promote: Annotated[bool, typer.Option("--no-promote", help="The same as --promote never.")] = False,
     home: HomeOption = None,
     base: BaseOption = None,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Train an adapter on chat rows and publish it as the next version of ALIAS."""
-    core = load_core(home, base=base, device=device)
-    from training.formats import read_chat_dataset
+    """Train an adapter and publish it as the next version of ALIAS.
 
-    settings = TrainSettings.load(core.home, **flags)
+    By --method: on chat rows (sft), pairs (dpo, reward), labels (kto) or rewards (rloo, grpo).
+    """
+    core = load_core(home, base=base, device=device)
+    from training.formats import read_rows
+    from training.kinds import check_kind
+
+    run = read_run_file(config) if config else RunFile()
+    alias, data, validation = alias or run.alias, data or run.data, validation or run.validation
+    if alias is None or data is None:
+        missing = "an ALIAS to publish under" if alias is None else "--data"
+        raise ConfigurationError(f"{missing} is needed, by flag or in the file of --config")
+    given = run.settings | flags | ({"promote": "never"} if no_promote else {})
+    settings = _load_settings(core.home, config, given)
+    mapping, subset, encoding = mapping or run.mapping, subset or run.subset, encoding or run.encoding
+    options = read_options(mapping, split or run.split, subset, encoding)
+    validation_options = read_options(mapping, validation_split or run.validation_split, subset, encoding)
     # Importing the trainer takes seconds: bad data is reported before.
-    for path in filter(None, (data, validation)):
-        read_chat_dataset(path)
+    for path, how in ((data, options), (validation, validation_options)):
+        if path is not None:
+            found = read_rows(path, how).as_dataset()
+            summary = f"{found.name}: {len(found.rows)} rows; {found.recognised}"
+            error_console.print(summary, markup=False, soft_wrap=True)
+            check_kind(found, settings.method)
     # The training libraries warn about their own future arguments; nobody who trains can act on that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from training.worker import run_training
 
     with ProgressView(alias, error_console if json else console) as view:
-        result = run_training(alias, data, validation, core=core, settings=settings, promote=promote, listener=view)
+        result = run_training(
+            alias,
+            data,
+            validation,
+            core=core,
+            settings=settings,
+            listener=view,
+            options=options,
+            validation_options=validation_options,
+        )
     if json:
         print_json(result)
     else:
         _print_result(result)
+
+
+def _load_settings(home: Path, config: Path | None, given: Mapping[str, Any]) -> TrainSettings:
+    try:
+        return TrainSettings.load(home, **given)
+    except ConfigurationError as error:
+        if config is None:
+            raise
+        raise ConfigurationError(f"{config}, with the flags given: {error}") from None
 
 
 class ProgressView:
@@ -93,7 +157,19 @@ class ProgressView:
 
     def on_stage(self, message: str) -> None:
         """Print a line for a new stage."""
-        self._output.print(f"  {self._alias}: {message}")
+        self._output.print(f"  {self._alias}: {escape(message)}")
+
+    def on_evaluation(self, metrics: StepMetrics, evaluation: Any) -> None:
+        """Print a line for what was measured on the validation rows."""
+        parts = [f"validation loss {evaluation.loss:.3f}"]
+        if evaluation.accuracy is not None:
+            parts.append(f"token accuracy {evaluation.accuracy:.0%}")
+        parts += [f"{name.replace('_', ' ')} {value:.3f}" for name, value in evaluation.extra.items()]
+        self._output.print(f"  {self._alias}: step {metrics.step}: {', '.join(parts)}")
+
+    def on_warning(self, message: str) -> None:
+        """Print what is wrong."""
+        self._output.print(f"  {self._alias}: warning: {message}", style="yellow", markup=False)
 
     def on_step(self, step: int, num_steps: int, loss: float) -> None:
         """Move the bar."""
@@ -111,11 +187,18 @@ def _print_result(result: TrainingResult) -> None:
         ("training time", f"{result.train_seconds:.0f} s, {result.tokens_per_second:.0f} tokens/s"),
         ("validation loss before", format_loss(result.validation_loss_before)),
         ("validation loss after", format_loss(result.validation_loss_after)),
+        ("best step", result.best_step),
         ("digest", result.published.version.digest[:12]),
     ]
     console.print(make_table(["", result.published.label], rows))
+    print_curves(result.folder)
+    print_gate(result.gate)
     alias, label = result.published.alias, result.published.label
+    console.print(f"metrics, sampled answers and curves are in {result.folder}", soft_wrap=True)
     if result.is_live:
         console.print(f'{alias} answers with {label} now. Try: hotswap chat {alias} "..." (with hotswap serve running)')
     else:
-        console.print(f"{label} is published; {alias} still answers as before. Try: hotswap adapters promote {label}")
+        console.print(
+            f"{label} is published and answers by that name; {alias} was not moved to it. "
+            f"Try: hotswap adapters promote {label}"
+        )

@@ -74,7 +74,8 @@ _UPLOAD: dict[str, Any] = {
 }
 _TAR: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "A tar archive: adapter_config.json, adapter_model.safetensors, manifest.json.",
+        "description": "A tar archive: adapter_config.json, adapter_model.safetensors, manifest.json; of a reward "
+        "model reward_head.safetensors, too.",
         "content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
@@ -280,6 +281,7 @@ def _version_fields(numbered: NumberedVersion, services: Services) -> dict[str, 
         "rank": version.rank,
         "size_bytes": version.size_bytes,
         "source": version.source,
+        "kind": version.kind,
         "published_at": int(version.published_at.timestamp()),
         "metrics": dict(version.metrics),
         "residency": None if services.engine.status is None else _residency(services.engine.residency, version.digest),

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
-import time
-from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
 
-from adapters.errors import HotswapError
 from server.auth import needs
-from server.errors import count_error, describe_error
 from server.fine_tuning_schemas import (
     CheckpointsQuery,
     CreateJobRequest,
@@ -27,24 +22,35 @@ from server.fine_tuning_schemas import (
     job_body,
     page_body,
 )
-from server.services import CurrentServices, Services
+from server.services import CurrentServices
 
 __all__ = ["router"]
 
 router = APIRouter(dependencies=[needs("train")])
+_RequestKey = Annotated[str | None, Header(description="What this request is called; 1 to 255 characters.")]
+_LIST_PARAMETERS = [  # read by hand, since the names of `metadata[...]` are the client's own
+    {"name": "after", "in": "query", "schema": {"type": "string", "minLength": 1, "maxLength": 80}},
+    {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}},
+    {
+        "name": "metadata",
+        "in": "query",
+        "style": "deepObject",
+        "description": "`metadata[key]=value`: only jobs that have it.",
+        "schema": {"type": "object", "additionalProperties": {"type": "string", "maxLength": 512}, "maxProperties": 16},
+    },
+]
 _METADATA_KEY = re.compile(r"metadata\[(.*)\]")
-_POLL_S = 0.5
-_KEEP_ALIVE_S = 15.0
-_EVENTS_AT_ONCE = 100
 
 
 @router.post("/v1/fine_tuning/jobs")
-async def create_job(body: CreateJobRequest, services: CurrentServices) -> dict[str, Any]:
-    """Queue a job."""
-    return job_body(await asyncio.to_thread(services.fine_tuning.accept, body))
+async def create_job(
+    body: CreateJobRequest, services: CurrentServices, idempotency_key: _RequestKey = None
+) -> dict[str, Any]:
+    """Take a job: its files are validated, then it is queued. The same key again gives the job that it made."""
+    return job_body(await asyncio.to_thread(services.fine_tuning.accept, body, request_key=idempotency_key))
 
 
-@router.get("/v1/fine_tuning/jobs")
+@router.get("/v1/fine_tuning/jobs", openapi_extra={"parameters": _LIST_PARAMETERS})
 async def list_jobs(request: Request, services: CurrentServices) -> dict[str, Any]:
     """Jobs, newest first; `metadata[key]=value` leaves those that have it."""
     query = _read_jobs_query(request)
@@ -86,7 +92,7 @@ async def list_events(
     jobs = services.fine_tuning.jobs
     if query.stream:
         await asyncio.to_thread(jobs.follow, job_id, after=query.after, limit=1)  # what is wrong gets a status code
-        events = _stream_events(services, job_id, query.after, request)
+        events = services.fine_tuning.streams.open(services, job_id, query.after, request)
         return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
     found, has_more = await asyncio.to_thread(jobs.events, job_id, limit=query.limit, after=query.after)
     return JSONResponse(page_body([event_body(event) for event in found], has_more=has_more))
@@ -116,39 +122,3 @@ def _read_jobs_query(request: Request) -> JobsQuery:
         raise RequestValidationError(
             [{**detail, "loc": ("query", *detail["loc"])} for detail in error.errors()]
         ) from None
-
-
-async def _stream_events(services: Services, job_id: str, after: str | None, request: Request) -> AsyncIterator[bytes]:
-    """Events until the job is at its end or paused; a comment now and then, so that no proxy thinks the stream dead.
-
-    A server that is about to end does not wait for the job: the stream ends in an error, and clients ask again.
-    """
-    jobs = services.fine_tuning.jobs
-    sent_at = time.monotonic()
-    try:
-        while True:
-            services.engine.check_not_draining()
-            events, status = await asyncio.to_thread(jobs.follow, job_id, after=after, limit=_EVENTS_AT_ONCE)
-            for event in events:
-                after, sent_at = event.id, time.monotonic()
-                yield _sse(event_body(event))
-            if not events and status not in ("queued", "running"):
-                yield b"data: [DONE]\n\n"
-                return
-            if time.monotonic() - sent_at > _KEEP_ALIVE_S:
-                sent_at = time.monotonic()
-                yield b": still here\n\n"
-            if not events:
-                await asyncio.sleep(_POLL_S)
-    except Exception as error:
-        # The status line is long gone: whatever broke off, the client reads an error and not an early end.
-        known = error if isinstance(error, HotswapError) else HotswapError("the stream broke off")
-        answer, body = describe_error(known)
-        count_error(request, answer.code)
-        yield _sse(body)
-        if known is not error:
-            raise
-
-
-def _sse(body: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(body)}\n\n".encode()

@@ -38,11 +38,17 @@ def _models(registry: Registry) -> list[dict[str, Any]]:
     models = [_model(BASE_MODEL_NAME, None, parent=None)] if registry.can_see(BASE_MODEL_NAME) else []
     for alias in registry.aliases():
         models.append(_model(alias.name, alias.updated_at, parent=alias.current.label))
-        models += [
-            _model(version.label, version.version.published_at, parent=BASE_MODEL_NAME)
-            for version in registry.versions(alias.name)
-        ]
+        models += _version_models(registry, alias.name)
+    for name in registry.unpromoted():
+        models += _version_models(registry, name)
     return models
+
+
+def _version_models(registry: Registry, alias: str) -> list[dict[str, Any]]:
+    return [
+        _model(version.label, version.version.published_at, parent=BASE_MODEL_NAME)
+        for version in registry.versions(alias)
+    ]
 
 
 def _model(name: str, created: datetime | None, *, parent: str | None) -> dict[str, Any]:

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from adapters.chat_template import RenderedRow, hash_chat_template, render_prompt, render_training_row
+from adapters.chat_template import (
+    RenderedRow,
+    hash_chat_template,
+    render_prompt,
+    render_training_row,
+    render_training_rows,
+)
 from adapters.errors import InvalidInputError
 from tests.support.tiny import CHATML, make_tokenizer
 
@@ -114,7 +120,7 @@ def test_training_row_is_refused_when_the_template_rewrites_earlier_turns() -> N
     """One turn can be trained on, several can't: the assistant's words would be guessed."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = REWRITING
-    with pytest.raises(InvalidInputError, match="renders earlier turns differently") as caught:
+    with pytest.raises(InvalidInputError, match="turn otherwise than it asks for one") as caught:
         render_training_row(tokenizer, _turns("one?", "1x", "two?", "2x"))
     assert caught.value.param == "messages"
 
@@ -129,15 +135,16 @@ def test_rendering_is_refused_with_its_reason_when_the_template_raises() -> None
         assert caught.value.param == "messages"
 
 
-def test_training_row_carries_loss_on_the_words_when_the_template_ends_without_a_token() -> None:
-    """A template that writes no end-of-turn token has nothing to cut."""
+def test_training_rows_end_in_eos_when_the_template_ends_without_a_token() -> None:
+    """Nothing else could tell the server that the turn has ended, and each turn asks for itself."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    row = render_training_row(tokenizer, _turns("a", "b", "c", "d"))
-    assert _learned(row) == ["b\n", "d\n"]
+    rows = render_training_rows(tokenizer, _turns("a", "b", "c", "d"))
+    assert [_learned(row) for row in rows] == [["b<|im_end|>"], ["d<|im_end|>"]]
+    assert tokenizer.decode(rows[1].input_ids) == "user: a\nassistant: b\nuser: c\nassistant: d<|im_end|>"
 
 
 def test_hash_of_the_template_is_that_of_its_text_when_computed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -11,8 +12,8 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import inspect, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import event, inspect, text
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 import adapters
 from adapters.database import Database, open_database
@@ -174,3 +175,25 @@ def test_moments_are_in_utc_when_read_back(database: Database) -> None:
         assert moment == row.published_at
         assert row.published_at.tzinfo is not None
         assert row.metrics == {"loss": 0.5}
+
+
+def test_write_waits_for_the_lock_when_the_database_is_told_to_wait(database: Database) -> None:
+    """Longer than SQLite itself waits; without that a locked database is an error, and so it is when time is up."""
+    event.listen(database.engine, "connect", lambda connection, record: connection.execute("PRAGMA busy_timeout=1"))
+    database.close()  # connections from before have the long timeout
+    path = database.engine.url.database
+    assert path is not None
+    holder = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    holder.execute("BEGIN IMMEDIATE")
+    row = AliasRow(name="legal", number=None, last_number=0, updated_at=utc_now())
+    for hasty in (database, database.waiting(0.3)):
+        with pytest.raises(OperationalError, match="locked"), hasty.write() as session:
+            session.add(row)
+    free = threading.Timer(0.3, holder.execute, ["COMMIT"])
+    free.start()
+    with database.waiting(60).write() as session:
+        session.merge(row)
+    free.join()
+    holder.close()
+    with database.read() as session:
+        assert session.get(AliasRow, "legal") is not None

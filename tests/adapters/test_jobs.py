@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from adapters.audit import AuditLog
 from adapters.database import Database
 from adapters.errors import ConflictError, InvalidInputError, InvalidNameError, NotFoundError, OverloadedError
 from adapters.files import FileService
-from adapters.jobs import MAX_ATTEMPTS, Claim, JobOrder, JobService
-from adapters.records import Job, JobError
+from adapters.jobs import MAX_ATTEMPTS, Claim, JobOrder, JobService, RequestIdentity
+from adapters.records import Actor, Job, JobError
 from adapters.tables import utc_now
 from tests.support.conversations import easy_rows, write_rows
+from tests.support.jobs import pass_all
 
 LEASE_S = 10.0
 
@@ -54,9 +58,15 @@ def file_id(database: Database, tmp_path: Path) -> str:
     return FileService(database, tmp_path / "files", max_bytes=10_000).upload(io.BytesIO(rows), "rows.jsonl").id
 
 
-def _create(jobs: JobService, file_id: str, **metadata: str) -> Job:
+def _order(file_id: str, **metadata: str) -> JobOrder:
     method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": "auto"}}}
-    return jobs.create(JobOrder("tiny", file_id, method, 7, alias="legal", metadata=metadata))
+    return JobOrder("tiny", file_id, method, 7, alias="legal", metadata=metadata)
+
+
+def _create(jobs: JobService, file_id: str, **metadata: str) -> Job:
+    job = jobs.create(_order(file_id, **metadata))
+    pass_all(jobs)
+    return jobs.get(job.id)
 
 
 def _claim(jobs: JobService) -> Claim:
@@ -70,11 +80,14 @@ def _messages(jobs: JobService, job: Job) -> list[str]:
 
 
 def test_create_keeps_the_order_when_files_exist(jobs: JobService, file_id: str) -> None:
-    """A job is queued with what was asked for, and an event says so."""
-    job = _create(jobs, file_id, team="a")
-    assert (job.status, job.alias, job.seed, job.metadata) == ("queued", "legal", 7, {"team": "a"})
+    """A job is queued with what was asked for once its files are found valid, and events say so."""
+    job = jobs.create(_order(file_id, team="a"))
+    assert (job.status, job.alias, job.seed, job.metadata) == ("validating_files", "legal", 7, {"team": "a"})
     assert jobs.get(job.id) == job
     assert _messages(jobs, job) == [f"Created fine-tuning job: {job.id}"]
+    pass_all(jobs)
+    assert jobs.get(job.id) == replace(job, status="queued", queue_position=1)
+    assert _messages(jobs, job)[1:] == ["Validating the files", "The files are valid; the job is queued"]
 
 
 def test_create_makes_an_alias_when_none_is_given(jobs: JobService, file_id: str) -> None:
@@ -102,13 +115,19 @@ def test_create_is_refused_when_a_file_is_missing_or_no_training_data(
 
 
 def test_create_is_refused_when_too_many_jobs_wait(jobs: JobService, file_id: str) -> None:
-    """The queue is bounded; a job that runs doesn't count."""
-    for _ in range(5):
+    """The queue is bounded; a job that runs or is paused doesn't count, but can't be resumed into a full one."""
+    for _ in range(4):
         _create(jobs, file_id)
+    newest = jobs.create(_order(file_id))
     with pytest.raises(OverloadedError, match="5 jobs are waiting"):
         _create(jobs, file_id)
     _claim(jobs)
     assert _create(jobs, file_id).status == "queued"
+    jobs.pause(newest.id)
+    assert _create(jobs, file_id).status == "queued"
+    with pytest.raises(OverloadedError, match="5 jobs are waiting"):
+        jobs.resume(newest.id)
+    assert jobs.get(newest.id).status == "paused"
 
 
 def test_claim_takes_the_oldest_job_once_when_two_supervisors_ask(jobs: JobService, file_id: str) -> None:
@@ -248,6 +267,203 @@ def test_turns_are_refused_when_the_job_is_at_its_end(jobs: JobService, file_id:
     with pytest.raises(ConflictError, match="is failed"):
         jobs.cancel(failing.id)
     assert jobs.get(failing.id).error == JobError("invalid_training_file", "bad", "training_file")
+
+
+def _begin(jobs: JobService, file_id: str) -> Job:
+    return jobs.create(_order(file_id))
+
+
+def _begin_validation(jobs: JobService, file_id: str) -> Job:
+    job = jobs.create(_order(file_id))
+    assert jobs.claim_validation(lease_s=LEASE_S) is not None
+    return job
+
+
+def _run(jobs: JobService, file_id: str) -> Job:
+    _create(jobs, file_id)
+    return _claim(jobs).job
+
+
+def _pause_new(jobs: JobService, file_id: str) -> Job:
+    return jobs.pause(jobs.create(_order(file_id)).id)
+
+
+def _pause_queued(jobs: JobService, file_id: str) -> Job:
+    return jobs.pause(_create(jobs, file_id).id)
+
+
+def _pause_running(jobs: JobService, file_id: str) -> Job:
+    return jobs.pause(_run(jobs, file_id).id)
+
+
+def _succeed(jobs: JobService, file_id: str) -> Job:
+    _create(jobs, file_id)
+    claim = _claim(jobs)
+    with jobs.database.write() as session:
+        jobs.succeed(session, claim, fine_tuned_model="legal@v1", result_file="file-r", trained_tokens=1)
+    return jobs.release(claim)
+
+
+def _fail(jobs: JobService, file_id: str) -> Job:
+    _create(jobs, file_id)
+    claim = _claim(jobs)
+    jobs.fail(claim, JobError("trainer_crashed", "bad"))
+    return jobs.release(claim)
+
+
+def _cancel(jobs: JobService, file_id: str) -> Job:
+    return jobs.cancel(_create(jobs, file_id).id)
+
+
+@pytest.mark.parametrize(
+    ("reach", "after_pause", "after_resume", "after_cancel"),
+    [
+        (_begin, "paused", "validating_files", "cancelled"),
+        (_begin_validation, "paused", "validating_files", "cancelled"),
+        (_create, "paused", "queued", "cancelled"),
+        (_run, "paused", None, "cancelled"),
+        (_pause_new, "paused", "validating_files", "cancelled"),
+        (_pause_queued, "paused", "queued", "cancelled"),
+        (_pause_running, "paused", "queued", "cancelled"),
+        (_succeed, None, None, None),
+        (_fail, None, None, None),
+        (_cancel, None, None, "cancelled"),
+    ],
+)
+def test_turns_lead_where_the_table_says_when_made_in_every_state(
+    jobs: JobService,
+    file_id: str,
+    reach: Callable[[JobService, str], Job],
+    after_pause: str | None,
+    after_resume: str | None,
+    after_cancel: str | None,
+) -> None:
+    """None is a refusal, which changes nothing; a turn made twice is made once."""
+    for turn, expected in ((jobs.pause, after_pause), (jobs.resume, after_resume), (jobs.cancel, after_cancel)):
+        job = jobs.get(reach(jobs, file_id).id)
+        if expected is None:
+            with pytest.raises(ConflictError, match=f"is {job.status}; expected"):
+                turn(job.id)
+            assert jobs.get(job.id) == job
+        else:
+            assert turn(job.id).status == expected
+            assert jobs.get(job.id) == turn(job.id)
+
+
+def test_turns_stand_in_the_audit_log_when_made(jobs: JobService, file_id: str) -> None:
+    """Who paused a job, resumed it and ended it; what changes nothing is no act."""
+    job = jobs.create(_order(file_id))
+    mine = jobs.acting_for(Actor("key-1"))
+    for turn in (mine.pause, mine.pause, mine.resume, mine.resume, mine.cancel, mine.cancel):
+        turn(job.id)
+    acts = [(entry.action, entry.actor, entry.subject) for entry in AuditLog(jobs.database).list(limit=10)]
+    assert acts == [
+        ("cancel_job", "key-1", job.id),
+        ("resume_job", "key-1", job.id),
+        ("pause_job", "key-1", job.id),
+        ("create_job", "command line", job.id),
+    ]
+
+
+def test_validation_goes_on_when_another_job_is_being_trained(jobs: JobService, file_id: str) -> None:
+    """Bad data is known hours before its turn; a job is not trained before its files are found valid."""
+    running = _run(jobs, file_id)
+    good, bad = jobs.create(_order(file_id)), jobs.create(_order(file_id))
+    assert jobs.claim(lease_s=LEASE_S) is None
+    claim = jobs.claim_validation(lease_s=LEASE_S)
+    assert claim is not None
+    assert (claim.job.id, jobs.standing(claim)) == (good.id, "continue")
+    jobs.pass_validation(claim)
+    jobs.release(claim)
+    claim = jobs.claim_validation(lease_s=LEASE_S)
+    assert claim is not None
+    jobs.note(claim, "3 rows appear twice", level="warn")
+    jobs.fail(claim, JobError("invalid_training_file", "line 2: bad", "training_file"))
+    jobs.release(claim)
+    assert [jobs.get(job.id).status for job in (running, good, bad)] == ["running", "queued", "failed"]
+    warnings, _ = jobs.events(bad.id, limit=10, level="warn")
+    assert [event.message for event in warnings] == ["3 rows appear twice"]
+    assert jobs.claim_validation(lease_s=LEASE_S) is None
+
+
+def test_validation_is_remembered_when_the_job_is_paused_or_cancelled_meanwhile(jobs: JobService, file_id: str) -> None:
+    """A paused job stays so, and goes on behind the validation; a cancelled one stays cancelled."""
+    for turn, then in ((jobs.pause, "paused"), (jobs.cancel, "cancelled")):
+        job = jobs.create(_order(file_id))
+        claim = jobs.claim_validation(lease_s=LEASE_S)
+        assert claim is not None
+        turn(job.id)
+        assert jobs.standing(claim) == ("pause" if then == "paused" else "stop")
+        jobs.pass_validation(claim)
+        assert jobs.release(claim).status == then
+        if then == "paused":
+            assert jobs.resume(job.id).status == "queued"
+
+
+def test_job_fails_when_the_validation_of_its_files_is_lost_too_often(
+    jobs: JobService, clock: Clock, file_id: str
+) -> None:
+    """Data that ends every process which reads it doesn't go round for ever."""
+    job = jobs.create(_order(file_id))
+    for _ in range(MAX_ATTEMPTS):
+        assert jobs.claim_validation(lease_s=LEASE_S) is not None
+        clock.advance(LEASE_S + 1)
+    assert jobs.claim_validation(lease_s=LEASE_S) is None
+    error = jobs.get(job.id).error
+    assert error is not None
+    assert "the process that validates the files was lost 3 times" in error.message
+
+
+def test_claim_takes_the_most_urgent_job_when_priorities_differ(jobs: JobService, file_id: str) -> None:
+    """By priority, then by age; each job that waits knows its place."""
+    ids = [jobs.create(replace(_order(file_id), priority=priority)).id for priority in (0, -5, 7, 0)]
+    assert [jobs.get(job_id).queue_position for job_id in ids] == [None] * 4
+    pass_all(jobs)
+    assert [jobs.get(job_id).queue_position for job_id in ids] == [2, 4, 1, 3]
+    assert [job.queue_position for job in jobs.list(limit=9)[0]] == [3, 1, 4, 2]
+    assert [_claim(jobs).job.id for _ in ids] == [ids[2], ids[0], ids[3], ids[1]]
+    assert jobs.get(ids[2]).queue_position is None
+
+
+def test_claim_takes_nothing_when_another_job_runs_on_the_device(jobs: JobService, clock: Clock, file_id: str) -> None:
+    """One job a device, whoever supervises; a lost trainer frees it with its lease."""
+    first, second = _create(jobs, file_id), _create(jobs, file_id)
+    assert jobs.claim(lease_s=LEASE_S, device="here/cpu") is not None
+    assert jobs.claim(lease_s=LEASE_S, device="here/cpu") is None
+    there = jobs.claim(lease_s=LEASE_S, device="there/cpu")
+    assert there is not None
+    assert there.job.id == second.id
+    clock.advance(LEASE_S + 1)
+    again = jobs.claim(lease_s=LEASE_S, device="here/cpu")
+    assert again is not None
+    assert again.job.id == first.id
+
+
+def test_create_gives_the_same_job_when_the_request_is_repeated(jobs: JobService, file_id: str) -> None:
+    """Also when the queue is full by then; the same key with another request is refused, another client has its own."""
+    order = replace(_order(file_id), identity=RequestIdentity("retry-1", "a" * 64))
+    made = jobs.create(order)
+    pass_all(jobs)
+    for _ in range(4):
+        jobs.create(_order(file_id))
+    assert jobs.create(order) == jobs.get(made.id)
+    with pytest.raises(ConflictError, match=f"'retry-1' was sent with another request, which made job {made.id}"):
+        jobs.create(replace(order, identity=RequestIdentity("retry-1", "b" * 64)))
+    jobs.cancel(made.id)
+    assert jobs.acting_for(Actor("key-2")).create(order).id != made.id
+    assert len(jobs.list(limit=10)[0]) == 6
+
+
+def test_create_is_refused_when_the_rows_are_of_another_kind(jobs: JobService, file_id: str) -> None:
+    """What a method can't be trained on is known before anything waits."""
+    order = replace(_order(file_id), row_kinds=("preference",))
+    with pytest.raises(InvalidInputError, match=r"trained on preference rows, file-.* holds chat") as caught:
+        jobs.create(order)
+    assert caught.value.param == "training_file"
+    with pytest.raises(InvalidInputError) as caught:
+        jobs.create(replace(_order(file_id), row_kinds=("text",), validation_file=file_id))
+    assert caught.value.param == "training_file"
+    assert jobs.create(replace(order, row_kinds=("chat", "text"))).status == "validating_files"
 
 
 def test_list_filters_and_pages_when_jobs_have_metadata(jobs: JobService, file_id: str) -> None:

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from adapters.errors import IntegrityError
-from adapters.manifest import MANIFEST_FILE, BaseReference, DataReference, Manifest, hash_file, read_manifest
+from adapters.gate_report import GateCheck, GateReport
+from adapters.manifest import (
+    MANIFEST_FILE,
+    BaseReference,
+    DataReference,
+    Manifest,
+    hash_file,
+    parse_manifest,
+    read_manifest,
+)
 from tests.support.versions import PLAIN_MANIFEST
 
 JSON_VALUES: st.SearchStrategy[Any] = st.recursive(
@@ -133,3 +142,24 @@ def test_hash_file_equals_sha256_when_the_file_spans_chunks(tmp_path: Path) -> N
     content = bytes(range(256)) * (math.ceil((1 << 21) / 256) + 1)
     (tmp_path / "file").write_bytes(content)
     assert hashlib.sha256(content).hexdigest() == hash_file(tmp_path / "file")
+
+
+def test_manifest_keeps_its_digest_when_it_has_no_gate_report(tmp_path: Path) -> None:
+    """Versions that were published before the field existed keep their names: these are such a manifest's bytes."""
+    old = PLAIN_MANIFEST
+    assert "gate" not in json.loads(old.to_bytes())
+    assert old.digest == "5d2a4fc021a31a7b9894c2e27940f84e2f6efcbeba236b696cdab4420a76b7d0"
+    report = GateReport(checks=[GateCheck(name="base", outcome="passed", sentence="better")])
+    judged = old.model_copy(update={"gate": report})
+    assert judged.digest != old.digest
+    assert parse_manifest(judged.to_bytes(), tmp_path).gate == report
+
+
+def test_manifest_keeps_its_digest_when_it_says_nothing_of_method_and_kind(tmp_path: Path) -> None:
+    """Versions of before these fields keep their names; what is recorded is read back and counts."""
+    names = {"kind", "method", "parent"}
+    assert not names & set(json.loads(PLAIN_MANIFEST.to_bytes()))
+    known = {"kind": "reward", "method": "reward", "parent": "a" * 64}
+    later = PLAIN_MANIFEST.model_copy(update=known)
+    assert later.digest != PLAIN_MANIFEST.digest
+    assert parse_manifest(later.to_bytes(), tmp_path).model_dump(include=names) == known

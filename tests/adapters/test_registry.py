@@ -7,6 +7,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -102,10 +103,44 @@ def test_publish_leaves_the_alias_when_told_not_to_promote(registry: Registry, t
     assert version == registry.find("legal@v2")
 
 
-def test_publish_moves_the_alias_when_it_is_the_first_in_spite_of_no_promotion(registry: Registry) -> None:
-    """An alias that exists points somewhere."""
-    assert publish_text(registry, "one", promote=False).number == 1
-    assert registry.find("legal").number == 1
+def test_alias_points_nowhere_when_its_first_version_is_not_promoted(registry: Registry) -> None:
+    """The version answers by its own name; the alias says what to do, and is listed apart until it is promoted."""
+    first = publish_text(registry, "one", promote=False)
+    assert first == registry.find("legal@v1")
+    assert registry.resolve("legal@v1", unit="anybody").digest == first.version.digest
+    assert (registry.aliases(), registry.unpromoted()) == ([], ["legal"])
+    for call in (registry.alias, registry.find, partial(registry.resolve, unit="anybody")):
+        with pytest.raises(NotFoundError, match=r"no version of 'legal' has been promoted; .* promote it: legal@v1"):
+            call("legal")
+    assert registry.promote("legal@v1").current == first
+    assert (registry.alias("legal").current, registry.unpromoted()) == (first, [])
+
+
+def test_unpromoted_alias_is_gone_when_its_versions_are_removed(registry: Registry) -> None:
+    """One by one or all at once."""
+    publish_text(registry, "one", promote=False)
+    assert registry.remove("legal@v1") == ["legal@v1"]
+    publish_text(registry, "two", promote=False)
+    assert registry.remove("legal") == ["legal@v2"]
+    assert registry.unpromoted() == []
+    with pytest.raises(NotFoundError, match="there is no adapter 'legal'"):
+        registry.find("legal@v2")
+
+
+def test_publish_asks_where_the_alias_points_when_promotion_depends_on_it(registry: Registry) -> None:
+    """In the transaction: a version that was compared with another than the present one does not take its place."""
+    asked: list[int | None] = []
+
+    def only_over_two(number: int | None) -> bool:
+        asked.append(number)
+        return number == 2
+
+    for content in ("one", "two"):
+        publish_text(registry, content)
+    for content in ("three", "four"):
+        source = write_files(registry.store.root.parent / "sources" / content, content)
+        registry.publish(source, PLAIN_MANIFEST, alias="legal", promote=only_over_two)
+    assert (asked, registry.find("legal").number) == ([2, 3], 3)
 
 
 def test_publish_leaves_the_alias_when_an_experiment_runs(
@@ -463,7 +498,7 @@ class RegistryMachine(RuleBasedStateMachine):
             model.last_number += 1
             model.versions[model.last_number] = content
         assert known.get(content, model.last_number) == version.number
-        if not model.trail or (promote and model.arms is None):
+        if promote and model.arms is None:
             model.move(version.number)
 
     @rule(alias=ALIASES, number=st.integers(1, 6))
@@ -484,7 +519,7 @@ class RegistryMachine(RuleBasedStateMachine):
     def rollback(self, alias: str) -> None:
         """One step back on the trail, if there is one."""
         model = self.models[alias]
-        if not model.trail:
+        if not model.versions:
             with pytest.raises(NotFoundError):
                 self.registry.rollback(alias)
         elif model.arms or len(model.trail) < 2:
@@ -499,10 +534,10 @@ class RegistryMachine(RuleBasedStateMachine):
         """Only what nothing points to is removed."""
         model = self.models[alias]
         name = f"{alias}@v{number}"
-        if not model.trail or (model.arms is None and number not in model.versions):
+        if not model.versions or (model.arms is None and number not in model.versions):
             with pytest.raises(NotFoundError):
                 self.registry.remove(name)
-        elif model.arms or number == model.trail[-1]:
+        elif model.arms or number in model.trail[-1:]:
             with pytest.raises(ConflictError):
                 self.registry.remove(name)
         else:
@@ -513,7 +548,7 @@ class RegistryMachine(RuleBasedStateMachine):
     def remove_alias(self, alias: str) -> None:
         """All versions go, and the numbers are never used again."""
         model = self.models[alias]
-        if not model.trail:
+        if not model.versions:
             with pytest.raises(NotFoundError):
                 self.registry.remove(alias)
         elif model.arms:
@@ -558,6 +593,8 @@ class RegistryMachine(RuleBasedStateMachine):
             return
         found = {alias.name: alias for alias in self.registry.aliases()}
         assert {name for name, model in self.models.items() if model.trail} == set(found)
+        unpromoted = [name for name, model in self.models.items() if model.versions and not model.trail]
+        assert sorted(unpromoted) == self.registry.unpromoted()
         digests = set()
         for name, model in self.models.items():
             versions = {version.number: version.version.digest for version in self.registry.versions(name)}

@@ -18,6 +18,7 @@ from adapters.files import FileService
 from adapters.jobs import JobOrder, JobService
 from clients.cli.main import app
 from tests.support.conversations import easy_rows, write_rows
+from tests.support.jobs import pass_all
 from tests.support.tiny import save_random_adapter
 
 
@@ -226,14 +227,141 @@ def test_jobs_are_listed_and_turned_when_asked(shell: Shell, tmp_path: Path) -> 
     database = open_database(f"sqlite:///{home / 'hotswap.db'}")
     rows = write_rows(tmp_path / "rows.jsonl", easy_rows(2)).read_bytes()
     stored = FileService(database, home / "files", max_bytes=10_000).upload(io.BytesIO(rows), "rows.jsonl")
-    job = JobService(database).create(JobOrder("tiny", stored.id, {}, 0, alias="legal"))
+    method = {"type": "supervised", "supervised": {"hyperparameters": {}}}
+    job = JobService(database).create(JobOrder("tiny", stored.id, method, 0, alias="legal"))
     database.close()
     assert [found["id"] for found in shell.json("jobs", "list")] == [job.id]
     assert job.id in shell.text("jobs", "list")
     assert shell.json("jobs", "pause", job.id)["status"] == "paused"
-    assert shell.json("jobs", "resume", job.id)["status"] == "queued"
+    assert shell.json("jobs", "resume", job.id)["status"] == "validating_files"
     assert "cancelled" in shell.text("jobs", "cancel", job.id)
     assert shell.json("jobs", "show", job.id)["status"] == "cancelled"
     messages = [event["message"] for event in shell.json("jobs", "events", job.id)]
     assert messages[1:] == ["The job was paused", "The job was resumed", "The job was cancelled"]
     assert "info  The job was paused" in shell.text("jobs", "events", job.id)
+
+
+def test_job_is_drawn_when_it_has_been_measured(shell: Shell) -> None:
+    """Both curves, from the job's own events; without the flag there is none."""
+    jobs = JobService(open_database(f"sqlite:///{shell.environment['HOTSWAP_HOME']}/hotswap.db"))
+    files = FileService(jobs.database, Path(shell.environment["HOTSWAP_HOME"]) / "files", max_bytes=100_000)
+    rows = "".join(json.dumps({"messages": row}) + "\n" for row in easy_rows(2))
+    file_id = files.upload(io.BytesIO(rows.encode()), "rows.jsonl").id
+    method = {"type": "supervised", "supervised": {"hyperparameters": {}}}
+    job = jobs.create(JobOrder("tiny", file_id, method, 0, alias="legal"))
+    pass_all(jobs)
+    claim = jobs.claim(lease_s=60)
+    assert claim is not None
+    for step in (1, 2, 3):
+        data = {"step": step, "total_steps": 3, "train_loss": 3.0 - step, "valid_loss": 2.0 if step > 1 else None}
+        jobs.note_metrics(claim, f"Step {step}/3", data, trained_tokens=step, seconds_left=0)
+    shown = shell.text("jobs", "show", job.id, "--plot")
+    assert "training loss, 2.000 to 0.000, steps 1 to 3" in shown
+    assert "validation loss, 2.000 to 2.000, steps 2 to 3" in shown
+    assert any("\u2801" <= letter <= "\u28ff" for letter in shown)
+    assert "training loss," not in shell.text("jobs", "show", job.id)
+
+
+def test_unpromoted_alias_is_shown_when_nothing_of_it_is_live(shell: Shell, tmp_path: Path) -> None:
+    """`list` says what to do, `show` knows the version by its name, and promoting makes it an alias as any other."""
+    folder = save_random_adapter(tmp_path / "other", Path(shell.environment["HOTSWAP_BASE"]), seed=9)
+    shell.json("adapters", "import", str(folder), "--alias", "medical", "--no-promote")
+    listed = shell.text("adapters", "list")
+    assert "medical: no version has been promoted; the newest is medical@v1 (hotswap adapters promote" in listed
+    assert "legal" in listed
+    assert shell.json("adapters", "show", "medical@v1")["live"] is None
+    with pytest.raises(HotswapError, match="no version of 'medical' has been promoted"):
+        shell.text("adapters", "show", "medical")
+    shell.text("adapters", "promote", "medical@v1")
+    assert shell.json("adapters", "show", "medical")["live"] == 1
+
+
+def test_gate_is_printed_when_a_version_was_trained(shell: Shell, tmp_path: Path) -> None:
+    """As a table behind the run and by `show`; the alias, which has a version, is not moved without validation rows."""
+    data = write_rows(tmp_path / "train.jsonl", easy_rows(4))
+    flags = [
+        "--max-steps",
+        "2",
+        "--rank",
+        "2",
+        "--gate-samples",
+        "0",
+        "--sample-prompts",
+        "0",
+        "--gate-forgetting",
+        "99",
+    ]
+    printed = shell.text("train", "legal", "--data", str(data), *flags)
+    assert "the gate: inconclusive" in printed
+    assert "legal was not moved to it" in printed
+    assert "training loss, " in printed
+    shown = shell.text("adapters", "show", "legal@v3")
+    assert "not compared with legal@v2: there is no validation file" in shown
+    report = shell.json("adapters", "show", "legal@v3")["manifest"]["gate"]
+    assert {check["name"]: check["outcome"] for check in report["checks"]} == {
+        "base": "unchecked",
+        "present": "unchecked",
+        "forgetting": "passed",
+        "sampling": "unchecked",
+    }
+    assert (
+        shell.json("train", "legal", "--data", str(data), *flags, "--no-promote")["gate"]["verdict"] == "inconclusive"
+    )
+
+
+def test_job_is_queued_from_files_when_created(shell: Shell, tmp_path: Path) -> None:
+    """As by the API, on the table that a server of this home reads; hyperparameters are those of the wire."""
+    rows = write_rows(tmp_path / "rows.jsonl", easy_rows(2))
+    options = ("--data", str(rows), "--validation", str(rows), "--suffix", "legal", "--model", "legal@v1")
+    job = shell.json(
+        "jobs", "create", *options, "--set", "rank=4", "--set", "n_epochs=auto", "--seed", "5", "--priority", "7"
+    )
+    assert (job["status"], job["alias"], job["model"]) == ("validating_files", "legal", "legal@v1")
+    assert (job["seed"], job["priority"], job["method"]["supervised"]["hyperparameters"]["rank"]) == (5, 7, 4)
+    assert "validating_files" in shell.text("jobs", "create", "--data", str(rows))
+    assert len(shell.json("jobs", "list")) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--set", "rank=17"), "rank 17 is above 16"),
+        (("--set", "rank=x"), "method.supervised.hyperparameters.rank: Input should be a valid integer"),
+        (("--set", "rank"), "expected NAME=VALUE"),
+        (("--model", "nobody"), "model: expected the base model"),
+        (("--method", "dpo"), "trained on preference rows"),
+        (("--validation", "nowhere.jsonl"), "nowhere.jsonl: can't be read: No such file"),
+    ],
+)
+def test_job_is_refused_with_its_reason_when_created(
+    shell: Shell, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    """Nothing is queued, and no file stays."""
+    rows = write_rows(tmp_path / "rows.jsonl", easy_rows(2))
+    with pytest.raises(HotswapError, match=message):
+        shell.text("jobs", "create", "--data", str(rows), *options)
+    assert shell.json("jobs", "list") == []
+    assert [path for path in (tmp_path / "home" / "files").glob("*") if path.is_file()] == []
+
+
+def test_job_shows_losses_checkpoints_and_warnings_when_it_runs(shell: Shell, tmp_path: Path) -> None:
+    """How far it is, when it will be done, and what its owner should know."""
+    rows = write_rows(tmp_path / "rows.jsonl", easy_rows(2))
+    job_id = shell.json("jobs", "create", "--data", str(rows), "--suffix", "legal")["id"]
+    database = open_database(f"sqlite:///{tmp_path / 'home' / 'hotswap.db'}")
+    jobs = JobService(database)
+    pass_all(jobs)
+    assert "place in the queue" in shell.text("jobs", "show", job_id)
+    claim = jobs.claim(lease_s=60)
+    assert claim is not None
+    jobs.note(claim, "training_file: 3 rows appear twice", level="warn")
+    for step in range(1, 9):
+        data = {"step": step, "total_steps": 9, "train_loss": 1 / step} | ({"valid_loss": 0.625} if step == 2 else {})
+        jobs.note_metrics(claim, f"Step {step}", data, trained_tokens=step, seconds_left=90)
+    jobs.add_checkpoint(claim, 2, {}, digest="a" * 64)
+    database.close()
+    shown = shell.text("jobs", "show", job_id)
+    for part in ("running", "about 9", "2/9", "0.625", "8/9", "0.125", "warning: training_file: 3 rows appear twice"):
+        assert part in shown, part
+    assert f"legal:{job_id[6:18]}:ckpt-step-2" in shown
+    assert "3/9" not in shown

@@ -61,7 +61,7 @@ def _start_job(client: openai.OpenAI, folder: Path, *, num_epochs: int, checkpoi
 
 
 def _wait_until_ended(client: openai.OpenAI, job_id: str) -> FineTuningJob:
-    while (job := client.fine_tuning.jobs.retrieve(job_id)).status in ("queued", "running"):
+    while (job := client.fine_tuning.jobs.retrieve(job_id)).status in ("validating_files", "queued", "running"):
         time.sleep(0.02)
     return job
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -236,10 +237,36 @@ def test_upload_is_400_when_its_form_asks_for_another_charset(charset: str, site
 
 def test_file_tells_of_no_job_when_the_key_may_not_see_it(site: Site, content: bytes) -> None:
     """A file that another alias's job needs can't be deleted; which job that is, stays unsaid."""
-    stored = _post(site, {"purpose": "fine-tune"}, {"file": ("rows.jsonl", content)}).json()["id"]
-    job = _services(site).fine_tuning.jobs.create(JobOrder("tiny", stored, {}, 0, alias="support"))
     _, secret = site.keys.create("web", scopes=["train"], aliases=["legal"])
     headers = {"authorization": f"Bearer {secret}"}
+    fields, files = {"purpose": "fine-tune"}, {"file": ("rows.jsonl", content)}
+    uploaded = on_site(site, lambda http: http.post("/v1/files", headers=headers, data=fields, files=files))
+    stored = uploaded.json()["id"]
+    job = _services(site).fine_tuning.jobs.create(JobOrder("tiny", stored, {}, 0, alias="support"))
     refused = on_site(site, lambda http: http.delete(f"/v1/files/{stored}", headers=headers))
     assert 409 == refused.status_code
     assert job.id not in refused.text
+
+
+def test_files_of_others_are_absent_when_the_key_is_limited(site: Site, content: bytes) -> None:
+    """Training data of another client, and results of jobs for other aliases: not listed, not found, not to be read."""
+    files = _services(site).files
+    theirs = files.upload(io.BytesIO(content), "theirs.jsonl").id
+    results = {}
+    for alias in ("legal", "support"):
+        with files.placed_result(io.BytesIO(b"x"), f"{alias}.csv") as result, files.database.write() as session:
+            files.register(session, result, alias=alias)
+        results[alias] = result.id
+    _, secret = site.keys.create("web", scopes=["train"], aliases=["legal"])
+    headers = {"authorization": f"Bearer {secret}"}
+
+    def call(method: str, path: str = "") -> httpx.Response:
+        return on_site(site, lambda http: http.request(method, f"/v1/files{path}", headers=headers))
+
+    assert [results["legal"]] == [file["id"] for file in call("GET").json()["data"]]
+    assert b"x" == call("GET", f"/{results['legal']}/content").content
+    for hidden in (theirs, results["support"]):
+        for method, path in (("GET", ""), ("GET", "/content"), ("DELETE", "")):
+            assert 404 == call(method, f"/{hidden}{path}").status_code
+        assert "after" == call("GET", f"?after={hidden}").json()["error"]["param"]
+    assert files.get(theirs).id == theirs

@@ -10,19 +10,28 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from fastapi import Request
 
-from adapters.errors import NotFoundError
+from adapters.errors import ConflictError, NotFoundError
 from adapters.jobs import Claim, JobService
 from adapters.records import JobError
-from server.fine_tuning_schemas import Hyperparameters
+from server.event_streams import EventStreams
+from server.fine_tuning_schemas import RewardedHyperparameters, SupervisedHyperparameters
 from server.services import Services
 from tests.support.conversations import easy_rows, write_rows
 from tests.support.engine import Site, on_site
+from tests.support.jobs import pass_all
 from tests.support.sdk import with_sdk
+from tests.support.tiny import make_manifest
 from training.config import TrainSettings
-from training.job import resolve_settings
+from training.job_settings import resolve_settings
 
 _JOBS = "/v1/fine_tuning/jobs"
+_ELSEWHERE_ON_THE_WIRE = {"home", "seed", "method", "start_from", "report_to"}
+# The operator's: what a version is measured against, and files of the server.
+_NOT_ON_THE_WIRE = {"sample_prompts", "sample_file", "sample_tokens"} | {
+    name for name in TrainSettings.model_fields if name.startswith("gate_")
+}
 
 
 @pytest.fixture
@@ -41,9 +50,13 @@ def _jobs(site: Site) -> JobService:
     return _services(site).fine_tuning.jobs
 
 
-def _create(site: Site, file_id: str, **fields: Any) -> httpx.Response:
+def _create(site: Site, file_id: str, *, key: str | None = None, **fields: Any) -> httpx.Response:
+    """Create a job; the files of one that is taken are found valid."""
     body = {"model": "tiny", "training_file": file_id} | fields
-    return on_site(site, lambda http: http.post(_JOBS, json=body))
+    headers = {} if key is None else {"idempotency-key": key}
+    response = on_site(site, lambda http: http.post(_JOBS, json=body, headers=headers))
+    pass_all(_jobs(site))
+    return response
 
 
 def _get(site: Site, path: str) -> httpx.Response:
@@ -74,7 +87,12 @@ def test_openai_client_creates_and_reads_a_job_when_driven(site: Site, file_id: 
                 }
             },
         )
-        assert (job.object, job.status, job.model, job.seed) == ("fine_tuning.job", "queued", "tiny", 5)
+        assert (job.object, job.status, job.model, job.seed) == (
+            "fine_tuning.job",
+            "validating_files",
+            "tiny",
+            5,
+        )
         assert (job.training_file, job.validation_file, job.metadata) == (file_id, file_id, {"team": "a"})
         assert (job.fine_tuned_model, job.finished_at, job.error, job.result_files) == (None, None, None, [])
         assert (job.hyperparameters.n_epochs, job.hyperparameters.batch_size) == (2, "auto")
@@ -87,7 +105,7 @@ def test_openai_client_creates_and_reads_a_job_when_driven(site: Site, file_id: 
         paused = await client.fine_tuning.jobs.pause(job.id)
         resumed = await client.fine_tuning.jobs.resume(job.id)
         cancelled = await client.fine_tuning.jobs.cancel(job.id)
-        assert [paused.status, resumed.status, cancelled.status] == ["paused", "queued", "cancelled"]
+        assert [paused.status, resumed.status, cancelled.status] == ["paused", "validating_files", "cancelled"]
         assert cancelled.finished_at is not None
         with pytest.raises(openai.ConflictError, match="is cancelled"):
             await client.fine_tuning.jobs.resume(job.id)
@@ -115,7 +133,7 @@ def test_openai_client_pages_through_jobs_events_and_checkpoints_when_driven(sit
         odd = [job.metadata async for job in api.list(limit=1, metadata={"kind": "odd"})]
         assert odd == [{"kind": "odd"}] * 2
         events = [event async for event in api.list_events(claim.job.id, limit=3)]
-        assert len(events) == 11  # created, running, seven steps, two checkpoints
+        assert len(events) == 13  # created, validating, valid, running, seven steps, two checkpoints
         steps = [event for event in events if event.type == "metrics"]
         assert [event.message for event in steps] == [f"Step {step}" for step in range(7, 0, -1)]
         assert steps[0].data == {"step": 7, "train_loss": 1 / 7}
@@ -125,6 +143,124 @@ def test_openai_client_pages_through_jobs_events_and_checkpoints_when_driven(sit
         assert checkpoints[0].fine_tuning_job_id == claim.job.id
 
     with_sdk(site, scenario)
+
+
+def _upload(site: Site, *rows: dict[str, Any]) -> str:
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    return _services(site).files.upload(io.BytesIO(content), "rows.jsonl").id
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("dpo", {"prompt": "Q?", "chosen": "Yes", "rejected": "No"}),
+        ("reward", {"prompt": "Q?", "chosen": "Yes", "rejected": "No"}),
+        ("kto", {"prompt": "Q?", "completion": "Yes", "label": True}),
+        ("supervised", {"text": "A whole text."}),
+    ],
+)
+def test_job_is_made_for_each_method_when_its_rows_are_given(site: Site, kind: str, row: dict[str, Any]) -> None:
+    """The kind of rows is known from the upload; knobs of the method come back as they were given."""
+    file_id = _upload(site, row)
+    chosen = {"rank": 4, "learning_rate": 0.001} | ({"beta": 0.2} if kind in ("dpo", "kto") else {})
+    job = _create(site, file_id, method={"type": kind, kind: {"hyperparameters": chosen}}).json()
+    assert job["method"]["type"] == kind
+    assert chosen.items() <= job["method"][kind]["hyperparameters"].items()
+    bare = _create(site, file_id, method={"type": kind}).json()
+    assert bare["method"][kind]["hyperparameters"]["n_epochs"] == "auto"
+    other = "supervised" if kind != "supervised" else "dpo"
+    refused = _create(site, file_id, method={"type": other}).json()["error"]
+    assert (refused["param"], "rows" in refused["message"]) == ("training_file", True)
+
+
+def test_openai_client_creates_a_dpo_job_when_driven(site: Site) -> None:
+    """Hosted preference rows and the SDK's own types, as they stand."""
+    preference = {
+        "input": {"messages": [{"role": "user", "content": "Q?"}]},
+        "preferred_output": [{"role": "assistant", "content": "Yes"}],
+        "non_preferred_output": [{"role": "assistant", "content": "No"}],
+    }
+    file_id = _upload(site, preference)
+
+    async def scenario(client: openai.AsyncOpenAI) -> None:
+        job = await client.fine_tuning.jobs.create(
+            model="base",
+            training_file=file_id,
+            method={"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1, "n_epochs": 2}}},
+        )
+        assert job.method is not None
+        assert job.method.dpo is not None
+        assert job.method.dpo.hyperparameters is not None
+        assert (job.method.type, job.method.dpo.hyperparameters.beta) == ("dpo", 0.1)
+
+    with_sdk(site, scenario)
+
+
+def test_training_goes_on_from_the_version_of_the_moment_when_model_is_an_alias(site: Site, file_id: str) -> None:
+    """Bound to a digest: the alias may move; the version can't be deleted while the job needs it."""
+    first = site.publish("legal", f"{1:064x}")
+    job = _create(site, file_id, model="legal", suffix="legal").json()
+    assert job["model"] == "legal@v1"
+    site.publish("legal", f"{2:064x}")
+    assert _jobs(site).get(job["id"]).start_from == f"legal@{first.version.digest}"
+    for name in ("legal@v1", "legal"):
+        with pytest.raises(ConflictError, match=f"job {job['id']}, which is queued, goes on from legal@v1"):
+            site.registry.remove(name)
+    _jobs(site).cancel(job["id"])
+    assert site.registry.remove("legal@v1") == ["legal@v1"]
+    assert _create(site, file_id, model="legal@v1").status_code == 400
+
+
+def test_job_is_found_again_when_its_request_is_repeated(site: Site, file_id: str) -> None:
+    """By the header `Idempotency-Key`; another request under the same key is a 409, no client repeats that."""
+    first, again = (_create(site, file_id, key="k-1", suffix="legal") for _ in range(2))
+    assert (first.json()["id"], first.status_code, again.status_code) == (again.json()["id"], 200, 200)
+    other = _create(site, file_id, key="k-1", suffix="medical")
+    assert (other.status_code, other.headers["x-should-retry"]) == (409, "false")
+    assert _create(site, file_id, key="k-2", suffix="legal").json()["id"] != first.json()["id"]
+    assert _create(site, file_id, key="k" * 256).json()["error"]["param"] == "idempotency-key"
+
+
+def test_job_names_its_place_when_it_waits(site: Site, file_id: str) -> None:
+    """The more urgent first; one that runs has no place."""
+    ids = [_create(site, file_id, priority=priority).json()["id"] for priority in (0, 5, 0)]
+    found = {job["id"]: (job["priority"], job["queue_position"]) for job in _get(site, _JOBS).json()["data"]}
+    assert [found[job_id] for job_id in ids] == [(0, 2), (5, 1), (0, 3)]
+    assert _claim(site).job.id == ids[1]
+    assert [_get(site, f"{_JOBS}/{job_id}").json()["queue_position"] for job_id in ids] == [1, None, 2]
+
+
+def test_integration_is_taken_when_its_library_is_installed(
+    site: Site, file_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it the answer says what to install."""
+    wandb = {"type": "wandb", "wandb": {"project": "tickets", "tags": ["a"]}}
+    refused = _create(site, file_id, integrations=[wandb]).json()["error"]
+    assert "pip install wandb" in refused["message"]
+    (tmp_path / "wandb.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert _create(site, file_id, integrations=[wandb]).json()["integrations"] == [wandb]
+
+
+def test_checkpoint_is_called_by_its_name_when_it_is_kept(site: Site, file_id: str) -> None:
+    """While its job runs, by keys that may use the alias alone; the answer says which checkpoint it was."""
+    job_id = _create(site, file_id, suffix="legal").json()["id"]
+    claim = _claim(site)
+    digest, _ = site.registry.store.add(site.adapters[f"{1:064x}"], make_manifest(site.base.reference))
+    _jobs(site).add_checkpoint(claim, 3, {"train_loss": 0.5}, digest=digest)
+    (listed,) = _get(site, f"{_JOBS}/{job_id}/checkpoints").json()["data"]
+    name = listed["fine_tuned_model_checkpoint"]
+    assert (name, listed["is_kept"]) == (f"legal:{job_id[6:18]}:ckpt-step-3", True)
+    body = {"model": name, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    answer = on_site(site, lambda http: http.post("/v1/chat/completions", json=body))
+    assert (answer.status_code, answer.json()["model"]) == (200, name)
+    assert (answer.headers["x-hotswap-version"], answer.headers["x-hotswap-route"]) == (name, "checkpoint")
+    assert answer.headers["x-hotswap-digest"] == digest
+    assert [row.route for row in site.exposures()] == ["checkpoint"]
+    _, secret = site.keys.create("web", scopes=["chat"], aliases=["medical"])
+    headers = {"authorization": f"Bearer {secret}"}
+    refused = on_site(site, lambda http: http.post("/v1/chat/completions", json=body, headers=headers))
+    assert refused.status_code == 404
 
 
 def test_job_reports_what_came_of_it_when_it_has_ended(site: Site, file_id: str) -> None:
@@ -161,8 +297,29 @@ def _supervised(**hyperparameters: Any) -> dict[str, Any]:
         ({"metadata": {str(n): "x" for n in range(17)}}, "metadata"),
         ({"metadata": {"k": "x" * 513}}, "metadata.k"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations"),
-        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1}}}}, "method.type"),
+        ({"integrations": [{"type": "mlflow"}]}, "integrations.0.type"),
+        (
+            {"integrations": [{"type": "wandb", "wandb": {"project": "p", "tags": ["a,b"]}}]},
+            "integrations.0.wandb.tags.0",
+        ),
+        ({"priority": 101}, "priority"),
+        ({"priority": 0.5}, "priority"),
+        ({"model": "legal:0123456789ab:ckpt-step-3"}, "model"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1}}}}, "training_file"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, "method.dpo.hyperparameters.beta"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 2.1}}}}, "method.dpo.hyperparameters.beta"),
+        (
+            {"method": {"type": "dpo", "dpo": {"hyperparameters": {"reference": "start"}}}},
+            "method.dpo.hyperparameters.reference",
+        ),
+        ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised"),
         ({"method": {"type": "reinforcement"}}, "method.type"),
+        ({"method": {"type": "grpo"}}, "method.grpo"),
+        (
+            {"method": {"type": "grpo", "grpo": {"hyperparameters": {"reward": "rewards.py:f"}}}},
+            "method.grpo.hyperparameters.reward",
+        ),
+        ({"method": {"type": "grpo", "grpo": {"hyperparameters": {"reward": "tone@v1"}}}}, "method"),
         ({"method": {"type": "supervised", "dpo": {}}}, "method.dpo"),
         ({"method": _supervised(n_epochs=0)}, "method.supervised.hyperparameters.n_epochs"),
         ({"method": _supervised(n_epochs="many")}, "method.supervised.hyperparameters.n_epochs"),
@@ -215,20 +372,16 @@ def test_older_hyperparameters_are_taken_when_no_method_is_given(site: Site, fil
 
 def test_hyperparameters_have_the_bounds_of_the_trainer_when_compared() -> None:
     """What a request may ask for, training takes; server and trainer know nothing of each other."""
-    names = {"n_epochs": "epochs", "learning_rate_multiplier": None, "checkpoint_steps": None}
-    compared = 0
-    for name, field in Hyperparameters.model_fields.items():
-        setting = names.get(name, name)
-        if setting is None:
-            continue
-        trained = TrainSettings.model_fields[setting]
-        ours, theirs = _bounds(field), _bounds(trained)
-        if name == "n_epochs":  # a whole number on the wire: its least value is 1, where the trainer's is any above 0
-            assert (ours, theirs) == ({"ge": 1, "le": 1000}, {"gt": 0, "le": 1000})
-        else:
-            assert ours == theirs, name
-        compared += 1
-    assert compared == len(TrainSettings.model_fields) - 2  # home, and the seed, which has a field of its own
+    fields = RewardedHyperparameters.model_fields | SupervisedHyperparameters.model_fields
+    # A whole number on the wire: its least value is 1, where the trainer's is any above 0. Beta is as the wire has it,
+    # a reward on the wire is a version alone.
+    differing = {"n_epochs": "epochs", "beta": "beta", "reward": "reward", "targets": "targets"}
+    no_settings = {"learning_rate_multiplier", "checkpoint_steps"}
+    for name in set(fields) - set(differing) - no_settings:
+        assert _bounds(fields[name]) == _bounds(TrainSettings.model_fields[name]), name
+    compared = {differing.get(name, name) for name in fields} - no_settings
+    assert compared | _ELSEWHERE_ON_THE_WIRE | _NOT_ON_THE_WIRE == set(TrainSettings.model_fields)
+    assert compared.isdisjoint(_NOT_ON_THE_WIRE)
 
 
 def _bounds(field: Any) -> dict[str, float]:
@@ -294,7 +447,14 @@ def test_event_stream_follows_the_job_when_it_goes_on(
 
     events = _sse(on_site(site, scenario))
     messages = [event["message"] for event in events[:-1]]
-    assert messages == [f"Created fine-tuning job: {job_id}", "The job is running", "working", "The job was cancelled"]
+    assert messages == [
+        f"Created fine-tuning job: {job_id}",
+        "Validating the files",
+        "The files are valid; the job is queued",
+        "The job is running",
+        "working",
+        "The job was cancelled",
+    ]
     assert {event["object"] for event in events[:-1]} == {"fine_tuning.job.event"}
     assert events[-1] == "[DONE]"
 
@@ -360,7 +520,13 @@ def test_jobs_for_other_aliases_are_absent_when_the_key_is_limited(site: Site, f
 
     for method, path in (("GET", ""), ("GET", "/events"), ("GET", "/checkpoints"), ("POST", "/cancel")):
         assert 404 == call(method, f"/{theirs}{path}").status_code, path
-    body = {"model": "tiny", "training_file": file_id}
+    content = {"file": ("rows.jsonl", json.dumps({"text": "Once."}).encode())}
+    uploaded = on_site(
+        site, lambda http: http.post("/v1/files", headers=headers, data={"purpose": "fine-tune"}, files=content)
+    )
+    body = {"model": "tiny", "training_file": uploaded.json()["id"]}
+    unseen = call("POST", "", json=body | {"suffix": "legal", "training_file": file_id})
+    assert "training_file" == unseen.json()["error"]["param"]
     for suffix in ({"suffix": "support"}, {}):
         refused = call("POST", "", json=body | suffix)
         assert (403, "alias_not_allowed", "suffix") == (
@@ -371,6 +537,7 @@ def test_jobs_for_other_aliases_are_absent_when_the_key_is_limited(site: Site, f
     own = call("POST", "", json=body | {"suffix": "legal"}).json()["id"]
     assert [own] == [job["id"] for job in call("GET", "").json()["data"]]
     assert "queued" == _jobs(site).get(theirs).status
+    assert [] == call("GET", f"/{own}/checkpoints").json()["data"]
 
 
 def test_event_stream_ends_in_an_error_when_the_server_is_about_to_end(site: Site, file_id: str) -> None:
@@ -383,3 +550,17 @@ def test_event_stream_ends_in_an_error_when_the_server_is_about_to_end(site: Sit
 
     (error,) = _sse(on_site(site, scenario))
     assert "engine_unavailable" == error["error"]["code"]
+
+
+def test_event_stream_is_refused_when_too_many_are_open(site: Site, file_id: str) -> None:
+    """Each asks the database again and again; one that has ended, or was never read, holds no place."""
+    job_id = _create(site, file_id).json()["id"]
+    _jobs(site).pause(job_id)
+    _services(site).fine_tuning.streams = streams = EventStreams(max_open=1)
+    path = f"{_JOBS}/{job_id}/events?stream=true"
+    assert [_get(site, path).status_code for _ in range(3)] == [200] * 3
+    unread = streams.open(_services(site), job_id, None, Request({"type": "http"}))
+    refused = _get(site, path)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
+    del unread
+    assert _get(site, path).status_code == 200

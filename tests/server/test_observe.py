@@ -1,25 +1,15 @@
-"""Request ids and log lines."""
+"""Request ids."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import pytest
 import structlog
 from fastapi import FastAPI, Request
 
-from server.observe import RequestIdMiddleware, configure_logging, request_id_of
-
-
-@pytest.fixture
-def _default_logging() -> Iterator[None]:
-    """Undo what a test configures for the process."""
-    yield
-    structlog.reset_defaults()
-    structlog.contextvars.clear_contextvars()
+from server.observe import RequestIdMiddleware, request_id_of
 
 
 def _app() -> FastAPI:
@@ -80,34 +70,3 @@ def test_other_connections_pass_when_they_are_not_http() -> None:
 
     asyncio.run(RequestIdMiddleware(app)({"type": "lifespan"}, nothing, nothing))
     assert seen == ["lifespan"]
-
-
-@pytest.mark.usefixtures("_default_logging")
-def test_log_line_has_event_level_and_request_when_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
-    """One line in logfmt on standard error, with what is bound to the request."""
-    configure_logging("info")
-    structlog.contextvars.bind_contextvars(request_id="req_1")
-    structlog.get_logger().info("chat_answered", version="legal@v2", note="two words")
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = captured.err.splitlines()
-    for part in ("level=info", "event=chat_answered", "request_id=req_1", "version=legal@v2", 'note="two words"'):
-        assert part in line
-
-
-@pytest.mark.usefixtures("_default_logging")
-def test_log_line_is_left_out_when_its_level_is_too_low(capsys: pytest.CaptureFixture[str]) -> None:
-    """The setting is the least level that is written."""
-    configure_logging("warning")
-    log = structlog.get_logger()
-    log.info("quiet")
-    log.warning("loud")
-    assert [line.split()[2] for line in capsys.readouterr().err.splitlines()] == ["event=loud"]
-
-
-@pytest.mark.usefixtures("_default_logging")
-def test_log_line_stays_one_line_when_a_value_holds_line_breaks(capsys: pytest.CaptureFixture[str]) -> None:
-    """A user's text can't forge a second line."""
-    configure_logging("info")
-    structlog.get_logger().info("event", text="a\nlevel=error event=forged")
-    assert len(capsys.readouterr().err.splitlines()) == 1

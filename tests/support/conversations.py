@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from training.formats import ChatDataset, read_chat_dataset
+from training.formats import Dataset, read_dataset
 
 
 def make_messages(*turns: str, system: str | None = None) -> list[dict[str, str]]:
@@ -24,9 +24,9 @@ def write_rows(path: Path, rows: Iterable[Any]) -> Path:
     return path
 
 
-def make_dataset(path: Path, rows: Iterable[Any]) -> ChatDataset:
+def make_dataset(path: Path, rows: Iterable[Any]) -> Dataset:
     """Write rows and read them back with the product's own reader."""
-    return read_chat_dataset(write_rows(path, rows))
+    return read_dataset(write_rows(path, rows))
 
 
 def easy_rows(num_rows: int) -> list[list[dict[str, str]]]:

@@ -119,6 +119,8 @@ RECIPES: dict[str, Recipe] = {
 class TokenText:
     """A tokenizer that writes one distinct letter per token, so that a text tells its tokens exactly."""
 
+    chat_template = None
+
     def __init__(self, eos_token_id: int) -> None:
         self.eos_token_id = eos_token_id
 

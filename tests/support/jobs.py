@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
 from tests.support.conversations import easy_rows, make_messages
 from tests.support.tiny import tiny_settings
+from training.job_process import JobProcess
 
-__all__ = ["HYPERPARAMETERS", "JobPlace", "supervised"]
+__all__ = ["HYPERPARAMETERS", "JobPlace", "pass_all", "supervised"]
 
 HYPERPARAMETERS = {
     "n_epochs": 2,
@@ -38,6 +40,13 @@ def supervised(**hyperparameters: Any) -> dict[str, Any]:
     return {"type": "supervised", "supervised": {"hyperparameters": HYPERPARAMETERS | hyperparameters}}
 
 
+def pass_all(jobs: JobService) -> None:
+    """Find the files of every new job valid, without looking."""
+    while claim := jobs.claim_validation(lease_s=60):
+        jobs.pass_validation(claim)
+        jobs.release(claim)
+
+
 @dataclass
 class JobPlace:
     """A home folder, its database, and the services over it."""
@@ -51,6 +60,12 @@ class JobPlace:
     def make(cls, root: Path, base: Path) -> JobPlace:
         """An empty home below `root`."""
         core = tiny_settings(base, home=root / "home")
+        core.home.mkdir(parents=True)
+        # A random base model forgets everything in six steps, and samples take longer than training: what the gate says
+        # is tested elsewhere.
+        settings = {"promote": '"always"', "gate_samples": 0, "sample_tokens": 4}
+        lines = [f"{name} = {value}\n" for name, value in settings.items()]
+        (core.home / "hotswap.toml").write_text("[train]\n" + "".join(lines))
         database = open_database(core.resolved_database_url)
         files = FileService(database, core.home / "files", max_bytes=1_000_000)
         return cls(core, database, files, JobService(database))
@@ -61,17 +76,23 @@ class JobPlace:
         return self.files.upload(io.BytesIO(lines.encode()), "rows.jsonl").id
 
     def create(self, *, alias: str = "legal", validate: bool = True, **hyperparameters: Any) -> Job:
-        """Queue a job over ten easy rows: six steps, three an epoch."""
+        """Queue a job over ten easy rows, valid ones: six steps, three an epoch."""
         validation = self.upload([make_messages(f"V{n}", "Yes!") for n in range(3)]) if validate else None
         train = self.upload(easy_rows(10))
         order = JobOrder("tiny", train, supervised(**hyperparameters), 7, alias=alias, validation_file=validation)
-        return self.jobs.create(order)
+        job = self.jobs.create(order)
+        pass_all(self.jobs)
+        return self.jobs.get(job.id)
 
     def claim(self) -> Claim:
         """Take the oldest job."""
         claim = self.jobs.claim(lease_s=60)
         assert claim is not None
         return claim
+
+    def process(self, claim: Claim, stopping: threading.Event | None = None) -> JobProcess:
+        """What a process that was started for a claim works with."""
+        return JobProcess(claim, self.core, self.database, self.jobs, self.files, stopping or threading.Event())
 
     def registry(self) -> Registry:
         """Where jobs publish."""

@@ -14,6 +14,7 @@ from tests.support.conversations import easy_rows, make_dataset
 from tests.support.tiny import load_tiny_base
 from training.config import TrainSettings
 from training.lora import add_adapter
+from training.losses import Evaluation
 from training.methods import TrainingRun
 from training.methods.sft import train_sft
 from training.progress import Checkpointing, NextMove, StepMetrics, TrainedCounts
@@ -40,7 +41,7 @@ class Watcher:
         """Keep one step."""
         self.metrics.append(metrics)
 
-    def on_checkpoint(self, metrics: StepMetrics) -> None:
+    def on_checkpoint(self, metrics: StepMetrics, validation: Evaluation | None) -> None:
         """Keep one checkpoint's step."""
         self.checkpoints.append(metrics.step)
 
@@ -158,7 +159,7 @@ def test_accuracy_is_the_share_of_right_tokens_when_a_step_is_split(
     model = add_adapter(base, settings)
     keeping = Checkpointing(tmp_path / "checkpoints", watcher, 1000)
     train_sft(TrainingRun(model, base, _rows(tmp_path, base), settings, SilentListener(), keeping))
-    accuracies = [metrics.accuracy for metrics in watcher.metrics]
+    accuracies = [metrics.accuracy or 0.0 for metrics in watcher.metrics]
     assert all(0 <= accuracy <= 1 for accuracy in accuracies)
     assert accuracies[-1] == 1.0
     assert accuracies[0] < 0.5

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from adapters.errors import ConfigurationError
-from training.config import TrainSettings
+from training.config import METHOD_DEFAULTS, TrainSettings
 
 FIELDS = sorted(set(TrainSettings.model_fields) - {"home"})
 
@@ -24,8 +24,10 @@ def test_train_settings_hold_their_defaults_when_nothing_is_given(tmp_path: Path
     """Without a file, flags or environment every field has its declared default."""
     settings = TrainSettings.load(tmp_path)
 
+    by_method = {"beta", "learning_rate", "reference"}
+    declared = {name: TrainSettings.model_fields[name].default for name in FIELDS if name not in by_method}
     assert len(FIELDS) > 10
-    assert {name: TrainSettings.model_fields[name].default for name in FIELDS} == settings.model_dump(exclude={"home"})
+    assert declared == settings.model_dump(exclude={"home", *by_method})
     assert tmp_path == settings.home
 
 
@@ -61,6 +63,19 @@ def test_train_settings_keep_a_zero_when_zero_is_legal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("method", "ppo"),
+        ("reference", "other"),
+        ("beta", -0.1),
+        ("beta", 101),
+        ("generations", 1),
+        ("generations", 65),
+        ("max_answer_tokens", 0),
+        ("max_answer_tokens", 4097),
+        ("temperature", 0),
+        ("temperature", 2.1),
+        ("schedule", "zigzag"),
+        ("neftune", 0),
+        ("neftune", 101),
         ("epochs", 0),
         ("epochs", -1),
         ("epochs", 1001),
@@ -91,6 +106,27 @@ def test_train_settings_keep_a_zero_when_zero_is_legal(tmp_path: Path) -> None:
         ("gradient_checkpointing", "perhaps"),
         ("seed", -1),
         ("seed", 2**32),
+        ("eval_steps", 0),
+        ("patience", 0),
+        ("patience", 1001),
+        ("sample_prompts", -1),
+        ("sample_prompts", 33),
+        ("sample_tokens", 0),
+        ("sample_tokens", 4097),
+        ("promote", "sometimes"),
+        ("gate_margin", -0.1),
+        ("gate_margin", 10.1),
+        ("gate_margin", float("nan")),
+        ("gate_confidence", 0.4),
+        ("gate_confidence", 1),
+        ("gate_forgetting", -1),
+        ("gate_forgetting", 101),
+        ("gate_samples", -1),
+        ("gate_samples", 101),
+        ("gate_sample_tokens", 0),
+        ("gate_sample_tokens", 4097),
+        ("gate_degenerate", 1.1),
+        ("gate_format_share", -0.1),
     ],
 )
 def test_train_settings_name_the_key_when_a_value_is_out_of_bounds(tmp_path: Path, name: str, value: Any) -> None:
@@ -123,3 +159,69 @@ def test_train_settings_refuse_a_change_when_they_are_loaded(tmp_path: Path) -> 
 
     with pytest.raises(ValidationError, match="frozen"):
         settings.rank = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("method", sorted(METHOD_DEFAULTS))
+def test_train_settings_take_their_defaults_from_the_method_when_none_are_given(tmp_path: Path, method: Any) -> None:
+    """Learning rate and beta are the method's own; what is given stays."""
+    reward = "tone" if method in ("rloo", "grpo") else None
+
+    settings = TrainSettings.load(tmp_path, method=method, reward=reward)
+    given = TrainSettings.load(tmp_path, method=method, reward=reward, learning_rate=0.5, beta=2)
+
+    assert METHOD_DEFAULTS[method] == {"learning_rate": settings.learning_rate, "beta": settings.beta}
+    assert (0.5, 2.0) == (given.learning_rate, given.beta)
+
+
+@pytest.mark.parametrize(
+    ("given", "reference"),
+    [
+        ({}, "base"),
+        ({"start_from": "legal"}, "start"),
+        ({"start_from": "legal", "reference": "base"}, "base"),
+    ],
+)
+def test_reference_is_the_start_when_there_is_one_and_nothing_is_said(
+    tmp_path: Path, given: dict[str, Any], reference: str
+) -> None:
+    """From a version, the model is held to that version unless the bare base is asked for."""
+    assert reference == TrainSettings.load(tmp_path, method="dpo", **given).reference
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "grpo"}, "grpo needs reward: a reward version"),
+        ({"method": "dpo", "reward": "tone"}, "reward is for rloo and grpo, not for dpo"),
+        ({"method": "kto", "beta": 0}, "beta must be above 0 for kto"),
+        ({"method": "dpo", "reference": "start"}, "reference start needs start_from"),
+        ({"method": "dpo", "neftune": 5}, "neftune is for sft: for dpo it would blur"),
+        ({"method": "dpo", "dropout": 0.1}, "dropout is for sft: for dpo it would blur"),
+        ({"method": "kto", "batch_size": 1}, "batch_size must be 2 or more, found 1"),
+        (
+            {"method": "grpo", "reward": "tone", "max_answer_tokens": 512, "max_length": 512},
+            r"max_answer_tokens \(512\) must be less than max_length \(512\)",
+        ),
+        ({"method": "rloo", "reward": "tone", "generations": 3}, "= 8 answers, which must be a multiple .* = 3"),
+        ({"init": "pissa"}, "init: pissa is not supported: it changes the base model's weights"),
+        ({"init": "OLoRA"}, "init: olora is not supported"),
+        ({"use_dora": True}, "use_dora is not supported: DoRA rescales"),
+        ({"dora": False}, "dora is not supported"),
+        ({"targets": ["q_proj;"]}, r"targets.0: .*found 'q_proj;'"),
+        ({"report_to": ["paper"]}, "report_to.0: .*found 'paper'"),
+    ],
+    ids=str,
+)
+def test_train_settings_say_why_when_they_do_not_go_together(
+    tmp_path: Path, given: dict[str, Any], message: str
+) -> None:
+    """A combination without sense, and an option that could not be served, are refused with the reason."""
+    with pytest.raises(ConfigurationError, match=message):
+        TrainSettings.load(tmp_path, **given)
+
+
+def test_lists_come_from_the_environment_when_it_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As text with commas or spaces; a name counts once."""
+    monkeypatch.setenv("HOTSWAP_TRAIN_TARGETS", "q_proj, v_proj q_proj")
+
+    assert TrainSettings.load(tmp_path).targets == ("q_proj", "v_proj")

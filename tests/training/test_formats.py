@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from adapters.chat_rows import ChatRow
 from adapters.errors import DataError
 from tests.support.conversations import make_messages, write_rows
-from training.formats import ChatRow, read_chat_dataset
+from training.formats import NumberedRow, read_dataset
 
 GOOD = b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}'
 
@@ -29,41 +30,37 @@ BAD_LINES = {
     "cut-json": (GOOD[:-5], r"not JSON: .*\(column \d+\)"),
     "two-objects": (GOOD + b" " + GOOD, r"not JSON: Extra data .*"),
     "not-utf-8": (b'{"messages": "\xe9"}', r"not UTF-8 \(byte 14\)"),
-    "nested-too-deeply": (b"[" * 100_000, "not a chat row: nested too deeply"),
-    "row-is-a-list": (b"[" + GOOD + b"]", "field messages: expected .*, a list of messages"),
-    "row-is-null": (b"null", "field messages: expected .*, a list of messages"),
-    "row-is-text": (b'"messages"', "field messages: expected .*, a list of messages"),
-    "messages-missing": (b'{"prompt": "hi", "completion": "ho"}', "field messages: expected .*, a list of messages"),
-    "messages-is-text": (b'{"messages": "hi"}', "field messages: expected .*, a list of messages"),
-    "messages-is-an-object": (b'{"messages": {"role": "user"}}', "field messages: expected .*, a list of messages"),
-    "messages-is-null": (b'{"messages": null}', "field messages: expected .*, a list of messages"),
-    "messages-is-empty": (_with(), "field messages: expected at least one user and one assistant message, found none"),
+    "nested-too-deeply": (b"[" * 100_000, "not a row: nested too deeply"),
+    "row-is-a-list": (b"[" + GOOD + b"]", 'expected a row with "messages" .*, found list'),
+    "row-is-null": (b"null", 'expected a row with "messages" .*, found nothing'),
+    "row-is-text": (b'"messages"', 'expected a row with "messages" .*, found str'),
+    "messages-missing": (b'{"topic": "hi", "b": "ho"}', 'expected a row with "messages" .*, found the keys b, topic'),
+    "messages-is-text": (b'{"messages": "hi"}', "field messages: expected a list of messages, found str"),
+    "messages-is-an-object": (b'{"messages": {"role": "user"}}', "field messages: expected a list .*, found dict"),
+    "messages-is-null": (b'{"messages": null}', 'expected a row with "messages" .*, found the keys none'),
+    "messages-is-empty": (_with(), "field messages: expected at least one message, found none"),
     "message-is-text": (_with("hi"), r"field messages\[0\]: expected an object with role and content, found str"),
-    "message-is-null": (_with(None), r"field messages\[0\]: expected an object with role and content, found NoneType"),
-    "message-has-weight": (
-        _with({"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho", "weight": 0}),
-        r"field messages\[1\]: key 'weight' is not supported; expected role and content only",
-    ),
-    "message-has-tool-calls": (
-        _with_first(role="user", content="hi", tool_calls=[]),
-        r"field messages\[0\]: key 'tool_calls' is not supported; .*",
+    "message-is-null": (_with(None), r"field messages\[0\]: expected an object with role and content, found nothing"),
+    "message-has-another-key": (
+        _with_first(role="user", content="hi", function_call={}),
+        r"field messages\[0\]: key 'function_call' is not supported; expected role, content, weight, name, .*",
     ),
     "role-missing": (
         _with_first(content="hi"),
-        r"field messages\[0\]\.role: expected one of system, user, assistant, found None",
+        r"field messages\[0\]\.role: expected one of system, user, assistant, tool, found None",
     ),
-    "role-unknown": (_with_first(role="tool", content="hi"), r"field messages\[0\]\.role: expected .*, found 'tool'"),
+    "role-unknown": (_with_first(role="bot", content="hi"), r"field messages\[0\]\.role: expected .*, found 'bot'"),
     "role-in-capitals": (_with_first(role="User", content="hi"), r"field messages\[0\]\.role: .*, found 'User'"),
     "role-is-a-list": (_with_first(role=["user"], content="hi"), r"field messages\[0\]\.role: .*, found \['user'\]"),
     "role-is-endless": (_with_first(role="x" * 5000, content="hi"), r"field messages\[0\]\.role: .*, found 'x{59}"),
-    "content-missing": (_with_first(role="user"), r"field messages\[0\]\.content: expected text, found NoneType"),
+    "content-missing": (_with_first(role="user"), r"field messages\[0\]\.content: expected text, found nothing"),
     "content-is-a-number": (
         _with_first(role="user", content=1),
         r"field messages\[0\]\.content: expected text, found int",
     ),
-    "content-is-parts": (
-        _with_first(role="user", content=[{"type": "text", "text": "hi"}]),
-        r"field messages\[0\]\.content: expected text, found list",
+    "content-has-an-image": (
+        _with_first(role="user", content=[{"type": "image_url", "image_url": {"url": "x"}}]),
+        r'field messages\[0\]\.content\[0\]: expected {"type": "text", "text": "..."}, found {"type": "image_url", .*',
     ),
     "content-is-empty": (_with_first(role="user", content=""), r"field messages\[0\]\.content: is empty"),
     "content-is-whitespace": (
@@ -102,146 +99,143 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize(("line", "expected"), BAD_LINES.values(), ids=BAD_LINES)
-def test_read_chat_dataset_names_file_line_and_field_when_a_line_is_bad(
-    tmp_path: Path, line: bytes, expected: str
-) -> None:
+def test_read_dataset_names_file_line_and_field_when_a_line_is_bad(tmp_path: Path, line: bytes, expected: str) -> None:
     """One bad line between good ones is one problem, and says where it is and what was expected."""
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\n".join([GOOD, line, GOOD]) + b"\n")
 
     with pytest.raises(DataError, match=rf"^{path}:2: {expected}$") as caught:
-        read_chat_dataset(path)
+        read_dataset(path)
 
     assert [str(caught.value)] == caught.value.problems
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"\n \n\t\r\n\n"], ids=["empty", "one-newline", "blank-lines"])
-def test_read_chat_dataset_says_what_it_expected_when_the_file_holds_no_rows(tmp_path: Path, content: bytes) -> None:
+def test_read_dataset_says_what_it_expected_when_the_file_holds_no_rows(tmp_path: Path, content: bytes) -> None:
     """A file without rows is an error that shows the shape of one."""
     path = tmp_path / "data.jsonl"
     path.write_bytes(content)
 
-    with pytest.raises(DataError, match=rf'^{path}: holds no rows; expected one \{{"messages": \[...\]\}} a line$'):
-        read_chat_dataset(path)
+    with pytest.raises(DataError, match=rf'^{path}: holds no rows; expected a row with "messages" .* on each line$'):
+        read_dataset(path)
 
 
-def test_read_chat_dataset_names_the_file_when_it_is_missing(tmp_path: Path) -> None:
+def test_read_dataset_names_the_file_when_it_is_missing(tmp_path: Path) -> None:
     """A wrong path is an error of the data, in the words of the operating system."""
     path = tmp_path / "nowhere.jsonl"
 
     with pytest.raises(DataError, match=rf"^{path}: can't be read: No such file or directory$"):
-        read_chat_dataset(path)
+        read_dataset(path)
 
 
-def test_read_chat_dataset_names_the_path_when_it_is_a_folder(tmp_path: Path) -> None:
-    """A folder is not taken for a file."""
-    with pytest.raises(DataError, match=rf"^{tmp_path}: can't be read: Is a directory$"):
-        read_chat_dataset(tmp_path)
+def test_read_dataset_names_the_path_when_it_is_a_folder(tmp_path: Path) -> None:
+    """A folder without data is an error that says which files it looked for."""
+    with pytest.raises(DataError, match=rf"^{tmp_path}: is a folder without a file whose name ends in .jsonl, .*$"):
+        read_dataset(tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_read_chat_dataset_names_the_file_when_it_may_not_be_read(tmp_path: Path) -> None:
+def test_read_dataset_names_the_file_when_it_may_not_be_read(tmp_path: Path) -> None:
     """A file that this user may not read is an error of the data."""
     path = tmp_path / "data.jsonl"
     path.write_bytes(GOOD)
     path.chmod(0)
 
     with pytest.raises(DataError, match=rf"^{path}: can't be read: Permission denied$"):
-        read_chat_dataset(path)
+        read_dataset(path)
 
 
-def test_read_chat_dataset_names_every_problem_of_a_line_when_it_has_several(tmp_path: Path) -> None:
+def test_read_dataset_names_every_problem_of_a_line_when_it_has_several(tmp_path: Path) -> None:
     """One look at the error is enough to mend the whole row."""
     path = tmp_path / "data.jsonl"
-    path.write_bytes(_with({"role": "bot", "content": "", "name": "x"}, "ho"))
+    path.write_bytes(_with({"role": "bot", "content": "", "audio": "x"}, "ho"))
 
     with pytest.raises(DataError) as caught:
-        read_chat_dataset(path)
+        read_dataset(path)
 
+    keys = "role, content, weight, name, tool_calls, tool_call_id"
     assert [
-        f"{path}:1: field messages[0]: key 'name' is not supported; expected role and content only",
-        f"{path}:1: field messages[0].role: expected one of system, user, assistant, found 'bot'",
+        f"{path}:1: field messages[0]: key 'audio' is not supported; expected {keys}",
+        f"{path}:1: field messages[0].role: expected one of system, user, assistant, tool, found 'bot'",
         f"{path}:1: field messages[0].content: is empty",
         f"{path}:1: field messages[1]: expected an object with role and content, found str",
     ] == caught.value.problems
 
 
-def test_read_chat_dataset_counts_blank_lines_when_it_names_a_line(tmp_path: Path) -> None:
+def test_read_dataset_counts_blank_lines_when_it_names_a_line(tmp_path: Path) -> None:
     """The number is the one that an editor shows."""
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\n" + GOOD + b"\n\n \nbad\n")
 
     with pytest.raises(DataError, match=rf"^{path}:5: not JSON"):
-        read_chat_dataset(path)
+        read_dataset(path)
 
 
 @pytest.mark.parametrize(("num_bad", "num_more"), [(20, 0), (21, 1), (57, 37)])
-def test_read_chat_dataset_shows_twenty_problems_when_there_are_more(
-    tmp_path: Path, num_bad: int, num_more: int
-) -> None:
+def test_read_dataset_shows_twenty_problems_when_there_are_more(tmp_path: Path, num_bad: int, num_more: int) -> None:
     """A wholly bad file fills one screen, and the rest is counted."""
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"bad\n" * num_bad)
 
     with pytest.raises(DataError) as caught:
-        read_chat_dataset(path)
+        read_dataset(path)
 
     lines = str(caught.value).splitlines()
     assert [f"{path}:{number}: " for number in range(1, 21)] == [line[: line.index("not")] for line in lines[:20]]
     assert ([f"... and {num_more} more"] if num_more else []) == lines[20:]
 
 
-def test_read_chat_dataset_keeps_rows_in_order_when_the_file_is_good(tmp_path: Path) -> None:
+def test_read_dataset_keeps_rows_in_order_when_the_file_is_good(tmp_path: Path) -> None:
     """Each row holds its messages and the line that it came from; blank lines are skipped."""
     first = make_messages("Wie geht's?", "Schön 🙂.", system="Sei kurz.")
     second = make_messages("a", "b", "c", "d")
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\n".join([b"", json.dumps({"messages": first}).encode(), b"  ", _with(*second)]))
 
-    dataset = read_chat_dataset(path)
+    dataset = read_dataset(path)
 
-    assert (ChatRow(2, tuple(first)), ChatRow(4, tuple(second))) == dataset.rows
+    assert (NumberedRow(2, ChatRow(tuple(first))), NumberedRow(4, ChatRow(tuple(second)))) == dataset.rows
     assert str(path) == dataset.name
 
 
-def test_read_chat_dataset_ignores_a_column_when_it_is_not_messages(tmp_path: Path) -> None:
+def test_read_dataset_ignores_a_column_when_it_is_not_messages(tmp_path: Path) -> None:
     """Rows often carry an id or a source beside their messages."""
     messages = make_messages("hi", "ho")
     path = write_rows(tmp_path / "data.jsonl", [{"id": 7, "messages": messages, "source": {"page": [1]}}])
 
-    assert (ChatRow(1, tuple(messages)),) == read_chat_dataset(path).rows
+    assert (NumberedRow(1, ChatRow(tuple(messages))),) == read_dataset(path).rows
 
 
-def test_read_chat_dataset_reads_the_same_rows_when_lines_end_in_crlf(tmp_path: Path) -> None:
+def test_read_dataset_reads_the_same_rows_when_lines_end_in_crlf(tmp_path: Path) -> None:
     """A file from Windows is no different, its blank lines included."""
     unix, windows = tmp_path / "unix.jsonl", tmp_path / "windows.jsonl"
     unix.write_bytes(GOOD + b"\n\n" + GOOD + b"\n")
     windows.write_bytes(unix.read_bytes().replace(b"\n", b"\r\n"))
 
-    assert read_chat_dataset(unix).rows == read_chat_dataset(windows).rows
+    assert read_dataset(unix).rows == read_dataset(windows).rows
 
 
-def test_read_chat_dataset_reads_the_same_rows_when_the_file_begins_with_a_bom(tmp_path: Path) -> None:
+def test_read_dataset_reads_the_same_rows_when_the_file_begins_with_a_bom(tmp_path: Path) -> None:
     """The byte order mark that Windows editors write is no part of the first row."""
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\n" + GOOD + b"\n")
 
-    assert [row.line for row in read_chat_dataset(path).rows] == [1, 2]
+    assert [row.line for row in read_dataset(path).rows] == [1, 2]
 
 
-def test_read_chat_dataset_keeps_one_row_when_its_text_holds_a_line_separator(tmp_path: Path) -> None:
+def test_read_dataset_keeps_one_row_when_its_text_holds_a_line_separator(tmp_path: Path) -> None:
     """U+2028 and U+0085 are text inside a JSON string, not the end of a line."""
     messages = make_messages("one\u2028two\u0085three", "ho\x0b")
     path = write_rows(tmp_path / "data.jsonl", [messages])
 
-    assert (ChatRow(1, tuple(messages)),) == read_chat_dataset(path).rows
+    assert (NumberedRow(1, ChatRow(tuple(messages))),) == read_dataset(path).rows
 
 
-def test_read_chat_dataset_hashes_the_bytes_when_the_rows_are_equal(tmp_path: Path) -> None:
+def test_read_dataset_hashes_the_bytes_when_the_rows_are_equal(tmp_path: Path) -> None:
     """The recorded hash is the one that sha256sum prints, so that a file can be recognised."""
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
     first.write_bytes(GOOD)
     second.write_bytes(GOOD + b"\n")
 
-    assert hashlib.sha256(GOOD).hexdigest() == read_chat_dataset(first).sha256
-    assert hashlib.sha256(GOOD + b"\n").hexdigest() == read_chat_dataset(second).sha256
+    assert hashlib.sha256(GOOD).hexdigest() == read_dataset(first).sha256
+    assert hashlib.sha256(GOOD + b"\n").hexdigest() == read_dataset(second).sha256

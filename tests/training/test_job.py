@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+import errno
+import resource
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from adapters.errors import BaseModelError, DataError, NotFoundError, RankTooHighError
+from adapters.checkpoint_adapters import CheckpointAdapters
+from adapters.errors import (
+    BaseModelError,
+    ConfigurationError,
+    DataError,
+    InvalidInputError,
+    NotFoundError,
+    RankTooHighError,
+)
 from adapters.jobs import JobOrder
-from adapters.records import Job, JobError
+from adapters.records import Actor, Job, JobError
+from adapters.tables import utc_now
 from tests.support.conversations import easy_rows, make_messages
-from tests.support.jobs import JobPlace, supervised
+from tests.support.jobs import JobPlace, pass_all, supervised
 from tests.support.tiny import tiny_settings
 from training.job import (
     JobRun,
     checkpoints_folder,
-    describe_failure,
     discard_unrecorded,
     newest_checkpoint,
-    resolve_settings,
     write_csv,
 )
+from training.job_settings import describe_failure, resolve_settings, tracker_environment
 from training.progress import StepMetrics
 
 
@@ -66,17 +78,11 @@ class InterruptedRun(JobRun):
 def _run(place: JobPlace, interruption: Interruption | None = None, stopping: threading.Event | None = None) -> Job:
     """Claim the oldest job, run it and let it go."""
     claim = place.claim()
-    parts: dict[str, Any] = {
-        "core": place.core,
-        "jobs": place.jobs,
-        "files": place.files,
-        "registry": place.registry(),
-        "stopping": stopping or threading.Event(),
-    }
+    process = place.process(claim, stopping)
     if interruption is None:
-        JobRun(claim, **parts).run()
+        JobRun(process, place.registry()).run()
     else:
-        run = InterruptedRun(claim, **parts)
+        run = InterruptedRun(process, place.registry())
         run.interruption = interruption
         run.run()
     return place.jobs.release(claim)
@@ -131,7 +137,58 @@ def test_job_makes_the_same_version_when_it_was_paused_and_resumed(place: JobPla
     whole, parts = place.registry().find("whole"), place.registry().find("parts")
     assert whole.version.digest == parts.version.digest
     steps = [message.split("/")[0][5:] for message in place.messages(job.id) if message.startswith("Step ")]
-    assert steps == ["1", "2", "3", "3", "4", "4", "5", "6", "6"]  # twice where a checkpoint is validated
+    assert steps == ["1", "2", "3", "3", "4", "5", "6", "6"]  # twice where it was validated: the pause is no such step
+
+
+def test_checkpoint_answers_by_its_name_when_the_job_goes_on_and_after(place: JobPlace) -> None:
+    """Each of the newest three is a whole version in the store; older ones are gone, and so are all a week later."""
+    place.create(checkpoint_steps=1)
+    seen: list[str] = []
+
+    def call() -> None:
+        for checkpoint in place.jobs.checkpoints(place.jobs.list(limit=1)[0][0].id, limit=9)[0]:
+            if checkpoint.is_kept:
+                binding = place.registry().resolve(checkpoint.name, unit="u")
+                assert (binding.route, binding.version_label) == ("checkpoint", checkpoint.name)
+                assert binding.digest is not None
+                manifest = place.registry().store.verify(binding.digest)
+                seen.append(f"{checkpoint.step}:{manifest.metrics['checkpoint_step']}")
+
+    done = _run(place, Interruption(call, at_step=5))
+    assert (done.status, seen) == ("succeeded", ["4:4", "3:3", "2:2"])
+    checkpoints, _ = place.jobs.checkpoints(done.id, limit=9)
+    assert [(found.step, found.is_kept) for found in checkpoints] == [(n, n > 3) for n in range(6, 0, -1)]
+    assert checkpoints[0].name == f"legal:{done.id[6:18]}:ckpt-step-6"
+    for gone in (checkpoints[-1].name, checkpoints[0].name.replace("step-6", "step-7")):
+        with pytest.raises(NotFoundError, match="there is no checkpoint of 'legal' at step"):
+            place.registry().resolve(gone, unit="u")
+    stranger = place.registry().acting_for(Actor("key-1", aliases=frozenset({"medical"})))
+    with pytest.raises(NotFoundError):
+        stranger.resolve(checkpoints[0].name, unit="u")
+    store = place.registry().store
+    assert len(store.digests()) == 4
+    CheckpointAdapters(place.database, store).sweep()
+    assert len(store.digests()) == 4
+    CheckpointAdapters(place.database, store, clock=lambda: utc_now() + timedelta(days=8)).sweep()
+    assert store.digests() == {place.registry().find("legal@v1").version.digest}
+
+
+@pytest.mark.parametrize("point", [{"at_step": 2}, {"at_stage": "Publishing"}])
+def test_job_fails_in_words_when_what_it_writes_finds_no_room(place: JobPlace, point: dict[str, Any]) -> None:
+    """A checkpoint and a publication that the system cuts off: nothing of either is left."""
+    place.core = place.core.model_copy(update={"max_rank": 256})
+    place.create(rank=256, checkpoint_steps=3, validate=False)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1_500_000, before[1]))  # the adapter has 2.1 MB
+    try:
+        failed = _run(place, Interruption(limit, **point))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert failed.error == JobError("disk_full", "the server's disk is full: free some space and create the job again")
+    assert not _is_published(place)
+    assert not checkpoints_folder(place.core.home, failed.id).exists()
+    assert place.files.list(limit=10, purpose="fine-tune-results") == ([], False)
+    assert not [path for path in place.registry().store.root.joinpath(".incoming").iterdir() if path.is_dir()]
 
 
 def test_nothing_is_published_when_the_job_is_cancelled(place: JobPlace) -> None:
@@ -159,6 +216,7 @@ def test_job_fails_with_the_line_when_a_row_is_too_long(place: JobPlace) -> None
     good = place.upload(easy_rows(4))
     place.jobs.create(JobOrder("tiny", file_id, supervised(), 0, alias="legal"))
     place.jobs.create(JobOrder("tiny", good, supervised(), 0, alias="legal", validation_file=file_id))
+    pass_all(place.jobs)
     failed = _run(place)
     assert failed.status == "failed"
     assert failed.error is not None
@@ -187,6 +245,7 @@ def test_failures_tell_no_path_when_they_are_described() -> None:
         "invalid_training_file": DataError(["training_file:1: bad"], param="training_file"),
         "invalid_hyperparameters": RankTooHighError(rank=32, max_rank=16),
         "out_of_memory": torch.OutOfMemoryError("CUDA"),
+        "disk_full": OSError(errno.ENOSPC, "No space left on device", "/secret/place"),
         "training_failed": BaseModelError("/secret/place holds no model"),
         "trainer_crashed": RuntimeError("/secret/place"),
     }
@@ -196,6 +255,43 @@ def test_failures_tell_no_path_when_they_are_described() -> None:
     assert described["trainer_crashed"] == JobError(
         "trainer_crashed", "the trainer failed with RuntimeError; the job's log on the server says why"
     )
+
+
+def test_failure_is_told_in_words_when_a_library_runs_out_of_memory_or_disk() -> None:
+    """Neither torch on a CPU nor safetensors has a class for it; the reason may stand behind another error."""
+    with pytest.raises(RuntimeError) as memory:
+        torch.empty(2**62, dtype=torch.uint8)
+    assert describe_failure(memory.value).code == "out_of_memory"
+    behind = RuntimeError("checkpoint failed")
+    behind.__cause__ = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert describe_failure(behind).code == "disk_full"
+    assert describe_failure(RuntimeError("[enforce fail] PytorchStreamWriter failed writing file")).code == "disk_full"
+    assert describe_failure(PermissionError(errno.EACCES, "denied")).code == "trainer_crashed"
+
+
+def test_settings_are_refused_when_they_do_not_fit_together(place: JobPlace) -> None:
+    """What no bound of a field can tell is the method's fault; what the server is set to is not the job's."""
+    job = place.create(learning_rate_multiplier=2.0)
+    odd = replace(job, method={"type": "dpo", "dpo": {"hyperparameters": {"reference": "start"}}})
+    with pytest.raises(InvalidInputError, match="reference start needs start_from") as caught:
+        resolve_settings(odd, place.core.home)
+    told = describe_failure(caught.value)
+    assert (told.code, told.param) == ("invalid_hyperparameters", "method")
+    (place.core.home / "hotswap.toml").write_text("[train]\nrank = 0\n")
+    with pytest.raises(ConfigurationError, match=r"train\.rank"):
+        resolve_settings(job, place.core.home)
+
+
+def test_settings_name_method_start_and_trackers_when_the_job_does(place: JobPlace) -> None:
+    """A job for another method, from a version, shown by a tracker."""
+    start = f"legal@{'a' * 64}"
+    wandb = {"type": "wandb", "wandb": {"project": "p", "tags": ["a", "b"]}}
+    job = replace(place.create(), start_from=start, integrations=(wandb,))
+    job = replace(job, method={"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3, "batch_size": "auto"}}})
+    settings = resolve_settings(job, place.core.home)
+    assert (settings.method, settings.beta, settings.start_from) == ("dpo", 0.3, start)
+    assert (settings.reference, settings.report_to) == ("start", ("wandb",))
+    assert tracker_environment(job) == {"WANDB_PROJECT": "p", "WANDB_TAGS": "a,b"}
 
 
 def test_settings_come_from_the_job_when_it_gives_them(place: JobPlace) -> None:

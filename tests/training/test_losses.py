@@ -23,8 +23,9 @@ from adapters.errors import BaseModelError
 from tests.support.conversations import make_dataset, make_messages
 from tests.support.tiny import FAMILIES, load_tiny_base
 from training.config import TrainSettings
+from training.flat_rows import flatten
 from training.lora import add_adapter
-from training.losses import check_head_is_plain, mean_loss, summed_loss
+from training.losses import check_head_is_plain, head_sums, mean_loss, summed_loss
 from training.rendering import IGNORED_LABEL, collate, render_dataset
 
 CONVERSATIONS = [
@@ -72,25 +73,41 @@ def _gradients(loss: torch.Tensor, trained: list[tuple[str, torch.nn.Parameter]]
 CHANGED_LOGITS = ("gemma2", "granite")
 
 
+@pytest.mark.parametrize("is_flat", [True, False])
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(CHANGED_LOGITS)))
 def test_summed_loss_equals_transformers_loss_when_an_adapter_is_trained(
-    tmp_path: Path, tiny_folders: dict[str, Path], settings: TrainSettings, family: str
+    tmp_path: Path, tiny_folders: dict[str, Path], settings: TrainSettings, family: str, is_flat: bool
 ) -> None:
-    """Value and every LoRA gradient are those of the model's own loss, padding and several turns included."""
+    """Value and every LoRA gradient are those of the model's own loss over padded rows, also for a flat batch."""
     base = load_tiny_base(tiny_folders[family])
     model = add_adapter(base, settings).train()
     trained = _randomise_adapter(model)
     batch = _batch(base, _render(tmp_path, base))
 
     expected = model(**batch).loss * _count(batch)
-    actual = summed_loss(model.get_base_model(), batch)
+    actual = summed_loss(model.get_base_model(), flatten(_render(tmp_path, base)) if is_flat else batch)
 
     torch.testing.assert_close(actual, expected)
     gradients = _gradients(actual, trained)
     fused = {"phi3": 3, "glm4": 1}.get(family, 0)  # of seven linear layers that are parts of one with another
     assert len(gradients) == 2 * 2 * (7 - fused), "two layers, A and B for each linear layer"
     assert min(gradient.abs().max().item() for gradient in gradients.values()) > 1e-4
-    torch.testing.assert_close(gradients, _gradients(expected, trained), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients, _gradients(expected, trained), rtol=1e-4, atol=5e-5)
+
+
+def test_summed_loss_equals_transformers_when_there_are_more_targets_than_a_chunk() -> None:
+    """The head takes some tokens at a time; together they give the same loss, gradient and right guesses."""
+    head = torch.nn.Linear(16, 40).requires_grad_(False)
+    hidden, targets = torch.randn(300, 16, requires_grad=True), torch.randint(0, 40, (300,))
+    logits = torch.nn.functional.linear(hidden, head.weight, head.bias)
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+    sums = head_sums(head, hidden, targets)
+
+    torch.testing.assert_close(sums.loss, expected)
+    assert int(sums.num_correct) == int((logits.argmax(dim=-1) == targets).sum())
+    found, wanted = (torch.autograd.grad(3 * loss, hidden)[0] for loss in (sums.loss, expected))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_summed_loss_is_added_up_when_rows_are_split_into_batches(tmp_path: Path, tiny_base: LoadedBase) -> None:

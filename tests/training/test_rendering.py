@@ -43,7 +43,10 @@ WITHOUT_EOS = (
 
 
 def _render(tmp_path: Path, messages: list[dict[str, str]], tokenizer: Any) -> RenderedRow:
-    (row,) = render_dataset(tokenizer, make_dataset(tmp_path / "data.jsonl", [messages]), max_length=10_000)
+    rows: list[RenderedRow] = render_dataset(
+        tokenizer, make_dataset(tmp_path / "data.jsonl", [messages]), max_length=10_000
+    )
+    (row,) = rows
     return row
 
 
@@ -106,14 +109,14 @@ def test_render_dataset_teaches_the_templates_words_when_the_template_trims_them
     assert [text for carries_loss, text in _spans(tokenizer, row) if carries_loss] == ["b" + EOS, "d" + EOS]
 
 
-def test_render_dataset_teaches_the_whole_turn_when_the_template_writes_no_eos(tmp_path: Path) -> None:
-    """Without an end-of-sequence token the template's own end of turn is what the model learns to say."""
+def test_render_dataset_teaches_the_end_of_sequence_when_the_template_writes_no_control_token(tmp_path: Path) -> None:
+    """The server could not tell a template's own words from the end of a turn."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = WITHOUT_EOS
 
     row = _render(tmp_path, make_messages("a", "b"), tokenizer)
 
-    assert _spans(tokenizer, row) == [(False, "[user]a[end][assistant]"), (True, "b[end]")]
+    assert _spans(tokenizer, row) == [(False, "[user]a[end][assistant]"), (True, "b" + EOS)]
 
 
 def test_render_dataset_begins_once_when_the_tokenizer_adds_a_bos_itself(tmp_path: Path) -> None:
@@ -165,7 +168,7 @@ def test_render_dataset_shows_twenty_problems_when_there_are_more(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("template", "reason"),
-    [(REFUSING, ".*only cats may speak"), (FORGETFUL, ".*earlier turns differently once later turns follow.*")],
+    [(REFUSING, ".*only cats may speak"), (FORGETFUL, ".*turn otherwise than it asks for one.*")],
     ids=["refuses", "rewrites-earlier-turns"],
 )
 def test_render_dataset_names_the_line_when_the_template_can_not_be_trained_on(

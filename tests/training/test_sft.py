@@ -11,12 +11,11 @@ import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters.base_model import LoadedBase
 from adapters.chat_template import RenderedRow, render_prompt
 from tests.support.conversations import easy_rows, make_dataset, make_messages
-from tests.support.tiny import load_tiny_base, make_tokenizer, save_tiny_base
+from tests.support.tiny import load_tiny_base, save_tiny_base
 from training.config import TrainSettings
 from training.lora import add_adapter, disable_packed_kernels
 from training.losses import mean_loss, summed_loss
@@ -43,25 +42,6 @@ class Recorder:
         self.losses.append(loss)
         if self.model is not None:
             self.precisions |= {parameter.dtype for _, parameter in _trained(self.model)}
-
-
-@pytest.fixture(scope="module")
-def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model whose layers are as wide as bitsandbytes' fast path wants them, with a tokenizer."""
-    folder = tmp_path_factory.mktemp("wide")
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def _settings(tmp_path: Path, **changes: Any) -> TrainSettings:

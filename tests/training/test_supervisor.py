@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +16,9 @@ from typing import Any
 import pytest
 
 from adapters.errors import NotFoundError
-from adapters.jobs import MAX_ATTEMPTS
-from tests.support.jobs import JobPlace
+from adapters.jobs import MAX_ATTEMPTS, JobOrder
+from tests.support.conversations import easy_rows, make_messages
+from tests.support.jobs import HYPERPARAMETERS, JobPlace, supervised
 from training.job import checkpoints_folder
 from training.supervisor import Supervisor
 
@@ -29,6 +32,16 @@ from training.supervisor import Supervisor
 
 core = CoreSettings.load(resolve_home())
 Supervisor(core, JobService(open_database(core.resolved_database_url)), lease_s=2.0, poll_s=0.05).run()
+"""
+
+
+_SERVER = f"""
+import subprocess, sys
+from adapters.processes import child_environment
+import os
+process = subprocess.Popen([sys.executable, "-c", {_SUPERVISOR!r}], env=os.environ | child_environment())
+print(process.pid, flush=True)
+process.wait()
 """
 
 
@@ -79,6 +92,32 @@ def test_job_goes_on_from_its_checkpoint_when_its_trainer_is_killed(
     assert not supervisor.run_one()
 
 
+def test_jobs_make_the_same_version_when_their_trainers_are_killed_at_random(place: JobPlace) -> None:
+    """Up to twice each, at any step of their work; more jobs with JOB_KILL_SEEDS. Nothing is left half-published."""
+    seeds = range(int(os.environ.get("JOB_KILL_SEEDS", "2")))
+    for name in ("whole", *(f"killed-{seed}" for seed in seeds)):
+        place.create(alias=name, n_epochs=1, checkpoint_steps=1, dropout=0.1)
+    command = [sys.executable, "-m", "tests.support.killed_jobs", "2", *map(str, seeds)]
+    result = subprocess.run(
+        command, env=os.environ | place.core.environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("killed at step") >= len(seeds)
+    registry = place.registry()
+    expected = registry.find("whole").version.digest
+    for seed in seeds:
+        assert registry.find(f"killed-{seed}").version.digest == expected, result.stdout
+        assert [version.label for version in registry.versions(f"killed-{seed}")] == [f"killed-{seed}@v1"]
+    results, _ = place.files.list(limit=100, purpose="fine-tune-results")
+    assert len(results) == 1 + len(seeds)
+    assert len({place.files.path(found.id).read_bytes() for found in results}) == 1
+    registry.store.sweep()
+    place.files.sweep()
+    assert not [path for path in (place.core.home / "store" / ".incoming").iterdir() if path.is_dir()]
+    kept = {path.name for path in place.files.root.iterdir() if path.is_file()}
+    assert kept == {found.id for found in place.files.list(limit=100)[0]}
+
+
 def test_job_is_finished_by_another_supervisor_when_the_first_is_killed(place: JobPlace) -> None:
     """SIGKILL of the supervisor in the middle of a run: its trainer ends too, and nothing runs twice."""
     job = place.create(validate=False, n_epochs=40, checkpoint_steps=20)
@@ -92,6 +131,75 @@ def test_job_is_finished_by_another_supervisor_when_the_first_is_killed(place: J
     assert place.jobs.get(job.id).status == "succeeded"
     assert place.messages(job.id).count("The job is running") == 2
     assert len(place.registry().versions("legal")) == 1
+
+
+def test_job_fails_in_words_when_the_disk_is_full(tmp_path: Path, tiny_folders: dict[str, Path]) -> None:
+    """On a real file system of 1.5 MB that a checkpoint does not fit on, with the database and the log beside it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1500k", "none", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a file system takes root")
+    try:
+        place = JobPlace.make(disk, tiny_folders["llama"])
+        job = place.create(rank=16, checkpoint_steps=1, validate=False)
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 350_000))
+        assert _supervisor(place).run_one()
+        error = place.jobs.get(job.id).error
+        assert error is not None
+        assert error.code == "disk_full"
+        assert not checkpoints_folder(place.core.home, job.id).exists()
+        place.database.close()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_validation_fails_the_job_beside_a_running_one_when_a_row_is_too_long(place: JobPlace) -> None:
+    """Only the tokenizer tells; the field and the line are named, and the job behind it is queued."""
+    running = place.create()
+    with _running(_supervisor(place, ("-c", _HANGING), grace_s=0.1)):
+        place.wait(lambda: place.jobs.get(running.id).status == "running")
+        bad = place.jobs.create(
+            JobOrder("tiny", place.upload([make_messages("x" * 100, "yes")]), supervised(), 0, alias="legal")
+        )
+        good = place.jobs.create(JobOrder("tiny", place.upload(easy_rows(3)), supervised(), 0, alias="legal"))
+        place.wait(lambda: place.jobs.get(good.id).status != "validating_files")
+        assert place.jobs.get(running.id).status == "running"
+    assert place.jobs.get(good.id).status == "queued"
+    error = place.jobs.get(bad.id).error
+    assert error is not None
+    assert (error.code, error.param) == ("invalid_training_file", "training_file")
+    assert error.message.startswith("training_file:1: ")
+
+
+def test_job_fails_when_its_settings_do_not_fit_together(place: JobPlace) -> None:
+    """Found by the validation too: a job that can't be trained does not wait for its turn."""
+    method = {"type": "supervised", "supervised": {"hyperparameters": HYPERPARAMETERS | {"rank": 256}}}
+    job = place.jobs.create(JobOrder("tiny", place.upload(easy_rows(3)), method, 0, alias="legal"))
+    assert _supervisor(place).validate_one()
+    error = place.jobs.get(job.id).error
+    assert error is not None
+    assert (error.code, error.param) == ("invalid_hyperparameters", "method")
+
+
+def test_job_waits_with_its_checkpoint_when_the_server_is_killed(place: JobPlace) -> None:
+    """SIGKILL of what started the supervisor: that ends in good order by itself, with its trainer."""
+    job = place.create(validate=False, n_epochs=200, checkpoint_steps=20)
+    environment = os.environ | place.core.environment
+    server = subprocess.Popen([sys.executable, "-c", _SERVER], env=environment, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    supervisor_pid = int(server.stdout.readline())
+    place.wait(lambda: bool(place.jobs.checkpoints(job.id, limit=1)[0]))
+    server.send_signal(signal.SIGKILL)
+    server.wait()
+    place.wait(lambda: place.jobs.get(job.id).status == "queued")
+    place.wait(lambda: not Path(f"/proc/{supervisor_pid}").exists())
+    steps = [checkpoint.step for checkpoint in place.jobs.checkpoints(job.id, limit=100)[0]]
+    assert place.messages(job.id)[-1] == f"Checkpoint at step {steps[0]}"
+    assert (checkpoints_folder(place.core.home, job.id) / f"checkpoint-{steps[0]}").is_dir()
+    server.stdout.close()
 
 
 def test_job_fails_when_its_trainer_crashes(place: JobPlace) -> None:
@@ -118,6 +226,10 @@ def test_job_fails_when_every_trainer_is_killed(place: JobPlace) -> None:
     error = place.jobs.get(job.id).error
     assert error is not None
     assert error.code == "trainer_lost"
+    lost = [event.message for event in place.jobs.events(job.id, limit=9, level="warn")[0]]
+    assert len(lost) == MAX_ATTEMPTS
+    assert "killed by signal 9, " in lost[0]
+    assert "memory r" in lost[0]
 
 
 def test_trainer_is_killed_when_its_job_is_cancelled_and_it_does_not_end(place: JobPlace) -> None:

@@ -27,11 +27,13 @@ from adapters.store import ArtifactStore
 from tests.support.conversations import easy_rows, make_messages, write_rows
 from tests.support.tiny import tiny_settings
 from training.config import TrainSettings
-from training.formats import read_chat_dataset
+from training.flat_rows import install_row_attention
+from training.formats import read_dataset
 from training.lora import add_adapter, disable_packed_kernels
-from training.losses import mean_loss
+from training.losses import Evaluation, mean_loss
 from training.methods import TrainingRun
 from training.methods.sft import train_sft
+from training.progress import StepMetrics
 from training.rendering import render_dataset
 from training.worker import SilentListener, TrainingResult, run_training
 
@@ -44,6 +46,8 @@ class Recorder:
 
     stages: list[str] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def on_stage(self, message: str) -> None:
         """Keep one stage."""
@@ -52,6 +56,14 @@ class Recorder:
     def on_step(self, step: int, num_steps: int, loss: float) -> None:
         """Keep one step."""
         self.steps.append(step)
+
+    def on_evaluation(self, metrics: StepMetrics, evaluation: Evaluation) -> None:
+        """Keep one validation loss."""
+        self.evaluations.append((metrics.step, evaluation.loss))
+
+    def on_warning(self, message: str) -> None:
+        """Keep one warning."""
+        self.warnings.append(message)
 
 
 @dataclass
@@ -64,15 +76,14 @@ class Workplace:
     validation_path: Path
     recorder: Recorder = field(default_factory=Recorder)
 
-    def run(self, *, seed: int = 0, alias: str = "legal", promote: bool = True) -> TrainingResult:
+    def run(self, *, seed: int = 0, alias: str = "legal", promote: str = "always") -> TrainingResult:
         """Train and publish."""
         return run_training(
             alias,
             self.train_path,
             self.validation_path,
             core=self.core,
-            settings=self.settings.model_copy(update={"seed": seed}),
-            promote=promote,
+            settings=self.settings.model_copy(update={"seed": seed, "promote": promote}),
             listener=self.recorder,
         )
 
@@ -163,6 +174,13 @@ def test_run_training_lowers_the_validation_loss_when_rows_are_easy(run: Run) ->
     assert 0 < run.result.validation_loss_after < 0.7 * run.result.validation_loss_before
 
 
+def test_run_training_tells_the_warnings_of_the_preflight_when_somebody_listens(run: Run) -> None:
+    """What the data's owner should know is told in the words of the preflight, before the model is loaded."""
+    path = run.place.validation_path
+
+    assert f"{path}: number of rows: 3; fewer than 10 seldom teach a behaviour" in run.place.recorder.warnings
+
+
 def test_run_training_tells_its_stages_when_somebody_listens(run: Run) -> None:
     """A person who watches sees the data checked before the base model is loaded, and publishing last."""
     quantisation = run.place.core.quantisation
@@ -173,7 +191,7 @@ def test_run_training_tells_its_stages_when_somebody_listens(run: Run) -> None:
         f"Loading the base model {BASE} ({quantisation})",
         "Validation loss before training",
         "Training on 10 rows",
-        "Validation loss after training",
+        "Checking the version against the gate",
         "Publishing",
     ] == run.place.recorder.stages
 
@@ -196,11 +214,15 @@ def test_manifest_records_where_a_version_comes_from_when_it_was_trained(run: Ru
         "validation_sha256": hash_file(place.validation_path),
         "num_validation_rows": 3,
     } == manifest.data.model_dump()
-    assert place.settings.model_dump(exclude={"home"}) == manifest.settings
+    assert ("chat", "sft", None) == (manifest.kind, manifest.method, manifest.parent)
+    recorded = place.settings.model_dump(mode="json", exclude={"home", "promote", "sample_file"})
+    assert recorded == manifest.settings
     assert {
         "validation_loss_before": run.result.validation_loss_before,
         "validation_loss_after": run.result.validation_loss_after,
+        "validation_accuracy_after": run.result.validation_accuracy_after,
         "num_steps": 6,
+        "best_step": 6,
     } == manifest.metrics
     assert hash_chat_template(load_tokenizer(place.base_folder)) == manifest.chat_template_sha256
     assert version("torch") == manifest.libraries["torch"]
@@ -252,7 +274,7 @@ def _train_in_memory(place: Workplace, tmp_path: Path) -> Any:
     """The run's model, made again by hand."""
     base = load_base(place.core)
     model = add_adapter(base, place.settings)
-    rows = render_dataset(base.tokenizer, read_chat_dataset(place.train_path), max_length=64)
+    rows = render_dataset(base.tokenizer, read_dataset(place.train_path), max_length=64)
     train_sft(TrainingRun(model, base, rows, place.settings, SilentListener()))
     return model.eval()
 
@@ -261,8 +283,9 @@ def test_published_version_has_the_recorded_loss_when_plain_peft_loads_it(run: R
     """The loss in the manifest is that of the files beside it."""
     base = load_base(run.place.core)
     disable_packed_kernels(base.model)
+    install_row_attention(base.model)  # rounds as in training
     loaded = PeftModel.from_pretrained(base.model, run.folder).get_base_model()
-    rows = render_dataset(base.tokenizer, read_chat_dataset(run.place.validation_path), max_length=64)
+    rows = render_dataset(base.tokenizer, read_dataset(run.place.validation_path), max_length=64)
 
     loss = mean_loss(loaded, rows, batch_size=4, pad_token_id=base.tokenizer.pad_token_id)
 
@@ -301,7 +324,7 @@ def test_run_training_leaves_the_alias_when_it_is_not_to_promote(place: Workplac
     """A version can be published and tried by its number before the name moves to it."""
     first = place.run(seed=0)
 
-    second = place.run(seed=1, promote=False)
+    second = place.run(seed=1, promote="never")
 
     registry = place.registry()
     assert (second.published.number, second.is_live) == (2, False)
@@ -316,7 +339,13 @@ def test_run_training_records_no_validation_when_there_is_no_file(place: Workpla
 
     manifest = Run(place, result).manifest
     assert (result.validation_loss_before, result.validation_loss_after) == (None, None)
-    assert manifest.metrics == {"validation_loss_before": None, "validation_loss_after": None, "num_steps": 6}
+    assert manifest.metrics == {
+        "validation_loss_before": None,
+        "validation_loss_after": None,
+        "validation_accuracy_after": None,
+        "num_steps": 6,
+        "best_step": None,
+    }
     assert manifest.data is not None
     assert (manifest.data.validation_sha256, manifest.data.num_validation_rows) == (None, 0)
 

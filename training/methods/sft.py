@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,12 +11,19 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from adapters.chat_template import RenderedRow
-from training.losses import token_sums
-from training.methods.run import TrainingRun, common_arguments, run_trainer, trainer_folder
+from training.flat_rows import make_batch
+from training.losses import Evaluation, evaluate, token_sums
+from training.methods.run import (
+    AdapterTrainer,
+    TrainingRun,
+    common_arguments,
+    exact_weights,
+    run_trainer,
+    trainer_folder,
+)
 from training.progress import TrainedCounts
-from training.rendering import collate
 
-__all__ = ["train_sft"]
+__all__ = ["train_sft", "validate_sft"]
 
 
 def train_sft(run: TrainingRun[RenderedRow]) -> TrainedCounts:
@@ -23,22 +31,31 @@ def train_sft(run: TrainingRun[RenderedRow]) -> TrainedCounts:
     dataset = Dataset.from_dict(
         {
             "input_ids": [row.input_ids for row in run.rows],
-            "labels": [row.input_ids for row in run.rows],  # TRL builds none of its own; `_collate_rows` masks them
+            "labels": [row.input_ids for row in run.rows],  # TRL builds none of its own; `_batch_rows` masks them
             "loss_mask": [row.loss_mask for row in run.rows],
         }
     )
     with trainer_folder(run) as folder:
-        trainer = _MaskedLossTrainer(
-            model=run.model,
-            args=SFTConfig(**common_arguments(run, folder), max_length=None),
-            train_dataset=dataset,
-            processing_class=run.base.tokenizer,
-            data_collator=partial(_collate_rows, pad_token_id=run.base.tokenizer.pad_token_id),
-        )
-        return run_trainer(trainer, run, take_accuracy=trainer.take_accuracy)
+        with exact_weights(run.model):
+            trainer = _MaskedLossTrainer(
+                model=run.model,
+                args=SFTConfig(
+                    **common_arguments(run, folder), max_length=None, neftune_noise_alpha=run.settings.neftune
+                ),
+                train_dataset=dataset,
+                processing_class=run.base.tokenizer,
+                data_collator=partial(_batch_rows, model=run.base.model, pad_token_id=run.base.tokenizer.pad_token_id),
+            )
+        return run_trainer(trainer, run, read_step=lambda logs: (trainer.take_accuracy(), {}))
 
 
-class _MaskedLossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
+def validate_sft(run: TrainingRun[Any], rows: Sequence[RenderedRow]) -> Callable[[], Evaluation]:
+    """What measures loss and accuracy on what the assistant says."""
+    options = {"batch_size": run.settings.batch_size, "pad_token_id": run.base.tokenizer.pad_token_id}
+    return lambda: evaluate(run.base.model, rows, **options)
+
+
+class _MaskedLossTrainer(AdapterTrainer, SFTTrainer):  # type: ignore[misc]  # TRL ships no types
     """TRL's trainer with our loss: the same value, without entropy over the vocabulary at each step."""
 
     num_targets: torch.Tensor | int = 0  # of the optimiser step so far, like num_correct
@@ -65,14 +82,7 @@ class _MaskedLossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no type
         self.num_correct = 0
         return accuracy
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The adapter alone: tokenizer and arguments are made again from the settings when a run goes on."""
-        self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super(SFTTrainer, self)._save_checkpoint(model, trial)  # TRL would write a model card
-
-
-def _collate_rows(examples: list[dict[str, Any]], *, pad_token_id: int) -> dict[str, torch.Tensor]:
+def _batch_rows(examples: list[dict[str, Any]], *, model: Any, pad_token_id: int) -> dict[str, torch.Tensor]:
     rows = [RenderedRow(example["input_ids"], example["loss_mask"]) for example in examples]
-    return collate(rows, pad_token_id=pad_token_id)
+    return make_batch(model, rows, pad_token_id=pad_token_id)

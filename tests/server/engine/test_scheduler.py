@@ -97,6 +97,25 @@ def test_answer_ends_with_stop_when_the_models_own_config_names_an_end(
     assert (tokens[:place], "stop") == (answer.tokens, answer.finish_reason)
 
 
+def test_answer_ends_with_stop_when_the_chat_template_ends_turns_with_a_token_of_its_own(
+    bench: Bench, reference_answers: Reference
+) -> None:
+    """What training teaches as the end of a turn ends it here, though neither tokenizer nor model call it an end."""
+    request = ask("r", PROMPT, max_tokens=10)
+    tokens = reference_answers.tokens(request.prompt, None, 10)
+    place = next(i for i, token in enumerate(tokens) if tokens.index(token) == i > 0)
+    tokenizer = make_tokenizer()
+    end = str(tokenizer.convert_ids_to_tokens(tokens[place]))
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}" + end + "{% endfor %}"
+    engine = bench.engine(tokenizer=tokenizer)
+
+    answer = run_to_end(engine, request)["r"]
+
+    engine.close()
+    assert (place + 1, "stop") == (answer.completion_tokens, answer.finish_reason)
+
+
 def test_answer_is_cut_before_the_stop_string_when_it_spans_tokens(
     engine: Engine, reference_answers: Reference
 ) -> None:

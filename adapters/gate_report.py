@@ -1,0 +1,65 @@
+"""What the gate found about a version: the record of it in the manifest, and what follows for the alias."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+__all__ = ["CheckName", "GateCheck", "GateReport", "Outcome", "Verdict", "may_promote"]
+
+CheckName = Literal["base", "present", "forgetting", "format", "sampling"]
+Outcome = Literal["passed", "failed", "unchecked"]
+Verdict = Literal["passed", "failed", "inconclusive"]
+
+# Without these nothing is known about the version; the others may be switched off.
+_NEEDED: tuple[CheckName, ...] = ("base", "present")
+
+
+class GateCheck(BaseModel):
+    """One check: what was compared, in a sentence, and the numbers in it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: CheckName
+    outcome: Outcome
+    sentence: Annotated[str, StringConstraints(max_length=1000)]
+    figures: dict[str, float] = Field(default_factory=dict, max_length=20)
+
+
+class GateReport(BaseModel):
+    """All checks of one version, whatever they say. `compared_with` is the digest that the alias pointed to, if any."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    checks: list[GateCheck] = Field(max_length=20)
+    compared_with: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """Failed if any check failed; inconclusive if one that is needed could not be made; passed otherwise."""
+        if any(check.outcome == "failed" for check in self.checks):
+            return "failed"
+        if any(check.outcome == "unchecked" and check.name in _NEEDED for check in self.checks):
+            return "inconclusive"
+        return "passed"
+
+    @property
+    def reason(self) -> str:
+        """The verdict in a sentence: what failed, or what could not be checked."""
+        if self.verdict == "passed":
+            return "the gate was passed"
+        outcome = "failed" if self.verdict == "failed" else "unchecked"
+        sentences = [check.sentence for check in self.checks if check.outcome == outcome]
+        title = "the gate was not passed" if self.verdict == "failed" else "the gate is inconclusive"
+        return f"{title}: {'; '.join(sentences)}"
+
+
+def may_promote(promote: Literal["always", "gate", "never"], report: GateReport | None) -> bool:
+    """Whether an alias may move to a version with this report.
+
+    An inconclusive version may take a name that nobody answers to yet, but not replace one that does.
+    """
+    if promote != "gate":
+        return promote == "always"
+    if report is None:
+        return False
+    return report.verdict == "passed" or (report.verdict == "inconclusive" and report.compared_with is None)

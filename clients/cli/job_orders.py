@@ -1,0 +1,136 @@
+"""`hotswap jobs create`: a job from files of this machine, in the table of the home folder, where a server finds it."""
+
+from __future__ import annotations
+
+from json import loads
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clients.cli.job_output import print_job
+from clients.cli.options import BaseOption, HomeOption, JsonOption, load_core
+from clients.cli.output import console, print_json
+
+if TYPE_CHECKING:
+    from adapters.files import FileService
+    from adapters.jobs import JobService
+    from adapters.records import Job
+    from adapters.settings import CoreSettings
+    from server.fine_tuning_schemas import CreateJobRequest
+
+__all__ = ["create_job"]
+
+_DataOption = Annotated[Path, typer.Option("--data", help="JSONL file of rows, as hotswap data convert writes them.")]
+_ValidationOption = Annotated[Path | None, typer.Option("--validation", help="JSONL file to measure on.")]
+_ModelOption = Annotated[str, typer.Option("--model", help="base, or a version to go on from: legal@v2.")]
+_SuffixOption = Annotated[str | None, typer.Option("--suffix", help="Alias to publish under, for example legal.")]
+_MethodOption = Annotated[
+    str, typer.Option("--method", help="supervised, dpo, kto, reward, rloo or grpo; docs/fine-tuning.md has them all.")
+]
+_SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A hyperparameter; may be given several times.")
+]
+_SeedOption = Annotated[int | None, typer.Option("--seed", help="Of everything that is drawn.", show_default="random")]
+_PriorityOption = Annotated[int, typer.Option("--priority", help="-100 to 100; the highest is trained first.")]
+
+
+def create_job(
+    data: _DataOption,
+    validation: _ValidationOption = None,
+    model: _ModelOption = "base",
+    suffix: _SuffixOption = None,
+    method: _MethodOption = "supervised",
+    hyperparameters: _SetOption = None,
+    seed: _SeedOption = None,
+    priority: _PriorityOption = 0,
+    home: HomeOption = None,
+    base: BaseOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Queue a job over files of this machine; hotswap serve on the same home folder trains it."""
+    core = load_core(home, base=base)
+    chosen = dict(_read_pair(pair) for pair in hyperparameters or ())
+    order: dict[str, Any] = {
+        "model": model,
+        "method": {"type": method, method: {"hyperparameters": chosen}} if chosen else {"type": method},
+        "suffix": suffix,
+        "seed": seed,
+        "priority": priority,
+    }
+    job = _place(core, order, data, validation)
+    if json:
+        print_json(job)
+        return
+    print_job(job)
+    console.print(f"hotswap serve on this home folder trains it. Try: hotswap jobs show {job.id}", markup=False)
+
+
+def _place(core: CoreSettings, order: dict[str, Any], data: Path, validation: Path | None) -> Job:
+    """Store the files and queue the job; if it is refused, the files are deleted again."""
+    from adapters.database import open_database
+    from adapters.files import FileService
+    from adapters.jobs import JobService
+    from server.config import ServeSettings
+
+    settings = ServeSettings.load(core.home)
+    database = open_database(core.resolved_database_url)
+    files = FileService(database, core.home / "files", max_bytes=settings.max_file_bytes)
+    stored: list[str] = []
+    try:
+        for name, path in (("training_file", data), ("validation_file", validation)):
+            if path is not None:
+                stored.append(_upload(files, path))
+                order[name] = stored[-1]
+        jobs = JobService(database, max_queued=settings.max_queued_jobs)
+        return _accept(core, jobs, _check_order(order))
+    except Exception:
+        for file_id in stored:
+            files.delete(file_id)
+        raise
+    finally:
+        database.close()
+
+
+def _read_pair(pair: str) -> tuple[str, Any]:
+    """`rank=8` as a name and a number; what is no JSON is text."""
+    from adapters.errors import InvalidInputError
+
+    name, equals, value = pair.partition("=")
+    if not name or not equals:
+        raise InvalidInputError(f"--set: expected NAME=VALUE, for example rank=8, found {pair!r}", param="set")
+    try:
+        return name, loads(value)
+    except ValueError:
+        return name, value
+
+
+def _upload(files: FileService, path: Path) -> str:
+    from adapters.errors import InvalidInputError
+
+    try:
+        with path.open("rb") as content:
+            return files.upload(content, path.name).id
+    except OSError as error:
+        raise InvalidInputError(f"{path}: can't be read: {error.strerror}", param="data") from None
+
+
+def _check_order(order: dict[str, Any]) -> CreateJobRequest:
+    from pydantic import ValidationError
+
+    from adapters.errors import InvalidInputError
+    from server.fine_tuning_schemas import CreateJobRequest
+
+    try:
+        return CreateJobRequest.model_validate(order)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidInputError(f"{where}: {first['msg']}, found {first['input']!r:.80}", param=where) from None
+
+
+def _accept(core: CoreSettings, jobs: JobService, body: CreateJobRequest) -> Job:
+    from adapters.base_files import public_name
+    from server.fine_tuning import FineTuningService
+
+    return FineTuningService(jobs, base_name=public_name(core.base), max_rank=core.max_rank).accept(body)

@@ -1,0 +1,150 @@
+"""`hotswap data` in process: what is written, shown and told of training data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from adapters.errors import ConflictError, DataError
+from clients.cli.main import app
+from tests.support.conversations import make_messages, write_rows
+from tests.support.tiny import make_tokenizer
+
+CSV = 'frage;antwort\nq;a\n\nr;"b; c"\n'
+MAPPED = ("--map", "user=frage,assistant=antwort")
+
+
+@pytest.fixture
+def base(tiny_folders: dict[str, Path]) -> tuple[str, str]:
+    """The option that names a tiny base model."""
+    return "--base", str(tiny_folders["llama"])
+
+
+def _run(home: Path, *arguments: str) -> Result:
+    """Run a command that may end with any status, but with no error of ours."""
+    environment = {"HOTSWAP_HOME": str(home), "COLUMNS": "200", "NO_COLOR": "1"}
+    result = CliRunner().invoke(app, ["data", *arguments], env=environment)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def _write(path: Path, content: str) -> str:
+    path.write_text(content)
+    return str(path)
+
+
+def test_data_convert_writes_rows_when_columns_are_mapped(tmp_path: Path) -> None:
+    """One row a line, in the form that training and uploads take; what was recognised is said."""
+    source, out = _write(tmp_path / "d.csv", CSV), tmp_path / "out.jsonl"
+
+    result = _run(tmp_path, "convert", source, str(out), *MAPPED)
+
+    assert [{"messages": make_messages("q", "a")}, {"messages": make_messages("r", "b; c")}] == [
+        json.loads(line) for line in out.read_text().splitlines()
+    ]
+    assert f"2 chat rows written to {out}\n" == result.stdout
+    assert f"{source}: 2 rows; CSV with semicolons: mapped to chat (user = frage, assistant = antwort)" in result.stderr
+
+
+def test_data_convert_leaves_a_file_alone_when_it_exists(tmp_path: Path) -> None:
+    """Nothing of the user's is overwritten without --force, and nothing half-written is left beside it."""
+    source, out = _write(tmp_path / "d.csv", CSV), tmp_path / "out.jsonl"
+    out.write_text("mine")
+
+    with pytest.raises(ConflictError, match=rf"^{out} exists already; --force writes over it$"):
+        _run(tmp_path, "convert", source, str(out), *MAPPED)
+    assert "mine" == out.read_text()
+    assert ["d.csv", "out.jsonl"] == sorted(path.name for path in tmp_path.iterdir())
+
+    _run(tmp_path, "convert", source, str(out), *MAPPED, "--force")
+    assert 2 == len(out.read_text().splitlines())
+
+
+def test_data_convert_leaves_bad_rows_out_when_asked(tmp_path: Path) -> None:
+    """Without the flag they are an error and nothing is written; with it each is named."""
+    source, out = _write(tmp_path / "d.csv", CSV + "s;\n"), tmp_path / "out.jsonl"
+
+    with pytest.raises(DataError, match=r"d\.csv:5: field antwort: is empty$"):
+        _run(tmp_path, "convert", source, str(out), *MAPPED)
+    assert not out.exists()
+
+    result = _run(tmp_path, "convert", source, str(out), *MAPPED, "--drop-bad")
+    assert 2 == len(out.read_text().splitlines())
+    assert f"left out: {source}:5: field antwort: is empty" in result.stderr
+
+
+def test_data_convert_names_the_folder_when_it_is_not_there(tmp_path: Path) -> None:
+    """A path that can't be written is an error of one line."""
+    with pytest.raises(DataError, match=r"nowhere/out\.jsonl: can't be written: No such file or directory$"):
+        _run(tmp_path, "convert", _write(tmp_path / "d.csv", CSV), str(tmp_path / "nowhere/out.jsonl"), *MAPPED)
+
+
+def test_data_show_marks_the_tokens_that_carry_loss_when_there_are_no_colours(
+    tmp_path: Path, base: tuple[str, str]
+) -> None:
+    """The row as the model reads it, with the assistant's words and the end of the turn between marks."""
+    source = str(write_rows(tmp_path / "d.jsonl", [make_messages("q", "a", "r", "b")]))
+
+    shown = _run(tmp_path, "show", source, *base).stdout
+
+    assert "assistant\n⟦a<|im_end|>⟧" in shown
+    assert "assistant\n⟦b<|im_end|>⟧" in shown
+    assert 2 == shown.count("⟦")
+    assert shown.startswith("line 1: ")
+
+
+def test_data_show_gives_tokens_and_mask_when_json_is_asked_for(tmp_path: Path, base: tuple[str, str]) -> None:
+    """Both answers of a preference, each with all of its tokens; no more rows than asked for."""
+    row = {"prompt": "q", "chosen": "yes", "rejected": "no"}
+    source = str(write_rows(tmp_path / "d.jsonl", [row, row]))
+
+    documents: list[dict[str, Any]] = json.loads(_run(tmp_path, "show", source, *base, "--rows", "1", "--json").stdout)
+
+    assert ["yes<|im_end|>", "no<|im_end|>"] == [document["spans"][-1]["text"] for document in documents]
+    for document in documents:
+        assert len(document["input_ids"]) == len(document["loss_mask"])
+        spoken = [t for t, loss in zip(document["input_ids"], document["loss_mask"], strict=True) if loss]
+        assert document["spans"][-1]["text"] == make_tokenizer().decode(spoken)
+
+
+def test_data_check_ends_with_status_one_when_rows_are_bad(tmp_path: Path, base: tuple[str, str]) -> None:
+    """Everything is told at once: rows that can't be read, rows that are too long, and the figures of the others."""
+    rows = [make_messages("q", "a"), make_messages("q", "b" * 300), make_messages("q")]
+    source = str(write_rows(tmp_path / "d.jsonl", rows))
+
+    result = _run(tmp_path, "check", source, *base, "--max-length", "200")
+
+    assert 1 == result.exit_code
+    assert f"error: {source}:3: field messages: expected user and assistant in turn" in result.stdout
+    assert f"error: {source}:2: " in result.stdout
+    assert "tokens, more than max_length 200" in result.stdout
+    assert f"{source}: 2 chat rows; JSON lines: chat (messages = messages)" in result.stdout
+    assert "errors: 2, warnings: 2" in result.stdout
+
+
+def test_data_check_reports_both_sets_when_validation_is_given(tmp_path: Path, base: tuple[str, str]) -> None:
+    """In JSON with every figure; good data ends with status 0."""
+    train = str(write_rows(tmp_path / "t.jsonl", [make_messages(f"q{n}", "a") for n in range(12)]))
+    valid = str(write_rows(tmp_path / "v.jsonl", [make_messages("q3", "a")]))
+
+    result = _run(tmp_path, "check", train, "--validation", valid, *base, "--json")
+
+    document = json.loads(result.stdout)
+    assert (0, []) == (result.exit_code, document["problems"])
+    assert (12, 1) == (document["report"]["train"]["num_rows"], document["report"]["validation"]["num_rows"])
+    assert f"{valid}: rows that stand in {train}: 1 (line 1); " in "".join(document["warnings"])
+
+
+def test_data_check_names_the_lines_when_no_row_can_be_read(tmp_path: Path, base: tuple[str, str]) -> None:
+    """There are no figures of nothing."""
+    source = str(write_rows(tmp_path / "d.jsonl", [make_messages("q")]))
+
+    result = _run(tmp_path, "check", source, *base)
+
+    assert 1 == result.exit_code
+    assert "errors: 1, warnings: 0" in result.stdout

@@ -1,0 +1,80 @@
+"""Alarms: each is raised by the course that it is about, and by no healthy one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from training.alarms import EvaluationPoint, StepPoint, find_alarms
+
+
+def _steps(losses: Sequence[float], norms: Sequence[float] = ()) -> list[StepPoint]:
+    known = [*norms, *[1.0] * (len(losses) - len(norms))]
+    return [StepPoint(step, loss, norm) for step, (loss, norm) in enumerate(zip(losses, known, strict=True), 1)]
+
+
+def _falling(count: int) -> list[float]:
+    return [3 * 0.97**step + 0.2 * (-1) ** step for step in range(count)]
+
+
+def _evaluations(*losses: float, every: int = 10) -> list[EvaluationPoint]:
+    return [EvaluationPoint(every * index, loss) for index, loss in enumerate(losses, 1)]
+
+
+def test_no_alarm_is_raised_when_training_goes_well() -> None:
+    """A loss that falls and scatters, validated now and then, after any number of steps."""
+    steps = _steps(_falling(100))
+    validations = _evaluations(2.5, 2.0, 1.8, 1.7, 1.71, 1.69)
+    assert [find_alarms(steps[:count], validations[: count // 10]) for count in range(101)] == [[]] * 101
+
+
+def test_alarm_is_fatal_when_a_loss_is_not_a_number() -> None:
+    """Of training, or of validation; the sentence names the step and what to do."""
+    (training,) = find_alarms(_steps([1.0, math.nan]), [])
+    (validation,) = find_alarms(_steps([1.0, 0.9]), [EvaluationPoint(2, math.inf)])
+    assert (training.kind, training.is_fatal) == (validation.kind, validation.is_fatal) == ("not_a_number", True)
+    assert training.message.startswith("the training loss is not a number at step 2: lower learning_rate")
+    assert validation.message.startswith("the validation loss is not a number at step 2")
+
+
+def test_alarm_is_fatal_when_the_loss_rises_for_good() -> None:
+    """One bad batch is no divergence; ten bad steps in a row are."""
+    assert find_alarms(_steps([2.0] * 19 + [9.0]), []) == []
+    (alarm,) = find_alarms(_steps([2.0] * 15 + [4.0] * 10), [])
+    assert (alarm.kind, alarm.is_fatal) == ("diverging", True)
+    assert "rose from 2.00 to 4.00" in alarm.message
+
+
+def test_divergence_is_not_seen_when_a_small_loss_doubles() -> None:
+    """Where the loss is nearly nothing, half as much again is nothing, too."""
+    assert find_alarms(_steps([0.01] * 10 + [0.05] * 10), []) == []
+
+
+def test_alarm_warns_when_a_gradient_is_ten_times_the_usual() -> None:
+    """Compared with the median of the steps before, once there are twenty."""
+    norms = [1.0, 3.0] * 10
+    (alarm,) = find_alarms(_steps(_falling(21), [*norms, 20.1]), [])
+    assert (alarm.kind, alarm.is_fatal) == ("gradient", False)
+    assert "at step 21 is 20.1, usual is 2" in alarm.message
+    assert find_alarms(_steps(_falling(21), [*norms, 19.9]), []) == []
+    assert find_alarms(_steps(_falling(6), [1.0] * 5 + [100.0]), []) == []
+
+
+def test_alarm_warns_when_nothing_is_learned() -> None:
+    """After forty steps; a fall of a fiftieth is learning."""
+    assert find_alarms(_steps([2.0] * 39), []) == []
+    (alarm,) = find_alarms(_steps([2.0] * 40), [])
+    assert (alarm.kind, alarm.is_fatal) == ("no_learning", False)
+    assert find_alarms(_steps([2.0] * 30 + [1.95] * 10), []) == []
+
+
+def test_alarm_warns_when_validation_rises_while_training_falls() -> None:
+    """Two validations above the best, by more than a fiftieth; it says which state is kept."""
+    steps = _steps(_falling(40))
+    (alarm,) = find_alarms(steps, _evaluations(2.0, 1.5, 1.6, 1.7))
+    assert (alarm.kind, alarm.is_fatal) == ("overfitting", False)
+    assert "rose from 1.500 (step 20) to 1.700" in alarm.message
+    assert "the state of step 20 is kept" in alarm.message
+    assert find_alarms(steps, _evaluations(2.0, 1.5, 1.6)) == []
+    assert find_alarms(steps, _evaluations(2.0, 1.5, 1.6, 1.51)) == []
+    assert find_alarms(_steps([*_falling(20), *[2.0] * 20]), _evaluations(2.0, 1.5, 1.6, 1.7)) == []

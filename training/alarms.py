@@ -1,0 +1,137 @@
+"""Looks at the course of a run and says in plain sentences what is wrong with it. Pure functions over numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Literal
+
+__all__ = ["Alarm", "AlarmKind", "EvaluationPoint", "StepPoint", "find_alarms"]
+
+AlarmKind = Literal["not_a_number", "diverging", "gradient", "no_learning", "overfitting"]
+
+_WINDOW = 10  # steps whose mean loss stands for a moment of the run: single batches scatter too much
+_DIVERGED_FACTOR = 1.5
+_DIVERGED_NATS = 0.5
+_LEARNED_SHARE = 0.02
+_NO_LEARNING_STEPS = 40
+_USUAL_STEPS = 50
+_GRADIENT_FACTOR = 10
+_OVERFITTING_RISE = 1.02
+
+
+@dataclass(frozen=True, slots=True)
+class StepPoint:
+    """One optimiser step: mean training loss, and the gradient's norm before clipping where it is known."""
+
+    step: int
+    loss: float
+    gradient_norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationPoint:
+    """The validation loss and accuracy after a step."""
+
+    step: int
+    loss: float
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """Something that a person should know; with `is_fatal` there is no point in going on."""
+
+    kind: AlarmKind
+    message: str
+    is_fatal: bool = False
+
+
+def find_alarms(steps: Sequence[StepPoint], evaluations: Sequence[EvaluationPoint]) -> list[Alarm]:
+    """What is wrong as of the last step. The same alarm is found again at later steps for as long as it holds."""
+    if not steps:
+        return []
+    checks: tuple[Callable[[], Alarm | None], ...] = (
+        lambda: _check_number(steps, evaluations),
+        lambda: _check_diverging(steps),
+        lambda: _check_gradient(steps),
+        lambda: _check_learning(steps),
+        lambda: _check_overfitting(steps, evaluations),
+    )
+    return [alarm for check in checks if (alarm := check()) is not None]
+
+
+def _check_number(steps: Sequence[StepPoint], evaluations: Sequence[EvaluationPoint]) -> Alarm | None:
+    for what, points in (("training", steps[-1:]), ("validation", evaluations[-1:])):
+        for point in points:
+            if not math.isfinite(point.loss):
+                message = (
+                    f"the {what} loss is not a number at step {point.step}: lower learning_rate, "
+                    "or look for rows that are not text"
+                )
+                return Alarm("not_a_number", message, is_fatal=True)
+    return None
+
+
+def _check_diverging(steps: Sequence[StepPoint]) -> Alarm | None:
+    if len(steps) < 2 * _WINDOW:
+        return None
+    first, last = _mean_loss(steps[:_WINDOW]), _mean_loss(steps[-_WINDOW:])
+    if last <= max(first * _DIVERGED_FACTOR, first + _DIVERGED_NATS):
+        return None
+    message = (
+        f"the training loss rose from {first:.2f} to {last:.2f} (means of {_WINDOW} steps) by step {steps[-1].step}: "
+        "training is diverging; lower learning_rate, or raise warmup_steps"
+    )
+    return Alarm("diverging", message, is_fatal=True)
+
+
+def _check_gradient(steps: Sequence[StepPoint]) -> Alarm | None:
+    last = steps[-1].gradient_norm
+    before = [point.gradient_norm for point in steps[-_USUAL_STEPS - 1 : -1] if point.gradient_norm is not None]
+    if last is None or len(before) < 2 * _WINDOW:
+        return None
+    usual = median(before)
+    if last <= _GRADIENT_FACTOR * usual:
+        return None
+    message = (
+        f"the gradient's norm at step {steps[-1].step} is {last:.3g}, usual is {usual:.3g}: a row may be broken "
+        "(garbage, or another language than the rest), or learning_rate is too high"
+    )
+    return Alarm("gradient", message)
+
+
+def _check_learning(steps: Sequence[StepPoint]) -> Alarm | None:
+    if len(steps) < _NO_LEARNING_STEPS:
+        return None
+    first, last = _mean_loss(steps[:_WINDOW]), _mean_loss(steps[-_WINDOW:])
+    if last < first * (1 - _LEARNED_SHARE):
+        return None
+    message = (
+        f"after {len(steps)} steps the training loss is {last:.3f}, at the beginning it was {first:.3f} (means of "
+        f"{_WINDOW} steps): nothing is learned; raise learning_rate, or check that answers follow from their prompts"
+    )
+    return Alarm("no_learning", message)
+
+
+def _check_overfitting(steps: Sequence[StepPoint], evaluations: Sequence[EvaluationPoint]) -> Alarm | None:
+    if not evaluations:
+        return None
+    best = min(evaluations, key=lambda point: point.loss)
+    later = [point for point in evaluations if point.step > best.step]
+    if len(later) < 2 or later[-1].loss <= best.loss * _OVERFITTING_RISE:
+        return None
+    until_best = [point for point in steps if point.step <= best.step][-_WINDOW:]
+    if not until_best or _mean_loss(steps[-_WINDOW:]) >= _mean_loss(until_best):
+        return None
+    message = (
+        f"the validation loss rose from {best.loss:.3f} (step {best.step}) to {later[-1].loss:.3f} while the training "
+        f"loss fell: the model learns the rows by heart; the state of step {best.step} is kept"
+    )
+    return Alarm("overfitting", message)
+
+
+def _mean_loss(steps: Sequence[StepPoint]) -> float:
+    return fmean(point.loss for point in steps)

@@ -1,0 +1,113 @@
+"""From what a client asked of a job to the settings of its run, and from what went wrong to what a client is told."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import (
+    ConfigurationError,
+    DataError,
+    HotswapError,
+    InvalidInputError,
+    RankTooHighError,
+    TrainingDivergedError,
+)
+from adapters.records import Job, JobError
+from training.config import TrainSettings
+
+__all__ = ["describe_failure", "hyperparameters_of", "resolve_settings", "tracker_environment"]
+
+_HYPERPARAMETERS = {"n_epochs": "epochs"}  # the wire's name -> the setting's; all others are called the same
+_METHODS = {"supervised": "sft"}  # the wire's name -> the setting's
+_NO_SETTINGS = frozenset({"learning_rate_multiplier", "checkpoint_steps"})
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# What libraries say that write files without Python's help: safetensors, torch's zip writer, SQLite.
+_DISK_WORDS = re.compile(
+    r"No space left on device|File too large|Disk quota exceeded|database or disk is full|PytorchStreamWriter failed"
+    r"|inline_container\.cc.*unexpected pos"
+)
+_MEMORY_WORDS = re.compile(r"can't allocate memory|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+
+
+def resolve_settings(job: Job, home: Path) -> TrainSettings:
+    """What the client asked for, over the server's own settings; "auto" is the server's own.
+
+    Raises:
+        InvalidInputError: what was asked for does not fit together; each value for itself was checked before.
+        ConfigurationError: the server's own settings are wrong.
+    """
+    given = {name: value for name, value in hyperparameters_of(job).items() if value != "auto"}
+    multiplier = given.get("learning_rate_multiplier")
+    flags = {_HYPERPARAMETERS.get(name, name): value for name, value in given.items() if name not in _NO_SETTINGS}
+    kind = job.method["type"]
+    flags |= {"method": _METHODS.get(kind, kind), "start_from": job.start_from, "seed": job.seed}
+    if job.integrations:
+        flags["report_to"] = [integration["type"] for integration in job.integrations]
+    TrainSettings.load(home)  # what is wrong with the server's own settings is not the job's fault
+    try:
+        settings = TrainSettings.load(home, **flags)
+        if multiplier is None:
+            return settings
+        return TrainSettings.load(home, **flags | {"learning_rate": min(1.0, settings.learning_rate * multiplier)})
+    except ConfigurationError as error:
+        raise InvalidInputError(str(error), param="method") from None
+
+
+def hyperparameters_of(job: Job) -> Mapping[str, Any]:
+    """Those that the client gave, by the wire's names."""
+    found: Mapping[str, Any] = job.method[job.method["type"]]["hyperparameters"]
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def tracker_environment(job: Job) -> dict[str, str]:
+    """The variables by which the trackers that the client named learn where to show the run."""
+    variables: dict[str, str] = {}
+    for integration in job.integrations:
+        shown: Mapping[str, Any] = integration[integration["type"]]
+        for name, value in shown.items():
+            text = ",".join(value) if isinstance(value, list) else value
+            variables[f"{integration['type']}_{name}".upper()] = text
+    return variables
+
+
+def describe_failure(error: Exception) -> JobError:
+    """What a client is told; whatever might hold a path is left to the log."""
+    if isinstance(error, DataError):
+        return JobError(f"invalid_{error.param}", str(error), error.param)
+    if isinstance(error, RankTooHighError) or (type(error) is InvalidInputError and error.param == "method"):
+        return JobError("invalid_hyperparameters", str(error), "method")
+    if isinstance(error, TrainingDivergedError):
+        return JobError("training_diverged", str(error), "method")
+    if any(_is_about_memory(cause) for cause in _causes(error)):
+        message = "the device has too little memory for this job: lower batch_size or max_length"
+        return JobError("out_of_memory", message, "method")
+    if any(_is_about_the_disk(cause) for cause in _causes(error)):
+        message = "the server's disk is full: free some space and create the job again"
+        return JobError("disk_full", message)
+    kind = "training_failed" if isinstance(error, HotswapError) else "trainer_crashed"
+    return JobError(kind, f"the trainer failed with {type(error).__name__}; the job's log on the server says why")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it was raised from, and what was being handled when it was raised."""
+    seen: set[int] = set()
+    following: BaseException | None = error
+    while following is not None and id(following) not in seen:
+        seen.add(id(following))
+        yield following
+        following = following.__cause__ or following.__context__
+
+
+def _is_about_memory(error: BaseException) -> bool:
+    # torch.OutOfMemoryError is a RuntimeError that begins "CUDA out of memory"; on a CPU there is no class for it.
+    is_named = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or is_named or bool(_MEMORY_WORDS.search(str(error)))
+
+
+def _is_about_the_disk(error: BaseException) -> bool:
+    is_numbered = isinstance(error, OSError) and error.errno in _DISK_ERRORS
+    return is_numbered or bool(_DISK_WORDS.search(str(error)))

@@ -1,0 +1,35 @@
+"""Which kind of rows each method trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from adapters.chat_rows import RowKind
+from adapters.errors import DataError
+from training.config import Method
+from training.formats import Dataset
+
+__all__ = ["METHOD_KINDS", "check_kind"]
+
+METHOD_KINDS: Mapping[Method, tuple[RowKind, ...]] = {
+    "sft": ("chat", "text"),
+    "dpo": ("preference",),
+    "kto": ("labelled",),
+    "reward": ("preference",),
+    "rloo": ("chat",),
+    "grpo": ("chat",),
+}
+
+
+def check_kind(dataset: Dataset, method: Method) -> None:
+    """Refuse rows that a method can't be trained on.
+
+    Raises:
+        DataError: names the file, the kind that was found and the methods that would take it.
+    """
+    if dataset.kind in METHOD_KINDS[method]:
+        return
+    takers = [name for name, kinds in METHOD_KINDS.items() if dataset.kind in kinds]
+    wanted = " or ".join(METHOD_KINDS[method])
+    found = f"found {dataset.kind} rows, which are for {', '.join(takers)}"
+    raise DataError([f"{dataset.name}: method {method} trains on {wanted} rows, {found}"])

@@ -1,0 +1,59 @@
+"""The prompts that rloo and grpo sample answers to: chat rows up to their last answer, which stays as a reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from adapters.chat_messages import Message, Tool
+from adapters.chat_rows import MAX_PROBLEMS_SHOWN, ChatRow
+from adapters.chat_template import render_prompt
+from adapters.errors import DataError, InvalidInputError
+from training.formats import Dataset
+
+__all__ = ["RenderedPrompt", "render_prompts"]
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """A conversation up to where the assistant is to speak, its tokens, and what the assistant said in the data."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...]
+    reference: str
+    input_ids: list[int]
+
+
+def render_prompts(tokenizer: Any, dataset: Dataset, *, max_length: int) -> list[RenderedPrompt]:
+    """Tokenise the prompts of chat rows.
+
+    Args:
+        tokenizer: The base model's.
+        dataset: Chat rows.
+        max_length: Most tokens of a prompt; with the longest answer it must fit the setting of that name.
+
+    Raises:
+        DataError: rows that are too long or that the chat template refuses, by file and line.
+    """
+    prompts: list[RenderedPrompt] = []
+    problems: list[str] = []
+    for numbered in dataset.rows:
+        try:
+            prompts.append(_render(tokenizer, numbered.row, max_length))
+        except InvalidInputError as error:
+            problems.append(f"{dataset.name}:{numbered.line}: {error}")
+    if problems:
+        raise DataError(problems[:MAX_PROBLEMS_SHOWN], num_more=max(0, len(problems) - MAX_PROBLEMS_SHOWN))
+    return prompts
+
+
+def _render(tokenizer: Any, row: Any, max_length: int) -> RenderedPrompt:
+    assert isinstance(row, ChatRow), "the kind was checked when the data was read"
+    messages, last = row.messages[:-1], row.messages[-1]
+    ids = render_prompt(tokenizer, messages, row.tools)
+    if len(ids) > max_length:
+        raise InvalidInputError(
+            f"the prompt has {len(ids)} tokens; with an answer of max_answer_tokens it would exceed max_length: "
+            f"at most {max_length} are left for it"
+        )
+    return RenderedPrompt(messages, row.tools, str(last["content"]), ids)

@@ -1,0 +1,423 @@
+"""Reads tables of training data from files, folders and the hub; `training/recognise.py` says what a row means.
+
+JSON lines, JSON, CSV, TSV and Parquet, also compressed; folders that `datasets` saved or that hold such files; hub ids.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapters.chat_rows import load_document
+from adapters.errors import DataError
+
+__all__ = ["RawRow", "RawTable", "read_table"]
+
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+_FORMATS = {
+    ".jsonl": "JSON lines",
+    ".ndjson": "JSON lines",
+    ".json": "JSON",
+    ".csv": "CSV",
+    ".tsv": "TSV",
+    ".parquet": "Parquet",
+}
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_SNIFFED_RECORDS = 50
+_WRAPPERS = frozenset({"data", "rows", "examples", "train", "validation", "test"})
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# How the splits of a folder are told by the names of its files.
+_SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "eval": "test",
+}
+_UTF_16_OR_32 = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"))
+_MAX_FIELD_CHARS = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """One row as it was found: any JSON value, or why it can't be read.
+
+    Args:
+        line: Where it begins: the line of a text file; elsewhere the row's number, from 1.
+        document: An object with one key a column, if all is well.
+        problem: What is wrong with it, or an empty text.
+        file: The file among several that it lies in, or an empty text.
+    """
+
+    line: int
+    document: Any
+    problem: str = ""
+    file: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RawTable:
+    """All rows of one source. `layout` says in words how they were read, `sha256` is that of the bytes."""
+
+    name: str
+    sha256: str
+    layout: str
+    rows: list[RawRow]
+
+
+def read_table(
+    source: Path | str,
+    *,
+    name: str | None = None,
+    split: str | None = None,
+    subset: str | None = None,
+    encoding: str | None = None,
+) -> RawTable:
+    """Read every row of a file, a folder or a data set of the hub.
+
+    Args:
+        source: A path, or a hub id such as `openai/gsm8k` if there is no such path.
+        name: What messages call it; the source itself if not given.
+        split: Which part is meant, where the source has several.
+        subset: The part of a data set on the hub that it calls its configuration.
+        encoding: That of a text file that is not UTF-8.
+
+    Raises:
+        DataError: nothing can be read, or the split has to be named; rows that are bad by themselves are no error here.
+    """
+    path = Path(source)
+    shown = name or str(source)
+    if encoding is not None:
+        _check_encoding(encoding)
+    if path.is_dir():
+        return _read_folder(path, shown, split, encoding)
+    if subset is not None or (not path.exists() and _is_hub_id(str(source))):
+        return _read_hub(str(source), shown, split, subset)
+    if split is not None:
+        raise DataError([f"{shown}: is one file and has no splits; leave split {split!r} out"])
+    return _read_file(path, shown, encoding)
+
+
+def _is_hub_id(source: str) -> bool:
+    return bool(_HUB_ID.fullmatch(source)) and _format_of(Path(source)) is None
+
+
+def _check_encoding(encoding: str) -> None:
+    try:
+        codecs.lookup(encoding)
+    except LookupError:
+        raise DataError([f"encoding {encoding!r}: expected a name such as utf-8, cp1252 or utf-16"]) from None
+
+
+def _format_of(path: Path) -> str | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSIONS:
+        suffixes.pop()
+    return _FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def _read_file(path: Path, shown: str, encoding: str | None) -> RawTable:
+    content = _read_bytes(path, shown)
+    sha256 = hashlib.sha256(content).hexdigest()
+    content = _decompress(content, path, shown)
+    if content[:4] == b"PAR1":
+        return RawTable(shown, sha256, "Parquet", _read_parquet(content, shown))
+    kind = _format_of(path)
+    if kind == "Parquet":
+        raise DataError([f"{shown}: expected a Parquet file, which begins with PAR1, found {content[:4]!r}"])
+    if encoding is not None or kind in ("CSV", "TSV"):
+        content = _decode(content, shown, encoding).encode()
+    _check_is_utf8_text(content, shown)
+    if kind in ("CSV", "TSV"):
+        layout, rows = _read_csv(content.decode(), shown, "\t" if kind == "TSV" else None)
+    elif kind is None and path.suffix and content.lstrip()[:1] not in (b"{", b"["):
+        raise DataError([f"{shown}: expected a file whose name ends in {', '.join(_FORMATS)}, found {path.suffix!r}"])
+    else:
+        layout, rows = _read_json(content, shown, is_document=kind == "JSON")
+    return RawTable(shown, sha256, layout, rows)
+
+
+def _read_bytes(path: Path, shown: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError([f"{shown}: can't be read: {error.strerror}"]) from None
+
+
+def _decompress(content: bytes, path: Path, shown: str) -> bytes:
+    compression = _COMPRESSIONS.get(path.suffix.lower())
+    if compression is None:
+        return content
+    import pyarrow as pa
+
+    try:
+        with pa.input_stream(pa.BufferReader(content), compression=compression) as stream:
+            return bytes(stream.read())
+    except OSError as error:  # pyarrow's ArrowException for damaged streams is one
+        raise DataError([f"{shown}: is no {compression} file that can be read: {error}"]) from None
+
+
+def _decode(content: bytes, shown: str, encoding: str | None) -> str:
+    """Text without a byte order mark.
+
+    Raises:
+        DataError: it is in another encoding; names the line, and what to do.
+    """
+    if encoding is None:
+        _check_is_utf8_text(content, shown)
+    try:
+        return content.decode(encoding or "utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        found = f"{shown}:{line}: not {(encoding or 'UTF-8').upper()} (byte {content[error.start]:#04x})"
+        advice = "name its encoding, cp1252 for most files from Windows: --encoding cp1252"
+        raise DataError([f"{found}; save the file as UTF-8, or {advice}"]) from None
+    except UnicodeError as error:
+        raise DataError([f"{shown}: is not {encoding}: {error}"]) from None
+
+
+def _check_is_utf8_text(content: bytes, shown: str) -> None:
+    """Refuse what is plainly UTF-16 or 32: each line would get an error of its own, and none would say this."""
+    if found := next((name for mark, name in _UTF_16_OR_32 if content.startswith(mark)), None):
+        raise DataError([f"{shown}: is {found}; save the file as UTF-8, or give --encoding {found.lower()}"])
+    head = content[:1000]
+    if head.count(0) > len(head) // 4:
+        raise DataError([f"{shown}: holds a NUL byte in every few: it is binary, or UTF-16; save it as UTF-8"])
+
+
+def _read_json(content: bytes, shown: str, *, is_document: bool) -> tuple[str, list[RawRow]]:
+    """JSON lines, one list of rows, or an object that holds such a list, whatever the file's name promises."""
+    text = content.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if text.startswith(b"["):
+        return "JSON, a list of rows", _read_json_list(content, shown)
+    lines = [line for line in content.split(b"\n") if line.strip()]
+    problem = load_document(lines[0])[1] if lines else ""
+    if text.startswith(b"{") and (len(lines) == 1 or problem):
+        whole, whole_problem = load_document(content)
+        if is_document and whole_problem:
+            raise DataError([f"{shown}: {whole_problem}"])
+        if isinstance(whole, dict) and (problem or not _WRAPPERS.isdisjoint(whole)):
+            return _read_wrapped(whole, shown)
+    return "JSON lines", _read_json_lines(content)
+
+
+def _read_json_lines(content: bytes) -> list[RawRow]:
+    rows: list[RawRow] = []
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if line.strip():
+            rows.append(RawRow(number, *load_document(line)))
+    return rows
+
+
+def _read_json_list(content: bytes, shown: str) -> list[RawRow]:
+    """The items of one list, each with the line on which it begins."""
+    text = _decode(content, shown, None)
+    decoder = json.JSONDecoder()
+    rows: list[RawRow] = []
+    position, line, counted = text.index("[") + 1, 1, 0
+    try:
+        while True:
+            position = _skip(text, position, " \t\r\n")
+            if text[position : position + 1] == "]":
+                break
+            line, counted = line + text.count("\n", counted, position), position
+            document, position = decoder.raw_decode(text, position)
+            rows.append(RawRow(line, document))
+            position = _skip(text, position, " \t\r\n")
+            if text[position : position + 1] == ",":
+                position += 1
+            elif text[position : position + 1] != "]":
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+        if (end := _skip(text, position + 1, " \t\r\n")) < len(text):
+            raise json.JSONDecodeError("Extra data behind the list", text, end)
+    except json.JSONDecodeError as error:
+        raise DataError([f"{shown}:{error.lineno}: not JSON: {error.msg} (column {error.colno})"]) from None
+    except (RecursionError, ValueError) as error:
+        raise DataError([f"{shown}:{line}: not JSON that can be read: {error}"]) from None
+    return rows
+
+
+def _skip(text: str, position: int, letters: str) -> int:
+    while position < len(text) and text[position] in letters:
+        position += 1
+    return position
+
+
+def _read_wrapped(document: dict[str, Any], shown: str) -> tuple[str, list[RawRow]]:
+    keys = [key for key, value in document.items() if key in _WRAPPERS and isinstance(value, list)]
+    if not keys:
+        return "JSON, one row", [RawRow(1, document)]
+    if len(keys) > 1:
+        raise DataError([f"{shown}: holds several lists of rows, {', '.join(keys)}; make a file of each"])
+    return f"JSON, rows in {keys[0]!r}", [RawRow(index, item) for index, item in enumerate(document[keys[0]], start=1)]
+
+
+def _read_csv(text: str, shown: str, delimiter: str | None) -> tuple[str, list[RawRow]]:
+    """Records under a header, each with the line on which it begins."""
+    first_line = 1
+    if declared := re.match(r"sep=(.)\r?\n", text):  # as Excel writes it
+        delimiter, first_line, text = declared[1], 2, text[declared.end() :]
+    delimiter = delimiter or _find_delimiter(text)
+    csv.field_size_limit(_MAX_FIELD_CHARS)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    rows: list[RawRow] = []
+    begin = first_line
+    try:
+        for record in reader:
+            line, begin = begin, reader.line_num + first_line
+            if not any(record):
+                continue
+            if header is None:
+                header = _check_header(record, f"{shown}:{line}")
+                continue
+            rows.append(_make_record(header, record, line))
+    except csv.Error as error:
+        problem = f"{shown}:{begin}: can't be read as CSV: {error}; a quote inside quotes is written twice"
+        raise DataError([problem]) from None
+    return f"{'TSV' if delimiter == chr(9) else 'CSV'} with {_DELIMITERS.get(delimiter, repr(delimiter))}", rows
+
+
+def _make_record(header: list[str], record: list[str], line: int) -> RawRow:
+    if len(record) == len(header):
+        return RawRow(line, dict(zip(header, record, strict=True)))
+    problem = f"expected {len(header)} fields as in the header, found {len(record)}; put text with delimiters in quotes"
+    return RawRow(line, None, problem)
+
+
+def _find_delimiter(text: str) -> str:
+    """The delimiter that gives the same number of fields, above one, in most of the first records."""
+
+    def score(delimiter: str) -> tuple[float, int]:
+        counts: list[int] = []
+        try:
+            for record in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter):
+                if any(record):
+                    counts.append(len(record))
+                if len(counts) == _SNIFFED_RECORDS:
+                    break
+        except csv.Error:
+            return 0.0, 0
+        if not counts or counts[0] < 2:
+            return 0.0, 0
+        return counts.count(counts[0]) / len(counts), counts[0]
+
+    return max(_DELIMITERS, key=score)
+
+
+def _check_header(record: list[str], where: str) -> list[str]:
+    header = [field.strip() for field in record]
+    if "" in header:
+        raise DataError(
+            [f"{where}: column {header.index('') + 1} has no name; expected a header with the columns' names"]
+        )
+    if repeated := next((name for name, count in Counter(header).items() if count > 1), None):
+        raise DataError([f"{where}: expected different names in the header, found {repeated!r:.60} twice"])
+    return header
+
+
+def _read_parquet(content: bytes, shown: str) -> list[RawRow]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(pa.BufferReader(content))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError([f"{shown}: is no Parquet file that can be read: {error}"]) from None
+    return [RawRow(index, row) for index, row in enumerate(table.to_pylist(), start=1)]
+
+
+def _read_folder(folder: Path, shown: str, split: str | None, encoding: str | None) -> RawTable:
+    if any((folder / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+        return _read_saved(folder, shown, split)
+    files = sorted(
+        path for path in folder.rglob("*") if _format_of(path) and path.is_file() and not path.name.startswith(".")
+    )
+    files = [path for path in files if path.name != "dataset_info.json"]
+    if not files:
+        raise DataError([f"{shown}: is a folder without a file whose name ends in {', '.join(_FORMATS)}"])
+    by_split: dict[str, list[Path]] = {}
+    for path in files:
+        by_split.setdefault(_split_of(path.relative_to(folder)), []).append(path)
+    chosen = _choose_split(by_split, split, shown)
+    tables = [_read_file(path, f"{shown}/{path.relative_to(folder)}", encoding) for path in by_split[chosen]]
+    if len(tables) == 1:
+        return tables[0]
+    rows = [RawRow(row.line, row.document, row.problem, file=table.name) for table in tables for row in table.rows]
+    sha256 = hashlib.sha256("".join(table.sha256 for table in tables).encode()).hexdigest()
+    return RawTable(shown, sha256, f"{len(tables)} files, {tables[0].layout}", rows)
+
+
+def _split_of(path: Path) -> str:
+    words = re.split(r"[^a-z]+", str(path).lower())
+    return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "train")
+
+
+def _choose_split(splits: Mapping[str, object], split: str | None, shown: str) -> str:
+    if split is None:
+        if len(splits) == 1:
+            return next(iter(splits))
+        how = "--split NAME (--validation-split for validation data)"
+        raise DataError([f"{shown}: has the splits {', '.join(splits)}; say which: {how}"])
+    if split not in splits:
+        raise DataError([f"{shown}: has no split {split!r:.60}; expected one of {', '.join(splits)}"])
+    return split
+
+
+def _read_saved(folder: Path, shown: str, split: str | None) -> RawTable:
+    """What `datasets` wrote with `save_to_disk`: one data set, or one a split."""
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(folder)
+    except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError([f"{shown}: can't be read as a folder of datasets: {error}"]) from None
+    return _from_datasets(found, shown, split, "saved by datasets")
+
+
+def _read_hub(source: str, shown: str, split: str | None, subset: str | None) -> RawTable:
+    import datasets
+
+    try:
+        found = datasets.load_dataset(source, subset)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            [f"{shown}: there is no such file, and the hub gives no data set of this name: {reason}"]
+        ) from None
+    return _from_datasets(found, shown, split, "from the hub")
+
+
+def _from_datasets(found: Any, shown: str, split: str | None, where: str) -> RawTable:
+    if isinstance(found, dict):
+        found = found[_choose_split(found, split, shown)]
+    elif split is not None and str(found.split) != split:
+        raise DataError([f"{shown}: is one split; leave split {split!r} out"])
+    documents = list(_rows_of(found))
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(json.dumps(document, sort_keys=True, default=str).encode())
+    rows = [RawRow(index, document) for index, document in enumerate(documents, start=1)]
+    return RawTable(shown, digest.hexdigest(), where, rows)
+
+
+def _rows_of(found: Any) -> Iterator[dict[str, Any]]:
+    """Rows with the names of classes instead of their numbers."""
+    classes = {name: feature for name, feature in found.features.items() if hasattr(feature, "int2str")}
+    for row in found.to_list():
+        for name, feature in classes.items():
+            if isinstance(row[name], int) and row[name] >= 0:
+                row[name] = feature.int2str(row[name])
+        yield row

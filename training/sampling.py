@@ -1,0 +1,175 @@
+"""Asks the model in training for answers, greedily, and says which of them are no answers at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import GenerationConfig
+
+from adapters.chat_rows import ChatRow, LabelledRow, PreferenceRow, Row
+from adapters.chat_template import render_prompt
+from adapters.errors import DataError, InvalidInputError
+from training.precision import base_precision
+
+__all__ = [
+    "LONGER_THAN_REFERENCE",
+    "Flaw",
+    "Sample",
+    "SamplePrompt",
+    "find_flaw",
+    "is_loop",
+    "make_prompts",
+    "read_prompts",
+    "sample_answers",
+]
+
+LONGER_THAN_REFERENCE = 3  # times its row's own answer: such an answer is too long
+
+Flaw = Literal["empty", "loop", "too long"]
+
+_MIN_REPEATS = 4
+_MIN_LOOP_TOKENS = 24
+_MAX_PERIOD = 64
+_TEXT_PROMPT_TOKENS = 24
+_MAX_PROMPTS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePrompt:
+    """What the model is asked: text for people, tokens, and how many tokens the row's own answer has, if it has one."""
+
+    text: str
+    input_ids: tuple[int, ...]
+    reference_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A greedy answer. `has_ended` is False where it was cut at the limit."""
+
+    prompt: SamplePrompt
+    text: str
+    tokens: tuple[int, ...]
+    has_ended: bool
+
+
+def make_prompts(tokenizer: Any, rows: Sequence[Row], *, limit: int) -> list[SamplePrompt]:
+    """The prompts of the first rows, as the server would render them; of plain text its beginning."""
+    return [_make_prompt(tokenizer, row) for row in rows[:limit]]
+
+
+def read_prompts(tokenizer: Any, path: Path) -> list[SamplePrompt]:
+    """Prompts of one's own: a text file with one a line; blank lines are skipped.
+
+    Raises:
+        DataError: the file can't be read, holds none, or one that the chat template refuses.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError([f"sample_file {path}: can't be read: {error}"], param="sample_file") from None
+    if not 1 <= len(lines) <= _MAX_PROMPTS:
+        problem = f"sample_file {path}: expected 1 to {_MAX_PROMPTS} prompts, one a line, found {len(lines)}"
+        raise DataError([problem], param="sample_file")
+    try:
+        ids = [render_prompt(tokenizer, [{"role": "user", "content": line}]) for line in lines]
+    except InvalidInputError as error:
+        raise DataError([f"sample_file {path}: {error}"], param="sample_file") from None
+    return [SamplePrompt(line, tuple(found)) for line, found in zip(lines, ids, strict=True)]
+
+
+@torch.no_grad()
+def sample_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[SamplePrompt], *, max_tokens: int, batch_size: int
+) -> list[Sample]:
+    """The likeliest answer to each prompt, in eval mode; no random number is drawn."""
+    was_training = model.training
+    model.eval()
+    samples: list[Sample] = []
+    try:
+        for start in range(0, len(prompts), batch_size):
+            samples += _sample_batch(model, tokenizer, prompts[start : start + batch_size], max_tokens)
+    finally:
+        model.train(was_training)
+    return samples
+
+
+def find_flaw(sample: Sample) -> Flaw | None:
+    """What makes an answer degenerate: nothing said, the same said over and over, or no end in sight.
+
+    Too long is an answer that was cut at more than three times the tokens of the row's own; without an own one, length
+    is not judged.
+    """
+    if not sample.text.strip():
+        return "empty"
+    if is_loop(sample.tokens):
+        return "loop"
+    reference = sample.prompt.reference_tokens
+    if reference is not None and not sample.has_ended and len(sample.tokens) > LONGER_THAN_REFERENCE * reference:
+        return "too long"
+    return None
+
+
+def is_loop(tokens: Sequence[int]) -> bool:
+    """Whether the answer ends in one sequence of up to 64 tokens, four times or more, over 24 tokens at least."""
+    for period in range(1, _MAX_PERIOD + 1):
+        length = max(_MIN_LOOP_TOKENS, _MIN_REPEATS * period)
+        if len(tokens) < length:
+            break
+        tail = tokens[-length:]
+        if all(tail[index] == tail[index - period] for index in range(period, length)):
+            return True
+    return False
+
+
+def _make_prompt(tokenizer: Any, row: Row) -> SamplePrompt:
+    match row:
+        case ChatRow():
+            last = max(index for index, message in enumerate(row.messages) if message["role"] == "assistant")
+            messages, answer = row.messages[:last], row.messages[last].get("content")
+        case PreferenceRow():
+            messages, answer = row.prompt, row.chosen.get("content")
+        case LabelledRow():
+            messages, answer = row.prompt, row.completion.get("content")
+        case _:
+            ids = tokenizer(row.text).input_ids[:_TEXT_PROMPT_TOKENS]
+            return SamplePrompt(tokenizer.decode(ids, skip_special_tokens=True), tuple(ids))
+    ids = render_prompt(tokenizer, messages, row.tools)
+    reference = len(tokenizer.encode(answer, add_special_tokens=False)) if answer else None
+    return SamplePrompt(str(messages[-1].get("content") or "") if messages else "", tuple(ids), reference)
+
+
+def _sample_batch(model: Any, tokenizer: Any, prompts: Sequence[SamplePrompt], max_tokens: int) -> list[Sample]:
+    width = max(len(prompt.input_ids) for prompt in prompts)
+    # On the left, so that every answer begins in the same column.
+    padded = [[tokenizer.pad_token_id] * (width - len(p.input_ids)) + list(p.input_ids) for p in prompts]
+    mask = [[0] * (width - len(p.input_ids)) + [1] * len(p.input_ids) for p in prompts]
+    stops = _stop_tokens(model, tokenizer)
+    config = GenerationConfig(
+        max_new_tokens=max_tokens, do_sample=False, eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id
+    )
+    with base_precision(model):
+        made = model.generate(
+            input_ids=torch.tensor(padded, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            generation_config=config,
+        )
+    return [
+        _to_sample(tokenizer, prompt, row, stops) for prompt, row in zip(prompts, made[:, width:].tolist(), strict=True)
+    ]
+
+
+def _to_sample(tokenizer: Any, prompt: SamplePrompt, made: list[int], stops: set[int]) -> Sample:
+    end = next((index for index, token in enumerate(made) if token in stops), None)
+    tokens = tuple(made if end is None else made[:end])
+    return Sample(prompt, tokenizer.decode(tokens, skip_special_tokens=True), tokens, end is not None)
+
+
+def _stop_tokens(model: Any, tokenizer: Any) -> set[int]:
+    configured = model.generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    return {*listed, tokenizer.eos_token_id} - {None}
