@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import structlog
 from fastapi import FastAPI
@@ -35,7 +36,7 @@ from server.chat import ChatService
 from server.config import ServeSettings, check_bind
 from server.draining import drain_before_exit
 from server.engine.families import SUPPORTED_FAMILIES
-from server.engine_client import EngineClient
+from server.engine_client import EngineClient, Transport
 from server.engine_factory import build_engine, find_pinned
 from server.errors import install_error_handlers
 from server.fine_tuning import FineTuningService
@@ -50,7 +51,7 @@ from server.services import Services
 from server.tracing import check_tracing, exported_traces
 from server.uploads import Uploads
 
-__all__ = ["serve"]
+__all__ = ["equip_app", "join_services", "serve"]
 
 _log = structlog.get_logger(__name__)
 
@@ -74,11 +75,7 @@ def serve(core: CoreSettings, settings: ServeSettings, build: EngineBuilder = bu
     stopping = guard_processes()
 
     def configure_app(app: FastAPI, spec: RoutesSpec) -> None:
-        describe_api(app)
-        app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes, larger=larger_bodies(settings))
-        app.add_middleware(AuthMiddleware, is_loopback=settings.is_loopback)
-        app.add_middleware(RequestIdMiddleware)
-        install_error_handlers(app)
+        equip_app(app, settings)
         wrap_lifespan(app, lambda started: _running_services(started, spec, core, settings))
 
     server = build_server(core, settings, router, configure_app, build)
@@ -116,29 +113,11 @@ async def _running_services(
 ) -> AsyncIterator[None]:
     """Build one API process's parts after LitServe has forked it, and run the engine's client beside the routes."""
     registry = _open_registry(core)
-    experiments = ExperimentService(registry.database)
-    metrics = Metrics()
-    engine = EngineClient(
-        LitServeTransport(spec),
-        max_in_flight=settings.max_waiting,
-        max_tokens=settings.max_queued_tokens,
-        on_message=metrics.note_message,
-    )
-    metrics.watch(engine)
     tokenizer = load_tokenizer(pull_base(core.base, core.home))
-    chat = ChatService(registry, experiments, engine, tokenizer, settings, metrics)
-    pins = PinKeeper(
-        PinService(registry.database), engine, always=settings.pinned, max_versions=max(0, settings.slots - 1)
-    )
-    uploads = Uploads(core, timeout_s=settings.timeout_s)
-    files = FileService(registry.database, core.home / "files", max_bytes=settings.max_file_bytes)
-    files.sweep()
-    jobs = JobService(registry.database, max_queued=settings.max_queued_jobs)
-    fine_tuning = FineTuningService(jobs, base_name=public_name(core.base), max_rank=core.max_rank)
-    app.state.services = Services(
-        registry, experiments, engine, chat, metrics, KeyService(registry.database), pins, uploads, files, fine_tuning
-    )
-    tasks = [asyncio.create_task(engine.run()), asyncio.create_task(pins.run())]
+    services = join_services(registry, LitServeTransport(spec), tokenizer, core, settings)
+    app.state.services, engine = services, services.engine
+    services.files.sweep()
+    tasks = [asyncio.create_task(engine.run()), asyncio.create_task(services.pins.run())]
     for task in tasks:
         task.add_done_callback(_end_if_crashed)
     drain_before_exit(engine, limit_s=settings.drain_s)
@@ -150,6 +129,52 @@ async def _running_services(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         registry.database.close()
+
+
+def equip_app(app: FastAPI, settings: ServeSettings) -> None:
+    """Put around an app's routes what every request goes through, and complete its description."""
+    describe_api(app)
+    app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes, larger=larger_bodies(settings))
+    app.add_middleware(AuthMiddleware, is_loopback=settings.is_loopback)
+    app.add_middleware(RequestIdMiddleware)
+    install_error_handlers(app)
+
+
+def join_services(
+    registry: Registry, transport: Transport, tokenizer: Any, core: CoreSettings, settings: ServeSettings
+) -> Services:
+    """Make one API process's parts; starts none of them.
+
+    Args:
+        registry: Versions and aliases; its database is everybody's.
+        transport: The line to the engine worker.
+        tokenizer: The base model's, with the chat template.
+        core: Base model and home folder.
+        settings: Limits.
+    """
+    database = registry.database
+    experiments = ExperimentService(database)
+    metrics = Metrics()
+    engine = EngineClient(
+        transport,
+        max_in_flight=settings.max_waiting,
+        max_tokens=settings.max_queued_tokens,
+        on_message=metrics.note_message,
+    )
+    metrics.watch(engine)
+    jobs = JobService(database, max_queued=settings.max_queued_jobs)
+    return Services(
+        registry=registry,
+        experiments=experiments,
+        engine=engine,
+        chat=ChatService(registry, experiments, engine, tokenizer, settings, metrics),
+        metrics=metrics,
+        keys=KeyService(database),
+        pins=PinKeeper(PinService(database), engine, always=settings.pinned, max_versions=max(0, settings.slots - 1)),
+        uploads=Uploads(core, timeout_s=settings.timeout_s),
+        files=FileService(database, core.home / "files", max_bytes=settings.max_file_bytes),
+        fine_tuning=FineTuningService(jobs, base_name=public_name(core.base), max_rank=core.max_rank),
+    )
 
 
 def _end_if_crashed(task: asyncio.Task[None]) -> None:
