@@ -22,7 +22,7 @@ from adapters.experiments import ExperimentService
 from adapters.records import Exposure
 from adapters.registry import Registry
 from server.callers import Caller
-from server.calls import ID_PREFIXES, Answer, Call, Operation, headers_of, make_answers, time_per_token, unit_of
+from server.calls import ID_PREFIXES, Call, Choice, Operation, headers_of, make_answers, time_per_token, unit_of
 from server.completion_schemas import CompletionRequest
 from server.config import ServeSettings
 from server.engine.core import Constraint, EngineEvent, GenerationRequest
@@ -234,10 +234,12 @@ class ChatService:
         elif None not in reasons:
             call.finish_reason = "length" if "length" in reasons else "stop"
 
-    def _note_token(self, call: Call, answer: Answer, now: float) -> None:
+    def _note_token(self, call: Call, answer: Choice, now: float) -> None:
         if call.first_token is None:
             call.first_token = now
             self._metrics.observe_first_token(call.binding, now - call.started)
+        if answer.first_token is None:
+            answer.first_token = now
         if answer.last_token is not None:
             self._metrics.observe_gap(call.binding, now - answer.last_token)
         answer.last_token = now
