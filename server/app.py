@@ -49,7 +49,7 @@ from server.pins import PinKeeper
 from server.routes import router
 from server.services import Services
 from server.tracing import check_tracing, exported_traces
-from server.uploads import Uploads
+from server.uploads import Uploads, sweep_uploads
 
 __all__ = ["equip_app", "join_services", "serve"]
 
@@ -69,6 +69,7 @@ def serve(core: CoreSettings, settings: ServeSettings, build: EngineBuilder = bu
     _check_bind(core, settings)
     settings = _fit_base(settings, pull_base(core.base, core.home))
     ArtifactStore(core.home / "store").sweep()
+    sweep_uploads(core.home)
     _check_pinned(core, settings)
     if settings.traces:
         check_tracing()
@@ -128,6 +129,7 @@ async def _running_services(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        services.uploads.close()
         registry.database.close()
 
 

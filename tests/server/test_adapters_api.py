@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import tarfile
-import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,18 +61,15 @@ def _import(site: Site, folder: Path, **fields: str) -> httpx.Response:
     return _call(site, "POST", "", data={"alias": "legal", **fields}, files=_parts(folder))
 
 
-def _uploads_left() -> list[str]:
-    return [path.name for path in Path(tempfile.gettempdir()).glob("hotswap-upload-*")]
+def _uploads_left(home: Path) -> list[str]:
+    return [path.name for path in (home / "uploads").iterdir()]
 
 
 @pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Uploads of this test alone, and nothing left of them at its end."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+def _nothing_is_left(site: Site, tmp_path: Path) -> Iterator[None]:
+    """Of no upload."""
     yield
-    assert [] == _uploads_left()
+    assert [] == _uploads_left(tmp_path)
 
 
 # Lists and single objects --------------------------------------------------------------------------------------------
@@ -344,7 +340,7 @@ def test_import_is_429_when_two_others_are_under_way(site: Site, tmp_path: Path)
 
         headers = {"content-type": "multipart/form-data; boundary=B"}
         held = [asyncio.create_task(http.post(API, content=slow(), headers=headers)) for _ in range(2)]
-        while len(_uploads_left()) < 2:
+        while len(_uploads_left(tmp_path)) < 2:
             await asyncio.sleep(0)
         refused = await http.post(API, data={"alias": "legal"}, files=_parts(folder))
         gate.set()

@@ -470,7 +470,8 @@ class Site:
         """The API as `server.app` joins it, with an engine in this process; the base model is called `tiny`."""
         home.mkdir(parents=True, exist_ok=True)
         named = home / "tiny"
-        named.symlink_to(bench.base.folder)
+        if not named.exists():
+            named.symlink_to(bench.base.folder)
         settings = ServeSettings.load(
             home,
             slots=bench.runner.slots.num_slots,
