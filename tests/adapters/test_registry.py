@@ -19,9 +19,10 @@ from sqlalchemy.orm import Session
 from adapters.assignment import assign_arm
 from adapters.errors import ConflictError, IntegrityError, InvalidNameError, NotFoundError, PermissionDeniedError
 from adapters.experiments import ExperimentService
-from adapters.manifest import BaseReference
+from adapters.manifest import BaseReference, Manifest
 from adapters.records import Actor, Binding, Exposure, Feedback, NumberedVersion
 from adapters.registry import Registry
+from adapters.store import ArtifactStore
 from adapters.tables import AliasVersionRow, VersionRow
 from tests.support.kill_points import open_home
 from tests.support.tiny import make_manifest
@@ -586,6 +587,41 @@ def test_promote_leaves_the_alias_when_the_versions_files_are_damaged(registry: 
     with pytest.raises(IntegrityError, match=r"adapter_model\.safetensors"):
         registry.promote("legal@v2")
     assert "legal@v1" == registry.alias("legal").current.label
+
+
+class _InterruptedStore(ArtifactStore):
+    """A store in which something else happens while a version is verified."""
+
+    def __init__(self, root: Path, meanwhile: Callable[[], object]) -> None:
+        super().__init__(root)
+        self._meanwhile = meanwhile
+
+    def verify(self, digest: str) -> Manifest:
+        """Check, after what happens meanwhile."""
+        self._meanwhile()
+        return super().verify(digest)
+
+
+@pytest.mark.parametrize("move", [lambda registry: registry.promote("legal@v1"), lambda r: r.rollback("legal")])
+def test_others_can_write_when_a_version_is_verified_for_a_move(
+    registry: Registry, move: Callable[[Registry], object]
+) -> None:
+    """Hashing gigabytes inside the transaction would make every exposure and every job wait for it."""
+    for content in ("one", "two"):
+        publish_text(registry, content)
+    store = _InterruptedStore(registry.store.root, lambda: publish_text(registry, "other", alias="support"))
+    move(Registry(registry.database, store))
+    assert ["legal@v1", "support@v1"] == [alias.current.label for alias in registry.aliases()]
+
+
+def test_rollback_is_refused_when_the_alias_moves_while_the_version_is_verified(registry: Registry) -> None:
+    """What was verified is no longer what it would go back to."""
+    for content in ("one", "two", "three"):
+        publish_text(registry, content)
+    store = _InterruptedStore(registry.store.root, lambda: registry.rollback("legal"))
+    with pytest.raises(ConflictError, match="at the same time"):
+        Registry(registry.database, store).rollback("legal")
+    assert "legal@v2" == registry.alias("legal").current.label
 
 
 # What an actor may not see -------------------------------------------------------------------------------------------

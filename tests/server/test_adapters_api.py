@@ -13,9 +13,11 @@ import httpx
 import pytest
 
 from adapters.audit import AuditLog
+from adapters.database import open_database
 from adapters.manifest import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, MANIFEST_FILE
 from adapters.pins import PinService
 from adapters.registry import Registry
+from adapters.store import ArtifactStore
 from server.limits import BodyLimitMiddleware
 from server.messages import PinCommand, UnloadCommand
 from tests.support.bad_adapters import ZOO
@@ -355,6 +357,27 @@ def test_import_is_429_when_two_others_are_under_way(site: Site, tmp_path: Path)
 
 
 # Moves and deletion --------------------------------------------------------------------------------------------------
+
+
+def test_promote_is_503_when_others_hold_the_database(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the time after which clients try again, and nothing of the database in the message."""
+    monkeypatch.setattr("adapters.database._BUSY_TIMEOUT_MS", 20)
+    database = open_database(f"sqlite:///{tmp_path / 'busy.db'}")
+    site = Site.build(bench, Registry(database, ArtifactStore(tmp_path / "store")), tmp_path)
+    for adapter in (FIRST, SECOND):
+        site.publish("legal", adapter)
+    with database.write() as session:
+        session.connection()  # nobody else writes from here on
+        response = _call(site, "POST", "/legal/promote", json={"version": "v1"})
+    assert (503, "database_busy", "true") == (
+        response.status_code, _error(response)["code"], response.headers["x-should-retry"],
+    )  # fmt: skip
+    assert int(response.headers["retry-after"]) > 0
+    assert 200 == _call(site, "POST", "/legal/promote", json={"version": "v1"}).status_code
+    site.engine.close()
+    database.close()
 
 
 def test_promote_and_rollback_move_the_alias_when_called(site: Site) -> None:
