@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from adapters.audit import record_act
 from adapters.database import Database, actor_of
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
+from adapters.paging import unknown_place
 from adapters.records import Actor, Arm, Experiment, Exposure, Feedback, parse_model_name
 from adapters.statistics import Interval, MeanEstimate, difference_interval, mean_interval
 from adapters.tables import (
@@ -151,12 +152,12 @@ class ExperimentService:
         """The experiments behind one with a given id, at most `limit`, newest first; all if neither is given.
 
         Raises:
-            NotFoundError: `after` is no experiment.
+            InvalidInputError: `after` is no experiment.
         """
         newest_first = select(ExperimentRow).order_by(ExperimentRow.created_at.desc(), ExperimentRow.id)
         with self.database.read() as session:
             if after is not None:
-                newest_first = newest_first.where(_is_behind(_find_row(session, after)))
+                newest_first = newest_first.where(_is_behind(_find_place(session, after)))
             rows = (row for row in session.scalars(newest_first) if actor_of(session).can_see(row.alias))
             return [_to_experiment(session, row) for row in islice(rows, limit)]
 
@@ -273,6 +274,13 @@ def _find_pinned(session: Session, alias: str, version: str) -> tuple[int, str]:
         if row.number == name.number or (name.digest_prefix and row.digest.startswith(name.digest_prefix)):
             return row.number, row.digest
     raise NotFoundError(f"{alias!r} has no version {version!r}")
+
+
+def _find_place(session: Session, experiment_id: str) -> ExperimentRow:
+    row = session.get(ExperimentRow, experiment_id)
+    if row is None or not actor_of(session).can_see(row.alias):
+        raise unknown_place(experiment_id)
+    return row
 
 
 def _is_behind(row: ExperimentRow) -> ColumnElement[bool]:

@@ -22,6 +22,7 @@ from adapters.audit import record_act
 from adapters.chat_rows import check_chat_file
 from adapters.database import Database, actor_of
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
+from adapters.paging import cut_page, unknown_place
 from adapters.records import Actor, StoredFile
 from adapters.tables import FileRow, JobRow, utc_now
 
@@ -116,7 +117,7 @@ class FileService:
                 statement = statement.where(behind)
             ordered = FileRow.sequence.desc() if order == "desc" else FileRow.sequence
             rows = session.scalars(statement.order_by(ordered).limit(limit + 1)).all()
-        return [_to_file(row) for row in rows[:limit]], len(rows) > limit
+        return cut_page([_to_file(row) for row in rows], limit)
 
     def delete(self, file_id: str) -> None:
         """Delete a file.
@@ -232,7 +233,7 @@ def _find(session: Session, file_id: str) -> FileRow:
 def _find_after(session: Session, file_id: str) -> int:
     position = session.scalar(select(FileRow.sequence).where(FileRow.id == file_id))
     if position is None:
-        raise InvalidInputError(f"after: there is no file {file_id[:80]!r}", param="after")
+        raise unknown_place(file_id)
     return position
 
 

@@ -19,6 +19,7 @@ from adapters.audit import record_act
 from adapters.database import Database, actor_of
 from adapters.errors import AliasForbiddenError, ConflictError, InvalidInputError, NotFoundError, OverloadedError
 from adapters.files import ACTIVE_STATUSES, TRAINING_PURPOSE
+from adapters.paging import unknown_place
 from adapters.records import (
     Actor,
     Job,
@@ -422,7 +423,7 @@ def _find_position(
 ) -> int:
     position = session.scalar(select(table.sequence).where(table.id == given, is_listed))
     if position is None:
-        raise InvalidInputError(f"after: there is nothing called {given[:80]!r} in this list", param="after")
+        raise unknown_place(given)
     return position
 
 

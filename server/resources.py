@@ -5,12 +5,14 @@ Request bodies refuse unknown fields; moments are seconds since 1970, as in Open
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from fastapi import Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters.manifest import Manifest
+from adapters.paging import cut_page
 
 __all__ = [
     "ALIAS_PATTERN",
@@ -43,6 +45,7 @@ __all__ = [
     "VersionDetail",
     "VersionObject",
     "VersionPath",
+    "make_page",
 ]
 
 ALIAS_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
@@ -116,6 +119,13 @@ class Page(BaseModel, Generic[_Item]):
     first_id: str | None
     last_id: str | None
     has_more: bool
+
+
+def make_page(items: Sequence[_Item], limit: int, id_of: Callable[[_Item], object]) -> Page[_Item]:
+    """The first `limit` of what was read, one more than that if there is more; `id_of` names what `after` takes."""
+    data, has_more = cut_page(items, limit)
+    first, last = (str(id_of(data[0])), str(id_of(data[-1]))) if data else (None, None)
+    return Page(data=data, first_id=first, last_id=last, has_more=has_more)
 
 
 class ResidencyObject(BaseModel):

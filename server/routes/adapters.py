@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
@@ -34,6 +34,7 @@ from server.resources import (
     VersionDetail,
     VersionObject,
     VersionPath,
+    make_page,
 )
 from server.services import CurrentServices, Services
 from server.uploads import FILE_PARTS
@@ -41,7 +42,6 @@ from server.uploads import FILE_PARTS
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1/adapters", dependencies=[needs("adapters")])
-_Item = TypeVar("_Item")
 _MAX_VERSIONS_SHOWN = 100
 
 # FastAPI would spool the parts itself and only then ask us; the route reads the body, so its form is written here.
@@ -83,16 +83,18 @@ _TAR: dict[int | str, dict[str, Any]] = {
 @router.get("")
 async def list_adapters(
     services: CurrentServices,
-    after: Annotated[str | None, Query(pattern=ALIAS_PATTERN, description="The alias to go on behind.")] = None,
+    after: Annotated[
+        str | None, Query(pattern=ALIAS_PATTERN, description="The alias to go on behind; it need not exist.")
+    ] = None,
     limit: PageLimit = 20,
 ) -> Page[AdapterObject]:
     """The aliases in the order of their names."""
 
     def read() -> Page[AdapterObject]:
-        aliases, has_more = _cut(services.registry.aliases(after=after or "", limit=limit + 1), limit)
         pins = services.pins.names()
-        data = [AdapterObject(**_adapter_fields(alias, pins)) for alias in aliases]
-        return _page(data, [item.id for item in data], has_more=has_more)
+        found = services.registry.aliases(after=after or "", limit=limit + 1)
+        data = [AdapterObject(**_adapter_fields(alias, pins)) for alias in found]
+        return make_page(data, limit, lambda item: item.id)
 
     return await asyncio.to_thread(read)
 
@@ -139,9 +141,9 @@ async def list_changes(
 
     def read() -> Page[ChangeObject]:
         services.registry.alias(alias)
-        changes, has_more = _cut(services.registry.history(alias, after=after, limit=limit + 1), limit)
-        data = [_change(number, change) for number, change in enumerate(changes, after + 1)]
-        return _page(data, [str(item.id) for item in data], has_more=has_more)
+        found = services.registry.history(alias, after=after, limit=limit + 1)
+        data = [_change(number, change) for number, change in enumerate(found, after + 1)]
+        return make_page(data, limit, lambda item: item.id)
 
     return await asyncio.to_thread(read)
 
@@ -154,9 +156,9 @@ async def list_versions(
 
     def read() -> Page[VersionObject]:
         services.registry.alias(alias)
-        versions, has_more = _cut(services.registry.versions(alias, after=after, limit=limit + 1), limit)
-        data = [VersionObject(**_version_fields(version, services)) for version in versions]
-        return _page(data, [str(item.number) for item in data], has_more=has_more)
+        found = services.registry.versions(alias, after=after, limit=limit + 1)
+        data = [VersionObject(**_version_fields(version, services)) for version in found]
+        return make_page(data, limit, lambda item: item.number)
 
     return await asyncio.to_thread(read)
 
@@ -248,14 +250,6 @@ async def _pins_of(alias: str, services: Services) -> PinObject:
 
 def _of_alias(pins: frozenset[str], alias: str) -> list[str]:
     return sorted(name for name in pins if name.partition("@")[0] == alias)
-
-
-def _cut(items: Sequence[_Item], limit: int) -> tuple[Sequence[_Item], bool]:
-    return items[:limit], len(items) > limit
-
-
-def _page(data: list[_Item], ids: Sequence[str], *, has_more: bool) -> Page[_Item]:
-    return Page(data=data, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None, has_more=has_more)
 
 
 def _adapter_fields(alias: Alias, pins: frozenset[str]) -> dict[str, Any]:

@@ -233,7 +233,7 @@ def test_requests_are_answered_when_as_many_uploads_as_may_be_are_stuck(site: Si
 
     async def scenario(http: httpx.AsyncClient) -> tuple[int, list[int]]:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
-        form = {"data": {"purpose": "fine-tune"}, "files": {"file": ("rows.jsonl", content)}}
+        form: dict[str, Any] = {"data": {"purpose": "fine-tune"}, "files": {"file": ("rows.jsonl", content)}}
         with site.registry.database.write() as session:
             session.connection()  # nobody else writes from here on
             stuck = [asyncio.create_task(http.post("/v1/files", **form)) for _ in range(MAX_UPLOADS)]
