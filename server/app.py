@@ -81,7 +81,7 @@ def serve(core: CoreSettings, settings: ServeSettings, build: EngineBuilder = bu
 
     server = build_server(core, settings, router, configure_app, build)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _interrupt_parent(os.getpid(), stopping))
+        signal.signal(number, _interrupt_parent(os.getpid(), stopping, server.hasten))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with _training_jobs(core, settings, stopping):
         server.run(
@@ -220,19 +220,25 @@ def _fit_base(settings: ServeSettings, base_folder: Path) -> ServeSettings:
     return settings.model_copy(update=limits)
 
 
-def _interrupt_parent(parent: int, stopping: threading.Event) -> Callable[[int, FrameType | None], None]:
+def _interrupt_parent(
+    parent: int, stopping: threading.Event, hasten: Callable[[], None]
+) -> Callable[[int, FrameType | None], None]:
     """A handler that turns SIGTERM, which process managers send, into what LitServe shuts down in good order on.
 
-    The API process is forked with it, has a handler of its own while it serves, and must not raise when uvicorn repeats
-    the signal at the end.
+    From the second signal on it only calls `hasten`: the shutdown must not be interrupted. The API process is forked
+    with it, has a handler of its own while it serves, and must not raise when uvicorn repeats the signal at the end.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == parent:
-            stopping.set()
-            # Its monitor does not know that the end is wanted, and would report the processes that are gone by then.
-            logging.getLogger("litserve.server").setLevel(logging.CRITICAL)
-            raise KeyboardInterrupt
+        if os.getpid() != parent:
+            return
+        if stopping.is_set():
+            hasten()
+            return
+        stopping.set()
+        # Its monitor does not know that the end is wanted, and would report the processes that are gone by then.
+        logging.getLogger("litserve.server").setLevel(logging.CRITICAL)
+        raise KeyboardInterrupt
 
     return handle
 
