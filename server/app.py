@@ -33,13 +33,14 @@ from adapters.store import ArtifactStore
 from server.api import EngineBuilder, LitServeTransport, RoutesSpec, build_server, guard_processes, wrap_lifespan
 from server.auth import AuthMiddleware
 from server.chat import ChatService
-from server.config import ServeSettings, check_bind
+from server.config import ServeSettings, check_bind, check_port
 from server.draining import drain_before_exit
 from server.engine.families import SUPPORTED_FAMILIES
 from server.engine_client import EngineClient, Transport
 from server.engine_factory import build_engine, find_pinned
 from server.errors import install_error_handlers
 from server.fine_tuning import FineTuningService
+from server.home_lock import held_home
 from server.job_supervisor import SupervisorProcess
 from server.limits import BodyLimitMiddleware, larger_bodies
 from server.metrics import Metrics
@@ -63,10 +64,17 @@ def serve(core: CoreSettings, settings: ServeSettings, build: EngineBuilder = bu
 
     Raises:
         BaseModelError: the base model can't be fetched or is not supported.
-        ConfigurationError: a pinned alias does not exist, or others could reach the server and there are no API keys.
+        ConfigurationError: a pinned alias does not exist, others could reach the server and there are no API keys,
+            another server runs on the home, or another program has the port.
     """
     configure_logging(settings.log_level)
     _check_bind(core, settings)
+    with held_home(core.home, address=settings.address):
+        check_port(settings)
+        _serve_alone(core, settings, build)
+
+
+def _serve_alone(core: CoreSettings, settings: ServeSettings, build: EngineBuilder) -> None:
     settings = _fit_base(settings, pull_base(core.base, core.home))
     ArtifactStore(core.home / "store").sweep()
     sweep_uploads(core.home)

@@ -126,16 +126,20 @@ def serve(
 
 
 def _announce(core: CoreSettings, settings: ServeSettings) -> None:
+    """Say what is about to be served; what would keep the server from starting is said instead."""
     from adapters.keys import KeyService
-    from server.config import check_bind
+    from server.config import check_bind, check_port
+    from server.home_lock import check_home_free
 
+    check_home_free(core.home)
+    check_port(settings)
     registry = open_registry(core.home)
     names = [alias.current.label for alias in registry.aliases()]
     keys = KeyService(registry.database).list()
     registry.database.close()
     check_bind(settings, keys)
     shown = ", ".join(names[:_MAX_ALIASES_SHOWN]) + (" ..." if len(names) > _MAX_ALIASES_SHOWN else "")
-    url = f"http://{'127.0.0.1' if settings.host != '::' else '[::1]'}:{settings.port}"
+    url = settings.address
     where = "" if settings.is_loopback else f", listening on {settings.host}: every interface"
     error_console.print(f"Hotswap on {url}/v1 (home {core.home}){where}", markup=False)
     error_console.print(f"  base model  {core.base}, {core.quantisation}, device {core.device}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from adapters.errors import ConfigurationError, HotswapError
 from adapters.files import FileService
 from adapters.jobs import JobOrder, JobService
 from clients.cli.main import app
+from server.home_lock import held_home
 from tests.support.conversations import easy_rows, write_rows
 from tests.support.tiny import save_random_adapter
 
@@ -113,6 +116,22 @@ def test_remove_deletes_a_version_when_nothing_points_to_it(shell: Shell) -> Non
     assert shell.json("adapters", "remove", "legal@v1", "--yes") == {"removed": ["legal@v1"]}
     with pytest.raises(HotswapError, match="points to v2"):
         shell.text("adapters", "remove", "legal@v2", "--yes")
+
+
+def test_serve_is_refused_at_once_when_something_is_in_its_way(shell: Shell) -> None:
+    """A server on the same home, or a program on the port: an error, and no word of a server that is not there."""
+    with held_home(Path(shell.environment["HOTSWAP_HOME"]), address="http://127.0.0.1:9000"):
+        refused = CliRunner().invoke(app, ["serve"], env=shell.environment)
+    assert ("", f"process {os.getpid()} on http://127.0.0.1:9000") == (refused.output, _held_by(refused.exception))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        refused = CliRunner().invoke(app, ["serve", "--port", str(other.getsockname()[1])], env=shell.environment)
+    assert ("", True) == (refused.output, "another program listens" in str(refused.exception))
+
+
+def _held_by(error: BaseException | None) -> str:
+    return str(error).split(": ")[1].split(";")[0]
 
 
 def test_experiments_are_created_shown_and_stopped_when_asked(shell: Shell) -> None:
