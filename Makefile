@@ -1,6 +1,8 @@
 # make demo: see everything once.  make test: every test.  make check: what a commit must pass.
 PYTHON ?= python3
 BIN := .venv/bin
+# A file of tests a core; one thread each, since workers that share cores wait for each other's threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install demo test check lock clean
 
@@ -23,14 +25,14 @@ demo: install
 	@$(BIN)/hotswap demo $(if $(FRESH),--fresh)
 
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not e2e"
+	$(PYTEST) -m "not e2e"
 
 # The versions that this environment holds become the lock; a CPU build's local label would tie it to one machine.
 lock: install

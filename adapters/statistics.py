@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special  # not scipy.stats, whose import takes longer than all of ours together
 
 __all__ = ["Interval", "MeanEstimate", "difference_interval", "mean_interval"]
 
@@ -52,7 +52,7 @@ def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> MeanE
         return MeanEstimate(len(values), mean, Interval(mean, low, high, confidence), "Wilson")
     if len(set(values)) < 2:
         return MeanEstimate(len(values), mean, None, "no variation between units: no interval")
-    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values)
+    half = _student((1 + confidence) / 2, len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return MeanEstimate(len(values), mean, Interval(mean, mean - half, mean + half, confidence), "Student's t")
 
 
@@ -80,8 +80,13 @@ def difference_interval(
     freedom = spread**2 / sum(
         variance**2 / (len(side) - 1) for variance, side in zip(variances, (treatment, control), strict=True)
     )
-    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(spread)
+    half = _student((1 + confidence) / 2, freedom) * math.sqrt(spread)
     return Interval(estimate, estimate - half, estimate + half, confidence)
+
+
+def _student(probability: float, freedom: float) -> float:
+    """The quantile of Student's t."""
+    return float(special.stdtrit(freedom, probability))
 
 
 def _all_binary(*sides: Sequence[float]) -> bool:
@@ -89,7 +94,7 @@ def _all_binary(*sides: Sequence[float]) -> bool:
 
 
 def _wilson(share: float, count: int, confidence: float) -> tuple[float, float]:
-    z = float(stats.norm.ppf((1 + confidence) / 2))
+    z = float(special.ndtri((1 + confidence) / 2))
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     # At shares 0 and 1 the bound is exactly 0 or 1; rounding must not push the estimate out of its own interval.

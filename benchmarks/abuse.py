@@ -14,7 +14,7 @@ import json
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ __all__ = ["Abuse", "Level", "Report", "Tally", "format_report", "is_level", "ru
 _NUM_ADAPTERS = 8
 _LEAVING, _GARBAGE = 1 / 3, 1 / 10  # shares of the requests
 _TIMEOUT_S = 120.0
+_POLL_S = 0.5
 _CHAT = "/v1/chat/completions"
 _HELLO = [{"role": "user", "content": "Tell me about ships."}]
 # Bodies that no server should take, with what each gets wrong.
@@ -56,13 +57,16 @@ _BAD_BODIES: tuple[bytes, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Abuse:
-    """How much: clients at once, seconds, tokens of an answer at most, the seed of every choice, seconds of rest."""
+    """How much: clients at once, seconds, tokens of an answer at most, the seed of every choice.
+
+    `rest_s` is how long the server may take to be level again; less is waited if it is so sooner.
+    """
 
     clients: int = 200
     seconds: float = 120.0
     tokens: int = 32
     seed: int = 0
-    rest_s: float = 10.0
+    rest_s: float = 60.0
 
 
 @dataclass(slots=True)
@@ -106,19 +110,31 @@ class Report:
 
 def is_level(report: Report) -> bool:
     """Whether nothing is left of the requests: none in flight, none in the engine, and no more files than before."""
-    after = report.after
-    return after.in_flight == after.running == after.waiting == 0 and after.num_files <= report.before.num_files
+    return _is_idle(report.after) and report.after.num_files <= report.before.num_files
 
 
 async def run_abuse(url: str, pids: Sequence[int], models: Sequence[str], abuse: Abuse) -> Report:
     """Let the clients loose on a running server, after a short round that grows its buffers."""
     await _let_loose(url, models, abuse, seconds=min(15.0, abuse.seconds), tally=Tally())
-    await asyncio.sleep(abuse.rest_s)
-    before = await _measure(url, pids)
+    before = await _rest(url, pids, abuse.rest_s, _is_idle)
     tally = Tally()
     await _let_loose(url, models, abuse, seconds=abuse.seconds, tally=tally)
-    await asyncio.sleep(abuse.rest_s)
-    return Report(abuse, tally, before, await _measure(url, pids))
+    after = await _rest(url, pids, abuse.rest_s, lambda level: _is_idle(level) and level.num_files <= before.num_files)
+    return Report(abuse, tally, before, after)
+
+
+async def _rest(url: str, pids: Sequence[int], rest_s: float, is_done: Callable[[Level], bool]) -> Level:
+    """What the server holds once that is as it should be, or when it has had its time."""
+    until = time.monotonic() + rest_s
+    while True:
+        level = await _measure(url, pids)
+        if is_done(level) or time.monotonic() > until:
+            return level
+        await asyncio.sleep(_POLL_S)
+
+
+def _is_idle(level: Level) -> bool:
+    return level.in_flight == level.running == level.waiting == 0
 
 
 async def _let_loose(url: str, models: Sequence[str], abuse: Abuse, *, seconds: float, tally: Tally) -> None:

@@ -1,6 +1,9 @@
 """Trains, serves and scores three domains on data of your own, everything after the training over HTTP.
 
-    python -m benchmarks.real_domains --data DIR [--home HOME] [--rows 120] [--domains legal support]
+    python -m benchmarks.real_domains --data DIR [--home HOME] [--rows 120] [--domains legal support] [--defaults]
+
+Without --defaults it is a recipe of so many steps, for comparison with other trainers; with it, what `hotswap train`
+does when it is told nothing.
 
 DIR holds {legal,medical,support}.{train,valid}.jsonl, chat rows. Legal and support answers are short labels, scored by
 exact match; medical answers are prose, scored by the training's validation loss and by the overlap of words (F1).
@@ -79,29 +82,35 @@ def main() -> None:
     parser.add_argument("--home", type=Path, default=Path.home() / ".hotswap-benchmark")
     parser.add_argument("--rows", type=int, default=120, help="first validation rows to score (default 120)")
     parser.add_argument("--domains", nargs="+", default=[domain.name for domain in DOMAINS])
+    parser.add_argument("--defaults", action="store_true", help="train with the project's own defaults")
     parser.add_argument("--concurrency", type=int, default=16)
     options = parser.parse_args()
     options.home.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"HOTSWAP_HOME": str(options.home)}
     domains = [domain for domain in DOMAINS if domain.name in options.domains]
-    trainings = {domain.name: _train(domain, options.data, environment) for domain in domains}
+    recipes: dict[str, list[str]] = {domain.name: [] if options.defaults else _recipe(domain) for domain in domains}
+    trainings = {domain.name: _train(domain, options.data, recipes[domain.name], environment) for domain in domains}
     with running_server(environment, options.home / "benchmark-server.log", "--log-level", "warning") as url:
         rows = [
             asyncio.run(_score(url, domain, trainings[domain.name], options.data, options.rows, options.concurrency))
             for domain in domains
         ]
-    _print_table(rows, options.rows)
+    settings = "the defaults of hotswap train" if options.defaults else " ".join(_RECIPE)
+    _print_table(rows, options.rows, settings)
 
 
-def _train(domain: Domain, data: Path, environment: dict[str, str]) -> dict[str, Any]:
+def _recipe(domain: Domain) -> list[str]:
+    return [*_RECIPE, "--max-steps", str(domain.max_steps)]
+
+
+def _train(domain: Domain, data: Path, recipe: Sequence[str], environment: dict[str, str]) -> dict[str, Any]:
     files = [
         "--data",
         str(data / f"{domain.name}.train.jsonl"),
         "--validation",
         str(data / f"{domain.name}.valid.jsonl"),
     ]
-    command = [sys.executable, "-m", "clients.cli", "train", domain.name, *files, *_RECIPE]
-    command += ["--max-steps", str(domain.max_steps), "--json"]
+    command = [sys.executable, "-m", "clients.cli", "train", domain.name, *files, *recipe, "--json"]
     result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     document: dict[str, Any] = json.loads(result.stdout)
     return document
@@ -133,12 +142,10 @@ def _mean_score(domain: Domain, results: Sequence[LoadResult], conversations: Se
     return sum(domain.score(result.answer.text, messages[-1]["content"]) for result, messages in pairs) / len(results)
 
 
-def _print_table(rows: Sequence[Row], num_rows: int) -> None:
+def _print_table(rows: Sequence[Row], num_rows: int, settings: str) -> None:
     libraries = ", ".join(f"{name} {version(name)}" for name in _LIBRARIES)
     print(f"\n{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {libraries}")
-    print(
-        f"8 rows a step, rank 16, alpha 32, learning rate 5e-4, cosine, 5 warm-up steps; first {num_rows} rows scored\n"
-    )
+    print(f"{settings}; first {num_rows} rows scored\n")
     print("| domain | steps | training | tokens/s | validation loss before -> after | metric | base | adapter |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:

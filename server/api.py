@@ -23,10 +23,9 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
-import torch
 from fastapi import APIRouter, FastAPI
 from litserve import LitAPI, LitServer
 from litserve.loops.base import LitLoop
@@ -38,7 +37,6 @@ from adapters.settings import CoreSettings
 from server.config import ServeSettings
 from server.draining import END_SIGNAL
 from server.engine.core import EngineEvent
-from server.engine.scheduler import Engine
 from server.engine_factory import build_engine
 from server.messages import (
     ENGINE_CHANNEL,
@@ -50,6 +48,9 @@ from server.messages import (
     UnloadCommand,
 )
 from server.observe import configure_logging
+
+if TYPE_CHECKING:
+    from server.engine.scheduler import Engine
 
 __all__ = [
     "EngineAPI",
@@ -64,7 +65,7 @@ __all__ = [
     "wrap_lifespan",
 ]
 
-EngineBuilder = Callable[[CoreSettings, ServeSettings], Engine]
+EngineBuilder = Callable[[CoreSettings, ServeSettings], "Engine"]
 
 _log = structlog.get_logger(__name__)
 
@@ -99,6 +100,8 @@ class EngineAPI(LitAPI):  # type: ignore[misc]  # LitServe ships no types
             signal.signal(number, signal.SIG_IGN)
         _die_with_parent(signal.SIGKILL)
         configure_logging(self.serve.log_level)
+        import torch
+
         torch.set_num_threads(self.serve.resolved_threads)
         self.engine = self.build(self.core, self.serve)
 

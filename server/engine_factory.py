@@ -1,12 +1,14 @@
-"""Builds an engine from settings: base model, slots, and the reader that checks a version before it is loaded."""
+"""Builds an engine from settings: base model, slots, and the reader that checks a version before it is loaded.
+
+Importing this loads no model library: the API process names the builder, and the worker calls it.
+"""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterable
 from itertools import islice
-
-import torch
+from typing import TYPE_CHECKING
 
 from adapters.adapter_files import AdapterWeights, parse_adapter_config, parse_adapter_weights
 from adapters.base_model import LoadedBase, load_base
@@ -17,9 +19,12 @@ from adapters.registry import Registry
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
 from server.config import ServeSettings
-from server.engine.residency import WeightsReader
-from server.engine.runner import ModelRunner
-from server.engine.scheduler import Engine
+
+if TYPE_CHECKING:
+    import torch
+
+    from server.engine.residency import WeightsReader
+    from server.engine.scheduler import Engine
 
 __all__ = ["build_engine", "find_pinned", "load_first_versions", "make_weights_reader"]
 
@@ -35,6 +40,9 @@ def build_engine(core: CoreSettings, serve: ServeSettings, base: LoadedBase | No
         BaseModelError: the base model can't be loaded or is not supported.
         ConfigurationError: a pinned alias does not exist.
     """
+    from server.engine.runner import ModelRunner
+    from server.engine.scheduler import Engine
+
     base = base or load_base(core)
     runner = ModelRunner(
         base.model,

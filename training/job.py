@@ -35,7 +35,7 @@ from adapters.store import ArtifactStore
 from training.config import TrainSettings
 from training.losses import Evaluation
 from training.process_log import configure_process_log
-from training.trainers import NextMove, StepMetrics, TrainedCounts
+from training.progress import NextMove, StepMetrics, TrainedCounts
 from training.worker import DataFile, JobFolder, train_and_publish
 
 __all__ = [

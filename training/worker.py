@@ -26,17 +26,11 @@ from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
 from training.config import TrainSettings
 from training.formats import ChatDataset, read_chat_dataset
+from training.lora import add_adapter
 from training.losses import Evaluation, evaluate, mean_loss
+from training.methods import METHODS, TrainingRun
+from training.progress import Checkpointing, NextMove, StepListener, StepMetrics, TrainedCounts
 from training.rendering import render_dataset
-from training.trainers import (
-    Checkpointing,
-    NextMove,
-    StepListener,
-    StepMetrics,
-    TrainedCounts,
-    add_adapter,
-    train_sft,
-)
 
 __all__ = [
     "DataFile",
@@ -188,19 +182,7 @@ def train_and_publish(
     """
     if settings.rank > core.max_rank:
         raise RankTooHighError(rank=settings.rank, max_rank=core.max_rank)
-    listener.on_stage("Checking the data")
-    train_data = train_file.read()
-    validation_data = validation_file.read() if validation_file else None
-    listener.on_stage(f"Tokenising for the base model {public_name(core.base)}")
-    tokenizer = load_tokenizer(pull_base(core.base, core.home))
-    with _blaming(train_file.param):
-        train_rows = render_dataset(tokenizer, train_data, max_length=settings.max_length)
-    with _blaming(validation_file.param if validation_file else train_file.param):
-        validation_rows = (
-            render_dataset(tokenizer, validation_data, max_length=settings.max_length) if validation_data else []
-        )
-    data = _join(train_data, train_rows, validation_data, validation_rows)
-
+    data = _prepare_data(train_file, validation_file, core=core, settings=settings, listener=listener)
     listener.on_stage(f"Loading the base model {public_name(core.base)} ({core.quantisation})")
     base = load_base(core)
     model = add_adapter(base, settings)
@@ -208,7 +190,7 @@ def train_and_publish(
     listener.on_stage(f"Training on {len(data.train)} rows")
     started = time.monotonic()
     checkpointing = _keep_checkpoints(job, base, data, settings) if job else None
-    counts = train_sft(model, base, data.train, settings, listener, checkpointing)
+    counts = METHODS["sft"](TrainingRun(model, base, data.train, settings, listener, checkpointing))
     if not counts.is_complete:
         return None
     train_seconds = time.monotonic() - started
@@ -230,6 +212,35 @@ def train_and_publish(
         validation_loss_before=before,
         validation_loss_after=after,
     )
+
+
+def _prepare_data(
+    train_file: DataFile,
+    validation_file: DataFile | None,
+    *,
+    core: CoreSettings,
+    settings: TrainSettings,
+    listener: TrainingListener,
+) -> _RenderedData:
+    """Read, check and tokenise all rows; only the tokenizer of the base model is loaded for it."""
+    listener.on_stage("Checking the data")
+    train = train_file.read()
+    validation = validation_file.read() if validation_file else None
+    listener.on_stage(f"Tokenising for the base model {public_name(core.base)}")
+    tokenizer = load_tokenizer(pull_base(core.base, core.home))
+    with _blaming(train_file.param):
+        train_rows = render_dataset(tokenizer, train, max_length=settings.max_length)
+    validation_rows: list[RenderedRow] = []
+    if validation_file and validation:
+        with _blaming(validation_file.param):
+            validation_rows = render_dataset(tokenizer, validation, max_length=settings.max_length)
+    reference = DataReference(
+        train_sha256=train.sha256,
+        num_train_rows=len(train_rows),
+        validation_sha256=validation.sha256 if validation else None,
+        num_validation_rows=len(validation_rows),
+    )
+    return _RenderedData(train_rows, validation_rows, reference)
 
 
 @contextmanager
@@ -268,21 +279,6 @@ def _keep_checkpoints(job: JobFolder, base: LoadedBase, data: _RenderedData, set
         return evaluate(base.model, data.validation, batch_size=settings.batch_size, pad_token_id=pad)
 
     return Checkpointing(job.path, _EvaluatingWatcher(job.watcher, validate), job.every_steps, job.resume_from)
-
-
-def _join(
-    train: ChatDataset,
-    train_rows: list[RenderedRow],
-    validation: ChatDataset | None,
-    validation_rows: list[RenderedRow],
-) -> _RenderedData:
-    reference = DataReference(
-        train_sha256=train.sha256,
-        num_train_rows=len(train_rows),
-        validation_sha256=validation.sha256 if validation else None,
-        num_validation_rows=len(validation_rows),
-    )
-    return _RenderedData(train_rows, validation_rows, reference)
 
 
 def _validate(

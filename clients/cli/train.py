@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
 from clients.cli.options import BaseOption, DeviceOption, HomeOption, JsonOption, load_core
 from clients.cli.output import console, error_console, format_loss, make_table, print_json
+from clients.cli.settings_flags import with_settings
+from training.config import TrainSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,27 +27,12 @@ _ValidationOption = Annotated[
 ]
 
 
+@with_settings(TrainSettings)
 def train(
     alias: Annotated[str, typer.Argument(help="Name to publish under, for example legal.")],
     data: _DataOption,
+    flags: dict[str, Any],
     validation: _ValidationOption = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data.", show_default="3")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps; overrides --epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows a forward pass.", show_default="8")] = None,
-    gradient_accumulation: Annotated[
-        int | None, typer.Option(help="Forward passes an optimiser step.", show_default="1")
-    ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="5e-4")] = None,
-    warmup_steps: Annotated[int | None, typer.Option(help="Steps of rising learning rate.", show_default="5")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.", show_default="0")] = None,
-    rank: Annotated[int | None, typer.Option(help="LoRA rank.", show_default="16")] = None,
-    alpha: Annotated[float | None, typer.Option(help="LoRA alpha.", show_default="32")] = None,
-    dropout: Annotated[float | None, typer.Option(help="LoRA dropout.", show_default="0")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest row in tokens.", show_default="1024")] = None,
-    gradient_checkpointing: Annotated[
-        bool | None, typer.Option(help="Less memory, more time.", show_default="off")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Random seed.", show_default="0")] = None,
     promote: Annotated[bool, typer.Option(help="Let the alias point to the new version.")] = True,
     home: HomeOption = None,
     base: BaseOption = None,
@@ -54,25 +41,9 @@ def train(
 ) -> None:
     """Train an adapter on chat rows and publish it as the next version of ALIAS."""
     core = load_core(home, base=base, device=device)
-    from training.config import TrainSettings
     from training.formats import read_chat_dataset
 
-    settings = TrainSettings.load(
-        core.home,
-        epochs=epochs,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        gradient_accumulation=gradient_accumulation,
-        learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
-        weight_decay=weight_decay,
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        max_length=max_length,
-        gradient_checkpointing=gradient_checkpointing,
-        seed=seed,
-    )
+    settings = TrainSettings.load(core.home, **flags)
     # Importing the trainer takes seconds: bad data is reported before.
     for path in filter(None, (data, validation)):
         read_chat_dataset(path)

@@ -21,6 +21,7 @@ from adapters.registry import Registry
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
 from clients.local_server import running_server
+from tests.support.engine import KERNELS_FOLDER
 from tests.support.tiny import save_random_adapter
 
 _CACHE_DIR = Path(__file__).resolve().parents[2] / ".cache" / "e2e"
@@ -65,6 +66,11 @@ class Home:
 def make_home(path: Path, base: Path, **variables: str) -> Home:
     """A home for a base model; `variables` are further settings."""
     path.mkdir(parents=True, exist_ok=True)
+    # Compiling the kernels takes seconds; homes share what any of them has compiled.
+    KERNELS_FOLDER.mkdir(parents=True, exist_ok=True)
+    (path / "cache").mkdir(parents=True, exist_ok=True)
+    if not (path / "cache" / "kernels").exists():
+        (path / "cache" / "kernels").symlink_to(KERNELS_FOLDER)
     # Most tests train by command: a supervisor beside each server would only make their starts slower.
     usual = {"HOTSWAP_DEVICE": "cpu", "HOTSWAP_SERVE_JOBS": "false"}
     settings = {"HOTSWAP_HOME": str(path), "HOTSWAP_BASE": str(base), **usual, **variables}

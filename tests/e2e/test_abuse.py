@@ -15,7 +15,7 @@ def test_server_holds_nothing_when_clients_left_and_sent_garbage(tmp_path: Path,
     """No 5xx but 503, no stream cut off, and all is level afterwards."""
     home = make_home(tmp_path / "home", tiny_folders["llama"], HOTSWAP_QUANTISATION="none")
     home.import_random("legal", tmp_path / "legal", seed=1)
-    abuse = Abuse(clients=24, seconds=4, tokens=64, rest_s=1)
+    abuse = Abuse(clients=24, seconds=4, tokens=64)
     with started_server(home.environment, home.path / "server.log") as server:
         report = asyncio.run(run_abuse(server.url, process_tree(server.pid), ["base", "legal"], abuse))
     tally = report.tally

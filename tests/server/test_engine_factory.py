@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,3 +123,14 @@ def test_start_is_refused_when_a_pinned_alias_does_not_exist(site: tuple[Engine,
         load_first_versions(engine, registry, ["c", "d"])
     assert ["a", "b", "c"] == [alias.name for alias in registry.aliases()]
     assert frozenset() == engine.residency.pinned
+
+
+def test_api_process_imports_no_engine_when_the_server_starts() -> None:
+    """Kernels and models are the worker's; importing them here as well made every start twice as long."""
+    code = (
+        "import sys, server.app\n"
+        "heavy = {'bitsandbytes', 'scipy.stats', 'torch._inductor', 'server.engine.runner'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (0, "") == (result.returncode, result.stderr)

@@ -13,8 +13,11 @@ from adapters.chat_template import RenderedRow
 from tests.support.conversations import easy_rows, make_dataset
 from tests.support.tiny import load_tiny_base
 from training.config import TrainSettings
+from training.lora import add_adapter
+from training.methods import TrainingRun
+from training.methods.sft import train_sft
+from training.progress import Checkpointing, NextMove, StepMetrics, TrainedCounts
 from training.rendering import render_dataset
-from training.trainers import Checkpointing, NextMove, StepMetrics, TrainedCounts, add_adapter, train_sft
 from training.worker import SilentListener
 
 
@@ -70,7 +73,7 @@ def _train(
     folder = tmp_path / "checkpoints"
     start = None if resume_from is None else folder / f"checkpoint-{resume_from}"
     keeping = Checkpointing(folder, watcher, every, start)
-    counts = train_sft(model, base, _rows(tmp_path, base), settings, SilentListener(), keeping)
+    counts = train_sft(TrainingRun(model, base, _rows(tmp_path, base), settings, SilentListener(), keeping))
     tensors = {name: tensor.detach().clone() for name, tensor in model.named_parameters() if tensor.requires_grad}
     return Trained(counts, tensors)
 
@@ -154,7 +157,7 @@ def test_accuracy_is_the_share_of_right_tokens_when_a_step_is_split(
     watcher = Watcher()
     model = add_adapter(base, settings)
     keeping = Checkpointing(tmp_path / "checkpoints", watcher, 1000)
-    train_sft(model, base, _rows(tmp_path, base), settings, SilentListener(), keeping)
+    train_sft(TrainingRun(model, base, _rows(tmp_path, base), settings, SilentListener(), keeping))
     accuracies = [metrics.accuracy for metrics in watcher.metrics]
     assert all(0 <= accuracy <= 1 for accuracy in accuracies)
     assert accuracies[-1] == 1.0

@@ -27,7 +27,7 @@ from training.job import (
     resolve_settings,
     write_csv,
 )
-from training.trainers import StepMetrics
+from training.progress import StepMetrics
 
 
 @pytest.fixture

@@ -23,9 +23,9 @@ from adapters.errors import BaseModelError
 from tests.support.conversations import make_dataset, make_messages
 from tests.support.tiny import FAMILIES, load_tiny_base
 from training.config import TrainSettings
+from training.lora import add_adapter
 from training.losses import check_head_is_plain, mean_loss, summed_loss
 from training.rendering import IGNORED_LABEL, collate, render_dataset
-from training.trainers import add_adapter
 
 CONVERSATIONS = [
     make_messages("Hi", "Ho."),

@@ -28,9 +28,11 @@ from tests.support.conversations import easy_rows, make_messages, write_rows
 from tests.support.tiny import tiny_settings
 from training.config import TrainSettings
 from training.formats import read_chat_dataset
+from training.lora import add_adapter, disable_packed_kernels
 from training.losses import mean_loss
+from training.methods import TrainingRun
+from training.methods.sft import train_sft
 from training.rendering import render_dataset
-from training.trainers import add_adapter, disable_packed_kernels, train_sft
 from training.worker import SilentListener, TrainingResult, run_training
 
 BASE = "org/tiny"  # as a model from the hub is named, so that its files lie in the home folder
@@ -251,7 +253,7 @@ def _train_in_memory(place: Workplace, tmp_path: Path) -> Any:
     base = load_base(place.core)
     model = add_adapter(base, place.settings)
     rows = render_dataset(base.tokenizer, read_chat_dataset(place.train_path), max_length=64)
-    train_sft(model, base, rows, place.settings, SilentListener())
+    train_sft(TrainingRun(model, base, rows, place.settings, SilentListener()))
     return model.eval()
 
 

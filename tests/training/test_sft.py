@@ -18,9 +18,11 @@ from adapters.chat_template import RenderedRow, render_prompt
 from tests.support.conversations import easy_rows, make_dataset, make_messages
 from tests.support.tiny import load_tiny_base, make_tokenizer, save_tiny_base
 from training.config import TrainSettings
+from training.lora import add_adapter, disable_packed_kernels
 from training.losses import mean_loss, summed_loss
+from training.methods import TrainingRun
+from training.methods.sft import train_sft
 from training.rendering import collate, render_dataset
-from training.trainers import add_adapter, disable_packed_kernels, train_sft
 
 NUM_LINEAR_LAYERS = 2 * 7  # of the tiny model: q, k, v, o, gate, up and down in each of its two layers
 QUANTISATIONS = ["none", "nf4"]
@@ -102,7 +104,7 @@ def _train(
     model = add_adapter(base, settings)
     recorder = Recorder(model)
     rows = _rows(tmp_path, base, num_rows)
-    counts = train_sft(model, base, rows, settings, recorder)
+    counts = train_sft(TrainingRun(model, base, rows, settings, recorder))
     assert counts.num_steps == len(recorder.steps)
     if settings.max_steps is None and settings.epochs == 1:
         assert counts.num_tokens == sum(len(row.input_ids) for row in rows)
@@ -229,7 +231,7 @@ def test_train_sft_changes_the_adapter_alone_when_it_trains(
     model = add_adapter(base, settings)
     frozen, adapter = _frozen_bytes(model), _adapter(model)
 
-    train_sft(model, base, _rows(tmp_path, base), settings, Recorder())
+    train_sft(TrainingRun(model, base, _rows(tmp_path, base), settings, Recorder()))
 
     assert len(frozen) > NUM_LINEAR_LAYERS
     assert frozen == _frozen_bytes(model)
@@ -301,7 +303,7 @@ def test_train_sft_weighs_every_token_the_same_when_a_step_is_split(
     expected = mean_loss(tiny_base.model, rows, batch_size=6, pad_token_id=tiny_base.tokenizer.pad_token_id)
     recorder = Recorder()
 
-    train_sft(model, tiny_base, rows, settings, recorder)
+    train_sft(TrainingRun(model, tiny_base, rows, settings, recorder))
 
     assert pytest.approx([expected], rel=1e-4) == recorder.losses
 
@@ -315,7 +317,7 @@ def test_train_sft_takes_loss_from_the_answers_alone_when_rows_are_trained(
     settings = _settings(tmp_path, max_steps=1)
     recorder = Recorder()
 
-    train_sft(add_adapter(tiny_base, settings), tiny_base, rows, settings, recorder)
+    train_sft(TrainingRun(add_adapter(tiny_base, settings), tiny_base, rows, settings, recorder))
 
     assert pytest.approx([expected], rel=1e-4) == recorder.losses
 
@@ -389,7 +391,7 @@ def test_train_sft_learns_the_same_when_the_base_was_evaluated_before(tmp_path: 
         rows = _rows(tmp_path, base)
         if is_evaluated:
             mean_loss(base.model, rows, batch_size=4, pad_token_id=base.tokenizer.pad_token_id)
-        train_sft(model, base, rows, settings, Recorder())
+        train_sft(TrainingRun(model, base, rows, settings, Recorder()))
         adapters.append(_adapter(model))
 
     assert [name for name, value in adapters[0].items() if not torch.equal(value, adapters[1][name])] == []
