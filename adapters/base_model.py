@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,6 @@ from adapters.manifest import BaseReference
 from adapters.settings import CoreSettings
 
 __all__ = ["LoadedBase", "linear_shapes", "load_base", "load_tokenizer", "pick_device", "read_module_shapes"]
-
-# At import bitsandbytes advises to install a package that would fetch kernels from a hub; its own are used here.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from adapters.audit import record_act
 from adapters.database import Database, actor_of
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
 from adapters.paging import unknown_place
-from adapters.records import Actor, Arm, Experiment, Exposure, Feedback, parse_model_name
+from adapters.records import Actor, Arm, Experiment, Exposure, Feedback, parse_model_name, version_name
 from adapters.statistics import Interval, MeanEstimate, difference_interval, mean_interval
 from adapters.tables import (
     AliasRow,
@@ -88,8 +88,8 @@ class ExperimentService:
 
         Args:
             alias: An existing alias.
-            arms: Name, version (`v1`, or the beginning of a digest) and weight in percent, two or more; weights add up
-                to 100.
+            arms: Name, version (`v1`, `legal@v1`, or the beginning of a digest) and weight in percent, two or more;
+                weights add up to 100.
             salt: Decides the assignment; random if not given, so that experiments are independent.
 
         Raises:
@@ -223,7 +223,7 @@ class ExperimentService:
 
 
 def parse_arm(text: str) -> tuple[str, str, float]:
-    """Parse `A@v1=50` into name, version and weight in percent.
+    """Parse `A@v1=50`, or `A@legal@v1=50`, into name, version and weight in percent.
 
     Raises:
         InvalidInputError: the text has another shape.
@@ -268,7 +268,7 @@ def _check_arms(arms: list[tuple[str, str, float]]) -> None:
 
 
 def _find_pinned(session: Session, alias: str, version: str) -> tuple[int, str]:
-    name = parse_model_name(f"{alias}@{version}")
+    name = parse_model_name(version_name(alias, version))
     statement = select(AliasVersionRow).where(AliasVersionRow.alias == alias)
     for row in session.scalars(statement):
         if row.number == name.number or (name.digest_prefix and row.digest.startswith(name.digest_prefix)):

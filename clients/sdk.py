@@ -297,7 +297,10 @@ class AsyncHotswap:
 
 
 class AdaptersResource:
-    """`hotswap.adapters`: aliases and versions. Every method raises `ApiError`, by status as `clients.errors` says."""
+    """`hotswap.adapters`: aliases and versions. Every method raises `ApiError`, by status as `clients.errors` says.
+
+    A version is `v2`, or the beginning of its digest, beside its alias, or both in one: `legal@v2`.
+    """
 
     def __init__(self, client: Hotswap) -> None:
         self._client = client
@@ -314,23 +317,23 @@ class AdaptersResource:
         """An alias's versions behind a number, in the order of their numbers."""
         return self._client.send(calls.list_versions(alias, after, limit))
 
-    def version(self, alias: str, version: str) -> VersionDetail:
-        """One version (`v2`, or the beginning of its digest) with its manifest."""
+    def version(self, alias: str, version: str | None = None) -> VersionDetail:
+        """One version with its manifest."""
         return self._client.send(calls.show_version(alias, version))
 
     def history(self, alias: str, *, after: int = 0, limit: int = 20) -> Page[Change]:
         """The moves of an alias, the oldest first."""
         return self._client.send(calls.list_changes(alias, after, limit))
 
-    def upload(self, folder: Path, alias: str, *, promote: bool = True) -> Imported:
-        """Send an adapter in PEFT's layout, with its manifest if the folder has one; it is checked and published."""
-        return self._client.send(calls.upload(folder, alias, promote))
+    def upload(self, source: Path | str, alias: str, *, promote: bool = True) -> Imported:
+        """Send an adapter to be checked and published: a folder in PEFT's layout, or an archive that `export` wrote."""
+        return self._client.send(calls.upload(source, alias, promote))
 
-    def export(self, alias: str, version: str, target: Path) -> Path:
-        """Write a version's files to a tar archive that must not exist yet."""
-        return self._client.download(calls.export_path(alias, version), target)
+    def export(self, alias: str, version: str | None, target: Path | str) -> Path:
+        """Write a version's files to a tar archive that must not exist yet; `version` None if the alias names it."""
+        return self._client.download(calls.export_path(alias, version), Path(target))
 
-    def promote(self, alias: str, version: str) -> Adapter:
+    def promote(self, alias: str, version: str | None = None) -> Adapter:
         """Point an alias to one of its versions."""
         return self._client.send(calls.promote(alias, version))
 
@@ -352,7 +355,7 @@ class AdaptersResource:
 
     def delete(self, alias: str, version: str | None = None) -> Deleted:
         """Delete one version; without one, the alias with all its versions."""
-        return self._client.send(_delete(alias, version))
+        return self._client.send(calls.delete(alias, version))
 
 
 class AsyncAdaptersResource:
@@ -373,7 +376,7 @@ class AsyncAdaptersResource:
         """See `AdaptersResource.versions`."""
         return await self._client.send(calls.list_versions(alias, after, limit))
 
-    async def version(self, alias: str, version: str) -> VersionDetail:
+    async def version(self, alias: str, version: str | None = None) -> VersionDetail:
         """See `AdaptersResource.version`."""
         return await self._client.send(calls.show_version(alias, version))
 
@@ -381,15 +384,15 @@ class AsyncAdaptersResource:
         """See `AdaptersResource.history`."""
         return await self._client.send(calls.list_changes(alias, after, limit))
 
-    async def upload(self, folder: Path, alias: str, *, promote: bool = True) -> Imported:
+    async def upload(self, source: Path | str, alias: str, *, promote: bool = True) -> Imported:
         """See `AdaptersResource.upload`."""
-        return await self._client.send(calls.upload(folder, alias, promote))
+        return await self._client.send(calls.upload(source, alias, promote))
 
-    async def export(self, alias: str, version: str, target: Path) -> Path:
+    async def export(self, alias: str, version: str | None, target: Path | str) -> Path:
         """See `AdaptersResource.export`."""
-        return await self._client.download(calls.export_path(alias, version), target)
+        return await self._client.download(calls.export_path(alias, version), Path(target))
 
-    async def promote(self, alias: str, version: str) -> Adapter:
+    async def promote(self, alias: str, version: str | None = None) -> Adapter:
         """See `AdaptersResource.promote`."""
         return await self._client.send(calls.promote(alias, version))
 
@@ -411,7 +414,7 @@ class AsyncAdaptersResource:
 
     async def delete(self, alias: str, version: str | None = None) -> Deleted:
         """See `AdaptersResource.delete`."""
-        return await self._client.send(_delete(alias, version))
+        return await self._client.send(calls.delete(alias, version))
 
 
 class ExperimentsResource:
@@ -458,7 +461,3 @@ class AsyncExperimentsResource:
     async def stop(self, experiment_id: str) -> Experiment:
         """See `ExperimentsResource.stop`."""
         return await self._client.send(calls.stop_experiment(experiment_id))
-
-
-def _delete(alias: str, version: str | None) -> Call[Deleted]:
-    return calls.delete_adapter(alias) if version is None else calls.delete_version(alias, version)

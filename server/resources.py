@@ -49,13 +49,15 @@ __all__ = [
 ]
 
 ALIAS_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
-VERSION_PATTERN = r"^(v[1-9][0-9]{0,8}|[0-9a-f]{8,64})$"
+VERSION_PATTERN = r"^([a-z0-9][a-z0-9._-]{0,62}@)?(v[1-9][0-9]{0,8}|[0-9a-f]{8,64})$"
 EXPERIMENT_PATTERN = r"^exp-[0-9a-f]{12}$"
+_VERSION = "v1, v2, ..., or the beginning of a digest; with or without its alias: legal@v2."
 _Item = TypeVar("_Item")
 
 AliasPath = Annotated[str, Path(pattern=ALIAS_PATTERN, description="An alias.", examples=["legal"])]
 VersionPath = Annotated[
-    str, Path(pattern=VERSION_PATTERN, description="v1, v2, ..., or the beginning of a digest.", examples=["v2"])
+    str,
+    Path(pattern=VERSION_PATTERN, description=_VERSION, examples=["v2"]),
 ]
 ExperimentPath = Annotated[
     str, Path(pattern=EXPERIMENT_PATTERN, description="An experiment's id.", examples=["exp-5b06e77e8b0a"])
@@ -72,21 +74,21 @@ class PromoteRequest(_Body):
     """Body of a promotion."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"version": "v2"}]})
-    version: str = Field(pattern=VERSION_PATTERN, description="v1, v2, ..., or the beginning of a digest.")
+    version: str = Field(pattern=VERSION_PATTERN, description=_VERSION)
 
 
 class PinRequest(_Body):
     """Body of pin, unpin and unload: one version, or without it the alias and whatever it points to."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"version": "v2"}, {}]})
-    version: str | None = Field(None, pattern=VERSION_PATTERN, description="v1, v2, ..., or a digest's beginning.")
+    version: str | None = Field(None, pattern=VERSION_PATTERN, description=_VERSION)
 
 
 class ArmBody(_Body):
     """One arm of an experiment to be started."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9]{1,32}$", description="Letters and digits.")
-    version: str = Field(pattern=VERSION_PATTERN, description="v1, v2, ..., or the beginning of a digest.")
+    version: str = Field(pattern=VERSION_PATTERN, description=_VERSION)
     weight: float = Field(gt=0, le=100, allow_inf_nan=False, description="Share of the users, in percent.")
 
 

@@ -14,12 +14,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
 from adapters.errors import DeadlineExceededError, InvalidInputError, InvalidNameError, OverloadedError
-from adapters.imports import import_folder
+from adapters.imports import import_archive, import_folder
 from adapters.manifest import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, MANIFEST_FILE
 from adapters.records import NumberedVersion, check_alias_name
 from adapters.registry import Registry
@@ -35,10 +35,12 @@ FILE_PARTS = {
     "adapter_config": ADAPTER_CONFIG_FILE,
     "adapter_model": ADAPTER_WEIGHTS_FILE,
     "manifest": MANIFEST_FILE,
+    "archive": "archive.tar",
 }
 MAX_UPLOADS = 4  # of any kind, each of which may fill a disk
 _MAX_IMPORTS = 2  # each may hold all its weights in memory
-_REQUIRED_PARTS = ("alias", "adapter_config", "adapter_model")
+_ADAPTER_PARTS = ("adapter_config", "adapter_model", "manifest")
+_OPTIONAL_PARTS = frozenset({"manifest"})
 _ADAPTER = FormShape(files=FILE_PARTS, fields=frozenset({"alias", "promote"}), max_field_bytes=256)
 _FLAGS = {"true": True, "false": False}
 
@@ -82,9 +84,10 @@ class Uploads:
         """
         async with self.received(request, _ADAPTER, most=_MAX_IMPORTS) as form:
             alias, promote = _read_target(form)
-            return await self.run(
-                import_folder, form.folder, alias, core=self._core, registry=registry, promote=promote
-            )
+            options: dict[str, Any] = {"core": self._core, "registry": registry, "promote": promote}
+            if "archive" in form.files:
+                return await self.run(import_archive, form.files["archive"], alias, **options)
+            return await self.run(import_folder, form.folder, alias, **options)
 
     @asynccontextmanager
     async def received(self, request: Request, shape: FormShape, *, most: int = MAX_UPLOADS) -> AsyncIterator[Form]:
@@ -154,9 +157,7 @@ def _folder_of(home: Path) -> Path:
 
 def _read_target(form: Form) -> tuple[str, bool]:
     """The alias to publish under, and whether it moves."""
-    for name in _REQUIRED_PARTS:
-        if name not in form.seen:
-            raise InvalidInputError(f"the part {name!r} is missing", param=name)
+    _check_parts(form)
     try:
         alias = check_alias_name(form.fields["alias"])
     except InvalidNameError as error:
@@ -166,3 +167,12 @@ def _read_target(form: Form) -> tuple[str, bool]:
     if given not in _FLAGS:
         raise InvalidInputError(f"promote: expected true or false, found {given[:40]!r}", param="promote")
     return alias, _FLAGS[given]
+
+
+def _check_parts(form: Form) -> None:
+    is_archive = "archive" in form.seen
+    for name in ("alias", *(() if is_archive else _ADAPTER_PARTS)):
+        if name not in form.seen | _OPTIONAL_PARTS:
+            raise InvalidInputError(f"the part {name!r} is missing", param=name)
+    if is_archive and (doubled := form.seen.intersection(_ADAPTER_PARTS)):
+        raise InvalidInputError(f"{min(doubled)}: is in the archive already; send one or the other", param=min(doubled))

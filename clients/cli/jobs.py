@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clients.cli.options import HomeOption, JsonOption, open_registry
-from clients.cli.output import console, make_table, print_json
+from clients.cli.output import console, format_moment, print_json, print_table
 
 if TYPE_CHECKING:
     from adapters.jobs import JobService
@@ -28,8 +28,8 @@ def list_jobs(limit: _LimitOption = 20, home: HomeOption = None, json: JsonOptio
     if json:
         print_json(jobs)
         return
-    rows = [(job.id, job.status, job.alias, job.fine_tuned_model, f"{job.created_at:%Y-%m-%d %H:%M}") for job in jobs]
-    console.print(make_table(["job", "status", "alias", "made", "created (UTC)"], rows))
+    rows = [(job.id, job.status, job.fine_tuned_model or job.alias, format_moment(job.created_at)) for job in jobs]
+    print_table(["job", "status", "adapter", "created"], rows, whole=["job", "adapter", "created"])
 
 
 @app.command("show")
@@ -86,4 +86,4 @@ def _print(job: Job, *, json: bool) -> None:
         ("made", job.fine_tuned_model),
         ("error", f"{job.error.code}: {job.error.message}" if job.error else None),
     ]
-    console.print(make_table(["", job.id], rows))
+    print_table(["", job.id], rows)

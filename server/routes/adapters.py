@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 from adapters.archive import VersionArchive
 from adapters.audit import AuditLog
 from adapters.errors import ConflictError
-from adapters.records import Alias, AliasChange, NumberedVersion
+from adapters.records import Alias, AliasChange, NumberedVersion, version_name
 from server.auth import needs
 from server.engine.residency import Residence
 from server.resources import (
@@ -53,7 +53,8 @@ _UPLOAD: dict[str, Any] = {
                 "schema": {
                     "type": "object",
                     "additionalProperties": False,
-                    "required": ["alias", "adapter_config", "adapter_model"],
+                    "required": ["alias"],
+                    "anyOf": [{"required": ["adapter_config", "adapter_model"]}, {"required": ["archive"]}],
                     "properties": {
                         "alias": {"type": "string", "pattern": ALIAS_PATTERN, "description": "Name to publish under."},
                         "promote": {
@@ -166,13 +167,13 @@ async def list_versions(
 @router.get("/{alias}/versions/{version}")
 async def show_version(alias: AliasPath, version: VersionPath, services: CurrentServices) -> VersionDetail:
     """One version with its manifest."""
-    return await asyncio.to_thread(lambda: _detail(services.registry.find(f"{alias}@{version}"), services))
+    return await asyncio.to_thread(lambda: _detail(services.registry.find(version_name(alias, version)), services))
 
 
 @router.delete("/{alias}/versions/{version}")
 async def delete_version(alias: AliasPath, version: VersionPath, services: CurrentServices) -> DeletedObject:
     """Delete one version; 409 while the alias points to it or an experiment is running on the alias."""
-    removed = await asyncio.to_thread(services.registry.remove, f"{alias}@{version}")
+    removed = await asyncio.to_thread(services.registry.remove, version_name(alias, version))
     return DeletedObject(id=removed[0], versions=removed)
 
 
@@ -181,7 +182,7 @@ async def export_version(alias: AliasPath, version: VersionPath, services: Curre
     """The version's files, checked against its manifest, as a tar archive: the same bytes every time."""
 
     def read() -> tuple[NumberedVersion, VersionArchive]:
-        found = services.registry.find(f"{alias}@{version}")
+        found = services.registry.find(version_name(alias, version))
         return found, VersionArchive(services.registry.store, found.version.digest)
 
     found, archive = await asyncio.to_thread(read)
@@ -198,7 +199,7 @@ async def promote(alias: AliasPath, body: PromoteRequest, services: CurrentServi
     """Point an alias to one of its versions; requests that come from here on get it."""
 
     def move() -> AdapterObject:
-        moved = services.registry.promote(f"{alias}@{body.version}")
+        moved = services.registry.promote(version_name(alias, body.version))
         return AdapterObject(**_adapter_fields(moved, services.pins.names()))
 
     return await asyncio.to_thread(move)
@@ -241,7 +242,7 @@ async def unload(alias: AliasPath, services: CurrentServices, body: PinRequest |
 
 
 def _name(alias: str, body: PinRequest | None) -> str:
-    return alias if body is None or body.version is None else f"{alias}@{body.version}"
+    return version_name(alias, None if body is None else body.version)
 
 
 async def _pins_of(alias: str, services: Services) -> PinObject:

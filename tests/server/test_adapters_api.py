@@ -264,6 +264,7 @@ def _part(name: str, content: bytes, extra: bytes = b"") -> bytes:
 
 
 _ALIAS, _CONFIG, _MODEL = _part("alias", b"legal"), _part("adapter_config", b"{}"), _part("adapter_model", b"x")
+_ARCHIVE = _part("archive", b"x")
 
 
 @pytest.mark.parametrize(
@@ -281,6 +282,9 @@ _ALIAS, _CONFIG, _MODEL = _part("alias", b"legal"), _part("adapter_config", b"{}
         (_raw(_part("alias", b"base"), _CONFIG, _MODEL), "is reserved", "alias"),
         (_raw(_part("alias", b"\xff"), _CONFIG, _MODEL), "is not an alias", "alias"),
         (_raw(_ALIAS, _CONFIG, _MODEL, _part("promote", b"yes")), "expected true or false, found 'yes'", "promote"),
+        (_raw(_ALIAS, _CONFIG, _ARCHIVE), "is in the archive already", "adapter_config"),
+        (_raw(_ARCHIVE), "'alias' is missing", "alias"),
+        (_raw(_ALIAS, _ARCHIVE), "no tar archive", None),
         (_raw(_ALIAS, _CONFIG, _MODEL, end=b""), "ends before its last boundary", None),
         (b"", "ends before its last boundary", None),
         (b"garbage", "is not multipart/form-data", None),
@@ -356,7 +360,31 @@ def test_import_is_429_when_two_others_are_under_way(site: Site, tmp_path: Path)
     assert ([400] * 2, 201) == ([response.status_code for response in ended], taken.status_code)
 
 
+def test_export_is_the_same_version_when_it_is_sent_back_as_an_archive(site: Site) -> None:
+    """What the API exports, it takes."""
+    version = site.publish("legal", FIRST)
+    exported = _call(site, "GET", "/legal/versions/v1/export").content
+    answer = _call(site, "POST", "", data={"alias": "copy"}, files={"archive": ("legal-v1.tar", exported)})
+    assert (201, "copy@v1", version.version.digest) == (
+        answer.status_code, answer.json()["id"], answer.json()["digest"],
+    )  # fmt: skip
+
+
 # Moves and deletion --------------------------------------------------------------------------------------------------
+
+
+def test_version_is_found_when_it_is_named_with_its_alias(site: Site) -> None:
+    """In paths and in bodies, as in `model`; another alias's version is no version of this one."""
+    for adapter in (FIRST, SECOND):
+        site.publish("legal", adapter)
+    assert "legal@v1" == _call(site, "GET", "/legal/versions/legal@v1").json()["id"]
+    assert "legal@v1" == _call(site, "POST", "/legal/promote", json={"version": "legal@v1"}).json()["version"]
+    assert ["legal@v2"] == _call(site, "POST", "/legal/pin", json={"version": "legal@v2"}).json()["pinned"]
+    for answer in (
+        _call(site, "GET", "/legal/versions/support@v1"),
+        _call(site, "POST", "/legal/promote", json={"version": "support@v1"}),
+    ):
+        assert (400, "version") == (answer.status_code, _error(answer)["param"])
 
 
 def test_promote_is_503_when_others_hold_the_database(
