@@ -212,6 +212,12 @@ class Registry:
         with self.database.read() as session:
             return _load_alias(session, name)
 
+    def has_alias(self, name: str) -> bool:
+        """Whether there is an alias of this name, which may be any text."""
+        with self.database.read() as session:
+            row = session.get(AliasRow, name)
+            return row is not None and row.number is not None and actor_of(session).can_see(name)
+
     def versions(self, alias: str, *, after: int = 0, limit: int | None = None) -> list[NumberedVersion]:
         """An alias's versions behind a number, at most `limit`, in the order of their numbers.
 

@@ -172,18 +172,20 @@ def join_services(
         on_message=metrics.note_message,
     )
     metrics.watch(engine)
+    base_name = public_name(core.base)
     jobs = JobService(database, max_queued=settings.max_queued_jobs)
     return Services(
         registry=registry,
         experiments=experiments,
         engine=engine,
-        chat=ChatService(registry, experiments, engine, tokenizer, settings, metrics),
+        chat=ChatService(registry, experiments, engine, tokenizer, settings, metrics, base_name=base_name),
         metrics=metrics,
         keys=KeyService(database),
         pins=PinKeeper(PinService(database), engine, always=settings.pinned, max_versions=max(0, settings.slots - 1)),
         uploads=Uploads(core, timeout_s=settings.timeout_s),
         files=FileService(database, core.home / "files", max_bytes=settings.max_file_bytes),
-        fine_tuning=FineTuningService(jobs, base_name=public_name(core.base), max_rank=core.max_rank),
+        fine_tuning=FineTuningService(jobs, base_name=base_name, max_rank=core.max_rank),
+        base_name=base_name,
     )
 
 

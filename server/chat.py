@@ -30,6 +30,7 @@ from server.engine_client import EngineClient
 from server.generation import sampling_params
 from server.logprobs import LogprobsWriter
 from server.metrics import Metrics
+from server.model_names import resolve_model
 from server.prompts import chat_prompt, check_length, text_prompt, token_prompt
 from server.schema_check import SchemaChecker
 from server.schemas import ChatRequest, GenerationOptions
@@ -44,7 +45,7 @@ _FAILURES = frozenset({"adapter_failed", "constraint_failed", "deadline", "engin
 
 
 class ChatService:
-    """Joins registry, tokenizer, engine and exposures for one API process."""
+    """Joins registry, tokenizer, engine and exposures for one API process. `base_name` is the base model's own name."""
 
     def __init__(
         self,
@@ -54,7 +55,10 @@ class ChatService:
         tokenizer: Any,
         settings: ServeSettings,
         metrics: Metrics,
+        *,
+        base_name: str,
     ) -> None:
+        self._base_name = base_name
         self._metrics = metrics
         self._registry = registry
         self._experiments = experiments
@@ -112,7 +116,7 @@ class ChatService:
         registry = self._registry.acting_for(caller.actor(request_id))
         unit, unit_source = unit_of(body.user, request_id)
         try:
-            binding = await asyncio.to_thread(registry.resolve, body.model, unit=unit)
+            binding = await asyncio.to_thread(resolve_model, registry, body.model, unit=unit, base_name=self._base_name)
         except (NotFoundError, InvalidNameError) as error:
             raise InvalidNameError(str(error), param="model") from None
         self._metrics.name_binding(binding)

@@ -126,7 +126,8 @@ async def _answer_invalid_body(request: Request, error: Exception) -> JSONRespon
     elif first["loc"] == ("body",) and not _is_json(request):
         message, code = "expected a JSON object, sent with the header content-type: application/json", "invalid_value"
     else:
-        message, code = (f"{param}: {first['msg']}" if param else first["msg"]), "invalid_value"
+        reason = first["msg"].removeprefix("Value error, ")  # pydantic's prefix for our own words
+        message, code = (f"{param}: {reason}" if param else reason), "invalid_value"
     count_error(request, code)
     return JSONResponse(error_body(message, kind="invalid_request_error", param=param, code=code), status_code=400)
 

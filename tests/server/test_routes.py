@@ -521,14 +521,14 @@ def test_feedback_is_400_when_its_body_is_wrong(fields: dict[str, Any], param: s
 
 def test_models_list_names_everything_callable_when_versions_are_published(site: Site) -> None:
     """The base, each alias and each of its versions; each of them can be retrieved and called."""
-    assert [model["id"] for model in _get(site, "/v1/models").json()["data"]] == ["base"]
+    assert [model["id"] for model in _get(site, "/v1/models").json()["data"]] == ["base", "tiny"]
     site.publish("legal", FIRST)
     site.publish("legal", SECOND)
     site.publish("medical", THIRD)
     body = _get(site, "/v1/models").json()
     names = [model["id"] for model in body["data"]]
     assert body["object"] == "list"
-    assert names == ["base", "legal", "legal@v1", "legal@v2", "medical", "medical@v1"]
+    assert names == ["base", "tiny", "legal", "legal@v1", "legal@v2", "medical", "medical@v1"]
     assert {"legal@v2"} == {model["parent"] for model in body["data"] if model["id"] == "legal"}
     assert body["data"] == [_get(site, f"/v1/models/{name}").json() for name in names]
     assert {200} == {response.status_code for response in _post(site, *(_body(name) for name in names))}
@@ -617,7 +617,7 @@ def test_openai_client_lists_models_when_some_are_published(site: Site) -> None:
         models = [model.id async for model in client.models.list()]
         return models, (await client.models.retrieve("legal@v1")).id
 
-    assert with_sdk(site, scenario) == (["base", "legal", "legal@v1"], "legal@v1")
+    assert with_sdk(site, scenario) == (["base", "tiny", "legal", "legal@v1"], "legal@v1")
 
 
 @pytest.mark.parametrize("stream", [False, True])
