@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,6 @@ __all__ = [
     "read_hidden_size",
     "read_module_shapes",
 ]
-
-# At import bitsandbytes advises to install a package that would fetch kernels from a hub; its own are used here.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from adapters.errors import ConfigurationError
+from adapters.errors import ConfigurationError, DatabaseBusyError
 from adapters.records import COMMAND_LINE, Actor
 
 __all__ = ["Database", "actor_of", "open_database"]
@@ -62,16 +62,25 @@ class Database:
         view.actor = actor
         return view
 
-    def read(self) -> Session:
-        """A session for reading; use it in a `with` block."""
-        session = self._readers(info={_ACTOR: self.actor})
-        self._begin(session)
-        return session
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session for reading.
+
+        Raises:
+            DatabaseBusyError: others hold the database for longer than is waited for.
+        """
+        with _busy_is_told(), self._readers(info={_ACTOR: self.actor}) as session:
+            self._begin(session)
+            yield session
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """A session in one transaction: all of it is committed at the end of the block, or none of it."""
-        with self._writers(info={_ACTOR: self.actor}) as session, session.begin():
+        """A session in one transaction: all of it is committed at the end of the block, or none of it.
+
+        Raises:
+            DatabaseBusyError: others hold the database for longer than is waited for; nothing was written.
+        """
+        with _busy_is_told(), self._writers(info={_ACTOR: self.actor}) as session, session.begin():
             self._begin(session)
             yield session
 
@@ -94,6 +103,20 @@ class Database:
                 return
             time.sleep(wait_s)
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+
+@contextmanager
+def _busy_is_told() -> Iterator[None]:
+    try:
+        yield
+    except OperationalError as error:
+        code = getattr(error.orig, "sqlite_errorcode", None)
+        # The low byte: what stands above it tells kinds of the same apart.
+        if code is None or code & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise
+        raise DatabaseBusyError(
+            f"the database was held by others for more than {_BUSY_TIMEOUT_MS / 1000:g} s; nothing was written"
+        ) from error
 
 
 def actor_of(session: Session) -> Actor:

@@ -19,6 +19,7 @@ HotswapError
 |- ForeignPageError             without API keys, a request that did not plainly come from this machine
 |- ConflictError                the request is fine, the present state forbids it
 |- IntegrityError               a stored file is not what its manifest says
+|- DatabaseBusyError            others hold the database for too long: try again later
 |- BaseModelError               the base model can't be fetched, read or supported
 |- OverloadedError              the queue is full: try again later
 |  |- RateLimitError               the API key has used up what it may take: try again later
@@ -43,6 +44,7 @@ __all__ = [
     "ConfigurationError",
     "ConflictError",
     "DataError",
+    "DatabaseBusyError",
     "DeadlineExceededError",
     "EngineFailureError",
     "EngineUnavailableError",
@@ -173,6 +175,10 @@ class ConflictError(HotswapError):
 
 class IntegrityError(HotswapError):
     """A stored file is not what its manifest says."""
+
+
+class DatabaseBusyError(HotswapError):
+    """Others hold the database for longer than is waited for; nothing was written."""
 
 
 class BaseModelError(HotswapError):

@@ -17,7 +17,8 @@ from sqlalchemy.orm import Session
 from adapters.audit import record_act
 from adapters.database import Database, actor_of
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
-from adapters.records import Actor, Arm, Experiment, Exposure, Feedback, parse_model_name
+from adapters.paging import unknown_place
+from adapters.records import Actor, Arm, Experiment, Exposure, Feedback, parse_model_name, version_name
 from adapters.statistics import Interval, MeanEstimate, difference_interval, mean_interval
 from adapters.tables import (
     AliasRow,
@@ -88,8 +89,8 @@ class ExperimentService:
 
         Args:
             alias: An existing alias.
-            arms: Name, version (`v1`, or the beginning of a digest) and weight in percent, two or more; weights add up
-                to 100.
+            arms: Name, version (`v1`, `legal@v1`, or the beginning of a digest) and weight in percent, two or more;
+                weights add up to 100.
             salt: Decides the assignment; random if not given, so that experiments are independent.
 
         Raises:
@@ -152,12 +153,12 @@ class ExperimentService:
         """The experiments behind one with a given id, at most `limit`, newest first; all if neither is given.
 
         Raises:
-            NotFoundError: `after` is no experiment.
+            InvalidInputError: `after` is no experiment.
         """
         newest_first = select(ExperimentRow).order_by(ExperimentRow.created_at.desc(), ExperimentRow.id)
         with self.database.read() as session:
             if after is not None:
-                newest_first = newest_first.where(_is_behind(_find_row(session, after)))
+                newest_first = newest_first.where(_is_behind(_find_place(session, after)))
             rows = (row for row in session.scalars(newest_first) if actor_of(session).can_see(row.alias))
             return [_to_experiment(session, row) for row in islice(rows, limit)]
 
@@ -223,7 +224,7 @@ class ExperimentService:
 
 
 def parse_arm(text: str) -> tuple[str, str, float]:
-    """Parse `A@v1=50` into name, version and weight in percent.
+    """Parse `A@v1=50`, or `A@legal@v1=50`, into name, version and weight in percent.
 
     Raises:
         InvalidInputError: the text has another shape.
@@ -268,7 +269,7 @@ def _check_arms(arms: list[tuple[str, str, float]]) -> None:
 
 
 def _find_pinned(session: Session, alias: str, version: str) -> tuple[int, str]:
-    name = parse_model_name(f"{alias}@{version}")
+    name = parse_model_name(version_name(alias, version))
     statement = select(AliasVersionRow).where(AliasVersionRow.alias == alias)
     for row in session.scalars(statement):
         if row.number == name.number or (name.digest_prefix and row.digest.startswith(name.digest_prefix)):
@@ -280,6 +281,13 @@ def _find_pinned(session: Session, alias: str, version: str) -> tuple[int, str]:
 def _check_is_chat(session: Session, label: str, digest: str) -> None:
     if session.get_one(VersionRow, digest).kind == "reward":
         raise InvalidInputError(f"{label} is a reward model, which answers nobody: it can't be an arm", param="arms")
+
+
+def _find_place(session: Session, experiment_id: str) -> ExperimentRow:
+    row = session.get(ExperimentRow, experiment_id)
+    if row is None or not actor_of(session).can_see(row.alias):
+        raise unknown_place(experiment_id)
+    return row
 
 
 def _is_behind(row: ExperimentRow) -> ColumnElement[bool]:

@@ -23,6 +23,7 @@ from adapters.audit import record_act
 from adapters.chat_rows import check_rows_file
 from adapters.database import Database, actor_of
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
+from adapters.paging import cut_page, unknown_place
 from adapters.records import Actor, StoredFile
 from adapters.tables import FileRow, JobRow, utc_now
 
@@ -122,7 +123,7 @@ class FileService:
             ordered = statement.order_by(FileRow.sequence.desc() if order == "desc" else FileRow.sequence)
             rows = session.scalars(ordered.execution_options(yield_per=100))
             found = list(islice((_to_file(row) for row in rows if can_see_file(session, row)), limit + 1))
-        return found[:limit], len(found) > limit
+        return cut_page(found, limit)
 
     def delete(self, file_id: str) -> None:
         """Delete a file.
@@ -251,7 +252,7 @@ def _find(session: Session, file_id: str) -> FileRow:
 def _find_after(session: Session, file_id: str) -> int:
     row = session.scalar(select(FileRow).where(FileRow.id == file_id))
     if row is None or not can_see_file(session, row):
-        raise InvalidInputError(f"after: there is no file {file_id[:80]!r}", param="after")
+        raise unknown_place(file_id)
     return row.sequence
 
 

@@ -1,4 +1,4 @@
-"""Adapters that come from elsewhere or go there: a folder in PEFT's layout in, a folder in PEFT's layout out."""
+"""Adapters that come from elsewhere or go there: a folder in PEFT's layout, or an archive, in; a folder out."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from adapters.adapter_files import (
     read_config_bytes,
     read_weights_bytes,
 )
+from adapters.archive import unpack_archive
 from adapters.base_files import compute_fingerprint, public_name, pull_base
 from adapters.errors import (
     AdapterConfigError,
@@ -35,7 +36,7 @@ from adapters.registry import Registry
 from adapters.reward_head import parse_reward_head, read_reward_head_bytes
 from adapters.settings import CoreSettings
 
-__all__ = ["export_version", "import_folder"]
+__all__ = ["export_version", "import_archive", "import_folder"]
 
 _PROGRAM_SUFFIXES = frozenset({".bat", ".dll", ".dylib", ".exe", ".py", ".pyc", ".sh", ".so"})
 _PROGRAM_BEGINNINGS = (b"#!", b"\x7fELF", b"MZ")
@@ -73,6 +74,15 @@ def import_folder(
         for name, content in contents.items():
             (copy / name).write_bytes(content)
         return registry.publish(copy, manifest, alias=alias, promote=promote, action="import")
+
+
+def import_archive(
+    archive: Path, alias: str, *, core: CoreSettings, registry: Registry, promote: bool = True
+) -> tuple[NumberedVersion, bool]:
+    """Check an adapter in a tar archive, as the export gives it, and publish it; otherwise as `import_folder`."""
+    with registry.store.scratch() as folder:
+        unpack_archive(archive, folder)
+        return import_folder(folder, alias, core=core, registry=registry, promote=promote)
 
 
 def _check(

@@ -11,8 +11,9 @@ from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from adapters.database import Database, actor_of
-from adapters.errors import InvalidInputError, NotFoundError
+from adapters.errors import NotFoundError
 from adapters.files import ACTIVE_STATUSES
+from adapters.paging import unknown_place
 from adapters.records import Job, JobCheckpoint, JobError, JobEvent, JobStatus, checkpoint_name
 from adapters.tables import JobCheckpointRow, JobEventRow, JobRow, utc_now
 
@@ -86,7 +87,7 @@ def find_position(
     """
     position = session.scalar(select(table.sequence).where(table.id == given, is_listed))
     if position is None:
-        raise InvalidInputError(f"after: there is nothing called {given[:80]!r} in this list", param="after")
+        raise unknown_place(given)
     return position
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, get_args
 
-from adapters.errors import InvalidNameError
+from adapters.errors import InvalidInputError, InvalidNameError
 
 __all__ = [
     "BASE_MODEL_NAME",
@@ -45,6 +45,7 @@ __all__ = [
     "checkpoint_name",
     "parse_checkpoint_name",
     "parse_model_name",
+    "version_name",
 ]
 
 BASE_MODEL_NAME = "base"
@@ -420,3 +421,19 @@ def parse_model_name(name: str) -> ModelName:
         f"{version[:80]!r} is not a version of {alias!r}: expected v1, v2, ... or at least 8 hex digits of a digest",
         param="model",
     )
+
+
+def version_name(alias: str, version: str | None) -> str:
+    """Join an alias and one of its versions to the name that everything shows: `legal` and `v2` are `legal@v2`.
+
+    The version may be given with its alias, as `legal@v2`. Without one it is the alias's own name.
+
+    Raises:
+        InvalidInputError: the version is given as another alias's.
+    """
+    if version is None:
+        return alias
+    owner, at, number = version.rpartition("@")
+    if at and owner != alias:
+        raise InvalidInputError(f"version: {version[:80]!r} is no version of {alias[:80]!r}", param="version")
+    return f"{alias}@{number}"

@@ -113,37 +113,40 @@ class Registry:
 
         Raises:
             NotFoundError: no such version.
-            ConflictError: an experiment is running on the alias, or the name gives no version.
+            ConflictError: an experiment is running on the alias, the name gives no version, or others moved the alias.
             IntegrityError: the version's stored files are damaged; the alias stays where it is.
         """
         parsed = parse_model_name(name)
-        with self.database.write() as session:
-            if parsed.number is None and parsed.digest_prefix is None:
-                raise ConflictError(f"say which version to promote, for example {parsed.alias}@v1")
-            target = find_version(session, parsed)
-            self.store.verify(target.version.digest)
-            row = _movable_alias(session, parsed.alias)
-            record_act(session, "promote", parsed.alias, from_number=row.number, to_number=target.number)
-            _move(session, row, target.number, "promote")
-            return _load_alias(session, parsed.alias)
+        if parsed.number is None and parsed.digest_prefix is None:
+            raise ConflictError(f"say which version to promote, for example {parsed.alias}@v1")
+        return self._move_alias(parsed.alias, "promote", lambda session: find_version(session, parsed))
 
     def rollback(self, alias: str) -> Alias:
         """Point an alias back to where it was before its last publish or promote; repeated calls go further back.
 
         Raises:
             NotFoundError: no such alias.
-            ConflictError: nothing to go back to, or an experiment is running on the alias.
+            ConflictError: nothing to go back to, an experiment is running on the alias, or others moved it.
             IntegrityError: that version's stored files are damaged; the alias stays where it is.
         """
-        with self.database.write() as session:
-            row = _movable_alias(session, alias)
-            trail = _trail(session, alias)
-            if len(trail) < 2:
-                raise ConflictError(f"{alias!r} has no earlier version to roll back to")
-            self.store.verify(_load_numbered(session, alias, trail[-2]).version.digest)
-            record_act(session, "rollback", alias, from_number=row.number, to_number=trail[-2])
-            _move(session, row, trail[-2], "rollback")
-            return _load_alias(session, alias)
+        return self._move_alias(alias, "rollback", lambda session: _find_earlier(session, alias))
+
+    def _move_alias(
+        self, alias: str, action: Literal["promote", "rollback"], choose: Callable[[Session], NumberedVersion]
+    ) -> Alias:
+        """Move an alias to what `choose` finds, whose files are hashed before: a transaction makes all writers wait."""
+        with self.store.held():  # nobody removes them meanwhile
+            with self.database.read() as session:
+                _movable_alias(session, alias)
+                chosen = choose(session)
+            self.store.verify(chosen.version.digest)
+            with self.database.write() as session:
+                row = _movable_alias(session, alias)
+                if choose(session) != chosen:
+                    raise ConflictError(f"{alias!r} was moved by somebody else at the same time; look where it is")
+                record_act(session, action, alias, from_number=row.number, to_number=chosen.number)
+                _move(session, row, chosen.number, action)
+                return _load_alias(session, alias)
 
     def remove(self, name: str) -> list[str]:
         """Delete one version (`legal@v1`), or an alias with all its versions (`legal`).
@@ -228,6 +231,12 @@ class Registry:
         with self.database.read() as session:
             return _load_alias(session, name)
 
+    def has_alias(self, name: str) -> bool:
+        """Whether there is an alias of this name, which may be any text."""
+        with self.database.read() as session:
+            row = session.get(AliasRow, name)
+            return row is not None and row.number is not None and actor_of(session).can_see(name)
+
     def versions(self, alias: str, *, after: int = 0, limit: int | None = None) -> list[NumberedVersion]:
         """An alias's versions behind a number, at most `limit`, in the order of their numbers.
 
@@ -294,6 +303,14 @@ def _trail(session: Session, alias: str) -> list[int]:
     kept = [number for number in trail if number in existing]
     # A removed version between two visits to another leaves the same number twice: one place to be.
     return [number for number, _ in itertools.groupby(kept)]
+
+
+def _find_earlier(session: Session, alias: str) -> NumberedVersion:
+    """Where an alias was before its last publish or promotion."""
+    trail = _trail(session, alias)
+    if len(trail) < 2:
+        raise ConflictError(f"{alias!r} has no earlier version to roll back to")
+    return _load_numbered(session, alias, trail[-2])
 
 
 def _detach(session: Session, name: ModelName) -> list[NumberedVersion]:

@@ -21,8 +21,7 @@ from clients.errors import UnexpectedAnswerError
 __all__ = [
     "ArmSpec",
     "Call",
-    "delete_adapter",
-    "delete_version",
+    "delete",
     "export_path",
     "feedback",
     "health",
@@ -55,7 +54,7 @@ _OPTIONAL = "manifest"
 
 @dataclass(frozen=True, slots=True)
 class ArmSpec:
-    """One arm of an experiment to be started: its name, `v1` or the beginning of a digest, its share in percent."""
+    """One arm of an experiment to be started: its name, a version, its share in percent."""
 
     name: str
     version: str
@@ -131,9 +130,11 @@ def show_adapter(alias: str) -> Call[results.AdapterDetail]:
     return Call(results.AdapterDetail, "GET", _adapter(alias))
 
 
-def delete_adapter(alias: str) -> Call[results.Deleted]:
-    """DELETE /v1/adapters/{alias}."""
-    return Call(results.Deleted, "DELETE", _adapter(alias))
+def delete(alias: str, version: str | None) -> Call[results.Deleted]:
+    """DELETE /v1/adapters/{alias}, or of one version DELETE /v1/adapters/{alias}/versions/{version}."""
+    alias, version = _split(alias, version)
+    path = _adapter(alias) if version is None else _version(alias, version)
+    return Call(results.Deleted, "DELETE", path)
 
 
 def list_changes(alias: str, after: int, limit: int) -> Call[results.Page[results.Change]]:
@@ -148,33 +149,30 @@ def list_versions(alias: str, after: int, limit: int) -> Call[results.Page[resul
     return Call(results.Page[results.Version], "GET", _adapter(alias, "versions"), params)
 
 
-def show_version(alias: str, version: str) -> Call[results.VersionDetail]:
+def show_version(alias: str, version: str | None) -> Call[results.VersionDetail]:
     """GET /v1/adapters/{alias}/versions/{version}."""
-    return Call(results.VersionDetail, "GET", _adapter(alias, "versions", version))
+    return Call(results.VersionDetail, "GET", _version(alias, version))
 
 
-def delete_version(alias: str, version: str) -> Call[results.Deleted]:
-    """DELETE /v1/adapters/{alias}/versions/{version}."""
-    return Call(results.Deleted, "DELETE", _adapter(alias, "versions", version))
-
-
-def export_path(alias: str, version: str) -> str:
+def export_path(alias: str, version: str | None) -> str:
     """The path of GET /v1/adapters/{alias}/versions/{version}/export."""
-    return _adapter(alias, "versions", version, "export")
+    return f"{_version(alias, version)}/export"
 
 
-def upload(folder: Path, alias: str, promote: bool) -> Call[results.Imported]:
-    """POST /v1/adapters; the manifest goes along if the folder has one."""
-    files = {part: folder / name for part, name in _UPLOADED.items()}
-    if not files[_OPTIONAL].exists():
-        del files[_OPTIONAL]
+def upload(source: Path | str, alias: str, promote: bool) -> Call[results.Imported]:
+    """POST /v1/adapters; of a folder the manifest goes along if there is one, an archive goes as it is.
+
+    Raises:
+        FileNotFoundError: there is no such folder or archive, or a file is missing in it.
+    """
     form = {"alias": alias, "promote": "true" if promote else "false"}
-    return Call(results.Imported, "POST", "/v1/adapters", form=form, files=files)
+    return Call(results.Imported, "POST", "/v1/adapters", form=form, files=_files_of(Path(source)))
 
 
-def promote(alias: str, version: str) -> Call[results.Adapter]:
+def promote(alias: str, version: str | None) -> Call[results.Adapter]:
     """POST /v1/adapters/{alias}/promote."""
-    return Call(results.Adapter, "POST", _adapter(alias, "promote"), body={"version": version})
+    alias, version = _split(alias, version)
+    return Call(results.Adapter, "POST", _adapter(alias, "promote"), body={"version": _given(alias, version)})
 
 
 def rollback(alias: str) -> Call[results.Adapter]:
@@ -184,16 +182,19 @@ def rollback(alias: str) -> Call[results.Adapter]:
 
 def pin(alias: str, version: str | None) -> Call[results.Pins]:
     """POST /v1/adapters/{alias}/pin."""
+    alias, version = _split(alias, version)
     return Call(results.Pins, "POST", _adapter(alias, "pin"), body={"version": version})
 
 
 def unpin(alias: str, version: str | None) -> Call[results.Pins]:
     """POST /v1/adapters/{alias}/unpin."""
+    alias, version = _split(alias, version)
     return Call(results.Pins, "POST", _adapter(alias, "unpin"), body={"version": version})
 
 
 def unload(alias: str, version: str | None) -> Call[results.Unloaded]:
     """POST /v1/adapters/{alias}/unload."""
+    alias, version = _split(alias, version)
     return Call(results.Unloaded, "POST", _adapter(alias, "unload"), body={"version": version})
 
 
@@ -216,6 +217,38 @@ def start_experiment(alias: str, arms: Sequence[ArmSpec], salt: str | None) -> C
 def stop_experiment(experiment_id: str) -> Call[results.Experiment]:
     """POST /v1/experiments/{id}/stop."""
     return Call(results.Experiment, "POST", f"/v1/experiments/{_part(experiment_id)}/stop")
+
+
+def _files_of(source: Path) -> dict[str, Path]:
+    if source.is_file():
+        return {"archive": source}
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source}: expected an adapter's folder in PEFT's layout, or an archive of an export")
+    files = {part: source / name for part, name in _UPLOADED.items()}
+    if not files[_OPTIONAL].exists():
+        del files[_OPTIONAL]
+    for path in files.values():
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: expected an adapter in PEFT's layout")
+    return files
+
+
+def _split(alias: str, version: str | None) -> tuple[str, str | None]:
+    """An alias with its version given apart, or in one: `legal@v2`."""
+    if version is None and "@" in alias:
+        alias, _, version = alias.partition("@")
+    return alias, version
+
+
+def _version(alias: str, version: str | None) -> str:
+    alias, version = _split(alias, version)
+    return _adapter(alias, "versions", _given(alias, version))
+
+
+def _given(alias: str, version: str | None) -> str:
+    if version is None:
+        raise ValueError(f"say which version of {alias!r}: {alias}@v1, or version='v1'")
+    return version
 
 
 def _adapter(*parts: str) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,22 +24,12 @@ from clients import calls
 from clients.calls import ArmSpec, Call
 from clients.errors import error_of, no_answer
 from clients.http import API_KEY_VARIABLE, is_local
-from clients.results import (
-    Adapter,
-    AdapterDetail,
-    Change,
-    Deleted,
-    Experiment,
-    ExperimentDetail,
-    Feedback,
-    Health,
-    Imported,
-    Page,
-    Pins,
-    Readiness,
-    Unloaded,
-    Version,
-    VersionDetail,
+from clients.results import Feedback, Health, Readiness
+from clients.sdk_resources import (
+    AdaptersResource,
+    AsyncAdaptersResource,
+    AsyncExperimentsResource,
+    ExperimentsResource,
 )
 
 __all__ = [
@@ -294,171 +283,3 @@ class AsyncHotswap:
             return await self._http.request(method, path, **options)
         except httpx.TransportError as error:
             raise no_answer(error) from None
-
-
-class AdaptersResource:
-    """`hotswap.adapters`: aliases and versions. Every method raises `ApiError`, by status as `clients.errors` says."""
-
-    def __init__(self, client: Hotswap) -> None:
-        self._client = client
-
-    def list(self, *, after: str | None = None, limit: int = 20) -> Page[Adapter]:
-        """The aliases behind a name, in the order of their names."""
-        return self._client.send(calls.list_adapters(after, limit))
-
-    def get(self, alias: str) -> AdapterDetail:
-        """One alias with its present version, and its newest hundred."""
-        return self._client.send(calls.show_adapter(alias))
-
-    def versions(self, alias: str, *, after: int = 0, limit: int = 20) -> Page[Version]:
-        """An alias's versions behind a number, in the order of their numbers."""
-        return self._client.send(calls.list_versions(alias, after, limit))
-
-    def version(self, alias: str, version: str) -> VersionDetail:
-        """One version (`v2`, or the beginning of its digest) with its manifest."""
-        return self._client.send(calls.show_version(alias, version))
-
-    def history(self, alias: str, *, after: int = 0, limit: int = 20) -> Page[Change]:
-        """The moves of an alias, the oldest first."""
-        return self._client.send(calls.list_changes(alias, after, limit))
-
-    def upload(self, folder: Path, alias: str, *, promote: bool = True) -> Imported:
-        """Send an adapter in PEFT's layout, with its manifest if the folder has one; it is checked and published."""
-        return self._client.send(calls.upload(folder, alias, promote))
-
-    def export(self, alias: str, version: str, target: Path) -> Path:
-        """Write a version's files to a tar archive that must not exist yet."""
-        return self._client.download(calls.export_path(alias, version), target)
-
-    def promote(self, alias: str, version: str) -> Adapter:
-        """Point an alias to one of its versions."""
-        return self._client.send(calls.promote(alias, version))
-
-    def rollback(self, alias: str) -> Adapter:
-        """Point an alias back to where it was before its last publish or promotion."""
-        return self._client.send(calls.rollback(alias))
-
-    def pin(self, alias: str, version: str | None = None) -> Pins:
-        """Keep a version in a slot; without one, whichever the alias points to."""
-        return self._client.send(calls.pin(alias, version))
-
-    def unpin(self, alias: str, version: str | None = None) -> Pins:
-        """Undo that."""
-        return self._client.send(calls.unpin(alias, version))
-
-    def unload(self, alias: str, version: str | None = None) -> Unloaded:
-        """Free a version's slot once its last request has ended."""
-        return self._client.send(calls.unload(alias, version))
-
-    def delete(self, alias: str, version: str | None = None) -> Deleted:
-        """Delete one version; without one, the alias with all its versions."""
-        return self._client.send(_delete(alias, version))
-
-
-class AsyncAdaptersResource:
-    """`AdaptersResource`, to be awaited."""
-
-    def __init__(self, client: AsyncHotswap) -> None:
-        self._client = client
-
-    async def list(self, *, after: str | None = None, limit: int = 20) -> Page[Adapter]:
-        """See `AdaptersResource.list`."""
-        return await self._client.send(calls.list_adapters(after, limit))
-
-    async def get(self, alias: str) -> AdapterDetail:
-        """See `AdaptersResource.get`."""
-        return await self._client.send(calls.show_adapter(alias))
-
-    async def versions(self, alias: str, *, after: int = 0, limit: int = 20) -> Page[Version]:
-        """See `AdaptersResource.versions`."""
-        return await self._client.send(calls.list_versions(alias, after, limit))
-
-    async def version(self, alias: str, version: str) -> VersionDetail:
-        """See `AdaptersResource.version`."""
-        return await self._client.send(calls.show_version(alias, version))
-
-    async def history(self, alias: str, *, after: int = 0, limit: int = 20) -> Page[Change]:
-        """See `AdaptersResource.history`."""
-        return await self._client.send(calls.list_changes(alias, after, limit))
-
-    async def upload(self, folder: Path, alias: str, *, promote: bool = True) -> Imported:
-        """See `AdaptersResource.upload`."""
-        return await self._client.send(calls.upload(folder, alias, promote))
-
-    async def export(self, alias: str, version: str, target: Path) -> Path:
-        """See `AdaptersResource.export`."""
-        return await self._client.download(calls.export_path(alias, version), target)
-
-    async def promote(self, alias: str, version: str) -> Adapter:
-        """See `AdaptersResource.promote`."""
-        return await self._client.send(calls.promote(alias, version))
-
-    async def rollback(self, alias: str) -> Adapter:
-        """See `AdaptersResource.rollback`."""
-        return await self._client.send(calls.rollback(alias))
-
-    async def pin(self, alias: str, version: str | None = None) -> Pins:
-        """See `AdaptersResource.pin`."""
-        return await self._client.send(calls.pin(alias, version))
-
-    async def unpin(self, alias: str, version: str | None = None) -> Pins:
-        """See `AdaptersResource.unpin`."""
-        return await self._client.send(calls.unpin(alias, version))
-
-    async def unload(self, alias: str, version: str | None = None) -> Unloaded:
-        """See `AdaptersResource.unload`."""
-        return await self._client.send(calls.unload(alias, version))
-
-    async def delete(self, alias: str, version: str | None = None) -> Deleted:
-        """See `AdaptersResource.delete`."""
-        return await self._client.send(_delete(alias, version))
-
-
-class ExperimentsResource:
-    """`hotswap.experiments`: splits of aliases and what came of them."""
-
-    def __init__(self, client: Hotswap) -> None:
-        self._client = client
-
-    def list(self, *, after: str | None = None, limit: int = 20) -> Page[Experiment]:
-        """The experiments behind one, the newest first."""
-        return self._client.send(calls.list_experiments(after, limit))
-
-    def get(self, experiment_id: str) -> ExperimentDetail:
-        """One experiment with its counts and outcomes by arm."""
-        return self._client.send(calls.show_experiment(experiment_id))
-
-    def start(self, alias: str, arms: Sequence[ArmSpec], *, salt: str | None = None) -> Experiment:
-        """Split an alias between versions; weights add up to 100."""
-        return self._client.send(calls.start_experiment(alias, arms, salt))
-
-    def stop(self, experiment_id: str) -> Experiment:
-        """End an experiment."""
-        return self._client.send(calls.stop_experiment(experiment_id))
-
-
-class AsyncExperimentsResource:
-    """`ExperimentsResource`, to be awaited."""
-
-    def __init__(self, client: AsyncHotswap) -> None:
-        self._client = client
-
-    async def list(self, *, after: str | None = None, limit: int = 20) -> Page[Experiment]:
-        """See `ExperimentsResource.list`."""
-        return await self._client.send(calls.list_experiments(after, limit))
-
-    async def get(self, experiment_id: str) -> ExperimentDetail:
-        """See `ExperimentsResource.get`."""
-        return await self._client.send(calls.show_experiment(experiment_id))
-
-    async def start(self, alias: str, arms: Sequence[ArmSpec], *, salt: str | None = None) -> Experiment:
-        """See `ExperimentsResource.start`."""
-        return await self._client.send(calls.start_experiment(alias, arms, salt))
-
-    async def stop(self, experiment_id: str) -> Experiment:
-        """See `ExperimentsResource.stop`."""
-        return await self._client.send(calls.stop_experiment(experiment_id))
-
-
-def _delete(alias: str, version: str | None) -> Call[Deleted]:
-    return calls.delete_adapter(alias) if version is None else calls.delete_version(alias, version)

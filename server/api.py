@@ -8,6 +8,7 @@ ours, since its continuous-batching loop ends for good on one exception.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import math
 import multiprocessing as mp
@@ -36,6 +37,7 @@ from adapters.process_log import configure_log
 from adapters.pulse import EnginePulse, pulse_path
 from adapters.settings import CoreSettings
 from server.config import ServeSettings
+from server.draining import END_SIGNAL
 from server.engine.core import EngineEvent
 from server.engine_factory import build_engine
 from server.messages import (
@@ -55,6 +57,7 @@ __all__ = [
     "EngineAPI",
     "EngineBuilder",
     "EngineLoop",
+    "EngineServer",
     "LitServeTransport",
     "RoutesSpec",
     "build_server",
@@ -94,7 +97,10 @@ class EngineAPI(LitAPI):  # type: ignore[misc]  # LitServe ships no types
 
     def setup(self, device: str) -> None:
         """Load the base model and build the engine; runs in the worker. Our own setting chooses the device."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches the whole group; the parent ends the worker
+        # Both may reach the whole group: what runs is answered first, then the parent ends the worker.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        _die_with_parent(signal.SIGKILL)
         configure_log(self.serve.log_level)
         import torch
 
@@ -170,6 +176,61 @@ class RoutesSpec(LitSpec):  # type: ignore[misc]  # LitServe ships no types
         return output
 
 
+class EngineServer(LitServer):  # type: ignore[misc]  # LitServe ships no types
+    """LitServe's parent process. It ends its children in our order: the API process when it has drained, then the rest.
+
+    SIGTERM and SIGINT often reach all processes at once. So the API process hears from the parent by a signal of its
+    own, and whatever it needs to drain, the worker and the manager of the queues, goes on until the parent kills it.
+    """
+
+    _api_processes: tuple[Any, ...] = ()
+
+    def run(self, **options: Any) -> None:
+        """Serve until told to end; no child is left."""
+        try:
+            super().run(**options)
+        except KeyboardInterrupt:
+            # LitServe waits for it only once it serves; while the base model is loading there is nothing to put away.
+            _log.info("ended_while_starting")
+        finally:
+            for child in mp.active_children():
+                child.kill()
+
+    def launch_inference_worker(self, lit_api: LitAPI) -> list[Any]:
+        """Start the workers."""
+        return [_ended_by_kill(worker) for worker in super().launch_inference_worker(lit_api)]
+
+    def launch_single_inference_worker(self, lit_api: LitAPI, worker_id: int) -> Any:
+        """Start one in the place of one that died."""
+        return _ended_by_kill(super().launch_single_inference_worker(lit_api, worker_id))
+
+    def hasten(self) -> None:
+        """Tell the API process to end; a second time it doesn't wait for what runs."""
+        for process in self._api_processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, END_SIGNAL)
+
+    def _start_server(self, *args: Any, **options: Any) -> dict[int, Any]:
+        started: dict[int, Any] = super()._start_server(*args, **options)
+        self._api_processes = tuple(started.values())
+        for process in self._api_processes:
+            process.terminate = self.hasten
+        return started
+
+    def _init_manager(self, num_api_servers: int) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))  # the manager inherits this
+        try:
+            return super()._init_manager(num_api_servers)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _ended_by_kill(worker: Any) -> Any:
+    """A worker holds nothing that must be put away, and hears no other signal."""
+    worker.terminate = worker.kill
+    return worker
+
+
 class LitServeTransport:
     """An API process's end of the line: sends commands, receives messages. Use it from the event loop only."""
 
@@ -201,7 +262,7 @@ def build_server(
     router: APIRouter,
     configure_app: Callable[[FastAPI, RoutesSpec], None],
     build: EngineBuilder = build_engine,
-) -> LitServer:
+) -> EngineServer:
     """Make a LitServe server with our routes and without its own.
 
     Args:
@@ -213,7 +274,7 @@ def build_server(
     """
     spec = RoutesSpec()
     # The worker picks the device itself, so that both settings and its absence mean one thing everywhere.
-    server = LitServer(
+    server = EngineServer(
         EngineAPI(core, serve, spec, build),
         accelerator="cpu",
         devices=1,
@@ -241,7 +302,7 @@ def guard_processes() -> threading.Event:
         Set it when an orderly shutdown begins.
     """
     stopping = threading.Event()
-    os.register_at_fork(after_in_child=_die_with_parent)
+    os.register_at_fork(after_in_child=_end_with_parent)
     threading.Thread(target=_watch_children, args=(stopping,), name="process-guard", daemon=True).start()
     return stopping
 
@@ -263,9 +324,15 @@ def _watch_children(stopping: threading.Event) -> None:
             os._exit(1)
 
 
-def _die_with_parent() -> None:
+def _end_with_parent() -> None:
+    """Runs in each child that is forked. Who does not hear SIGTERM is killed."""
+    is_deaf = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    _die_with_parent(signal.SIGKILL if is_deaf else signal.SIGTERM)
+
+
+def _die_with_parent(number: signal.Signals) -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def wrap_lifespan(app: FastAPI, start: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import structlog
 from fastapi import FastAPI
@@ -33,13 +34,14 @@ from adapters.store import ArtifactStore
 from server.api import EngineBuilder, LitServeTransport, RoutesSpec, build_server, guard_processes, wrap_lifespan
 from server.auth import AuthMiddleware
 from server.chat import ChatService
-from server.config import ServeSettings, check_bind
+from server.config import ServeSettings, check_bind, check_port
 from server.draining import drain_before_exit
 from server.engine.families import SUPPORTED_FAMILIES
-from server.engine_client import EngineClient
+from server.engine_client import EngineClient, Transport
 from server.engine_factory import build_engine, find_pinned
 from server.errors import install_error_handlers
 from server.fine_tuning import FineTuningService
+from server.home_lock import held_home
 from server.job_supervisor import SupervisorProcess
 from server.limits import BodyLimitMiddleware, larger_bodies
 from server.metrics import Metrics
@@ -49,9 +51,9 @@ from server.pins import PinKeeper
 from server.routes import router
 from server.services import Services
 from server.tracing import check_tracing, exported_traces
-from server.uploads import Uploads
+from server.uploads import Uploads, sweep_uploads
 
-__all__ = ["serve"]
+__all__ = ["equip_app", "join_services", "serve"]
 
 _log = structlog.get_logger(__name__)
 
@@ -63,28 +65,32 @@ def serve(core: CoreSettings, settings: ServeSettings, build: EngineBuilder = bu
 
     Raises:
         BaseModelError: the base model can't be fetched or is not supported.
-        ConfigurationError: a pinned alias does not exist, or others could reach the server and there are no API keys.
+        ConfigurationError: a pinned alias does not exist, others could reach the server and there are no API keys,
+            another server runs on the home, or another program has the port.
     """
     configure_log(settings.log_level)
     _check_bind(core, settings)
+    with held_home(core.home, address=settings.address):
+        check_port(settings)
+        _serve_alone(core, settings, build)
+
+
+def _serve_alone(core: CoreSettings, settings: ServeSettings, build: EngineBuilder) -> None:
     settings = _fit_base(settings, pull_base(core.base, core.home))
     ArtifactStore(core.home / "store").sweep()
+    sweep_uploads(core.home)
     _check_pinned(core, settings)
     if settings.traces:
         check_tracing()
     stopping = guard_processes()
 
     def configure_app(app: FastAPI, spec: RoutesSpec) -> None:
-        describe_api(app)
-        app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes, larger=larger_bodies(settings))
-        app.add_middleware(AuthMiddleware, is_loopback=settings.is_loopback)
-        app.add_middleware(RequestIdMiddleware)
-        install_error_handlers(app)
+        equip_app(app, settings)
         wrap_lifespan(app, lambda started: _running_services(started, spec, core, settings))
 
     server = build_server(core, settings, router, configure_app, build)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _interrupt_parent(os.getpid(), stopping))
+        signal.signal(number, _interrupt_parent(os.getpid(), stopping, server.hasten))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with _training_jobs(core, settings, stopping):
         server.run(
@@ -117,29 +123,11 @@ async def _running_services(
 ) -> AsyncIterator[None]:
     """Build one API process's parts after LitServe has forked it, and run the engine's client beside the routes."""
     registry = _open_registry(core)
-    experiments = ExperimentService(registry.database)
-    metrics = Metrics()
-    engine = EngineClient(
-        LitServeTransport(spec),
-        max_in_flight=settings.max_waiting,
-        max_tokens=settings.max_queued_tokens,
-        on_message=metrics.note_message,
-    )
-    metrics.watch(engine)
     tokenizer = load_tokenizer(pull_base(core.base, core.home))
-    chat = ChatService(registry, experiments, engine, tokenizer, settings, metrics)
-    pins = PinKeeper(
-        PinService(registry.database), engine, always=settings.pinned, max_versions=max(0, settings.slots - 1)
-    )
-    uploads = Uploads(core, timeout_s=settings.timeout_s)
-    files = FileService(registry.database, core.home / "files", max_bytes=settings.max_file_bytes)
-    files.sweep()
-    jobs = JobService(registry.database, max_queued=settings.max_queued_jobs)
-    fine_tuning = FineTuningService(jobs, base_name=public_name(core.base), max_rank=core.max_rank)
-    app.state.services = Services(
-        registry, experiments, engine, chat, metrics, KeyService(registry.database), pins, uploads, files, fine_tuning
-    )
-    tasks = [asyncio.create_task(engine.run()), asyncio.create_task(pins.run())]
+    services = join_services(registry, LitServeTransport(spec), tokenizer, core, settings)
+    app.state.services, engine = services, services.engine
+    services.files.sweep()
+    tasks = [asyncio.create_task(engine.run()), asyncio.create_task(services.pins.run())]
     for task in tasks:
         task.add_done_callback(_end_if_crashed)
     drain_before_exit(engine, limit_s=settings.drain_s)
@@ -150,7 +138,56 @@ async def _running_services(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        services.uploads.close()
         registry.database.close()
+
+
+def equip_app(app: FastAPI, settings: ServeSettings) -> None:
+    """Put around an app's routes what every request goes through, and complete its description."""
+    describe_api(app)
+    app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes, larger=larger_bodies(settings))
+    app.add_middleware(AuthMiddleware, is_loopback=settings.is_loopback)
+    app.add_middleware(RequestIdMiddleware)
+    install_error_handlers(app)
+
+
+def join_services(
+    registry: Registry, transport: Transport, tokenizer: Any, core: CoreSettings, settings: ServeSettings
+) -> Services:
+    """Make one API process's parts; starts none of them.
+
+    Args:
+        registry: Versions and aliases; its database is everybody's.
+        transport: The line to the engine worker.
+        tokenizer: The base model's, with the chat template.
+        core: Base model and home folder.
+        settings: Limits.
+    """
+    database = registry.database
+    experiments = ExperimentService(database)
+    metrics = Metrics()
+    engine = EngineClient(
+        transport,
+        max_in_flight=settings.max_waiting,
+        max_tokens=settings.max_queued_tokens,
+        on_message=metrics.note_message,
+    )
+    metrics.watch(engine)
+    base_name = public_name(core.base)
+    jobs = JobService(database, max_queued=settings.max_queued_jobs)
+    return Services(
+        registry=registry,
+        experiments=experiments,
+        engine=engine,
+        chat=ChatService(registry, experiments, engine, tokenizer, settings, metrics, base_name=base_name),
+        metrics=metrics,
+        keys=KeyService(database),
+        pins=PinKeeper(PinService(database), engine, always=settings.pinned, max_versions=max(0, settings.slots - 1)),
+        uploads=Uploads(core, timeout_s=settings.timeout_s),
+        files=FileService(database, core.home / "files", max_bytes=settings.max_file_bytes),
+        fine_tuning=FineTuningService(jobs, base_name=base_name, max_rank=core.max_rank),
+        base_name=base_name,
+    )
 
 
 def _end_if_crashed(task: asyncio.Task[None]) -> None:
@@ -194,19 +231,25 @@ def _fit_base(settings: ServeSettings, base_folder: Path) -> ServeSettings:
     return settings.model_copy(update=limits)
 
 
-def _interrupt_parent(parent: int, stopping: threading.Event) -> Callable[[int, FrameType | None], None]:
+def _interrupt_parent(
+    parent: int, stopping: threading.Event, hasten: Callable[[], None]
+) -> Callable[[int, FrameType | None], None]:
     """A handler that turns SIGTERM, which process managers send, into what LitServe shuts down in good order on.
 
-    The API process is forked with it, has a handler of its own while it serves, and must not raise when uvicorn repeats
-    the signal at the end.
+    From the second signal on it only calls `hasten`: the shutdown must not be interrupted. The API process is forked
+    with it, has a handler of its own while it serves, and must not raise when uvicorn repeats the signal at the end.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == parent:
-            stopping.set()
-            # Its monitor does not know that the end is wanted, and would report the processes that are gone by then.
-            logging.getLogger("litserve.server").setLevel(logging.CRITICAL)
-            raise KeyboardInterrupt
+        if os.getpid() != parent:
+            return
+        if stopping.is_set():
+            hasten()
+            return
+        stopping.set()
+        # Its monitor does not know that the end is wanted, and would report the processes that are gone by then.
+        logging.getLogger("litserve.server").setLevel(logging.CRITICAL)
+        raise KeyboardInterrupt
 
     return handle
 

@@ -62,7 +62,10 @@ def open_to_all() -> DependsParam:
 
 @dataclass(frozen=True, slots=True)
 class RouteAccess:
-    """What one route declares. Not open and without scopes means that it declares nothing."""
+    """What one route declares. Not open and without scopes means that it declares nothing.
+
+    `path` is as the OpenAPI document has it: the kinds of its parameters are left to `pattern`.
+    """
 
     path: str
     methods: frozenset[str]
@@ -81,7 +84,7 @@ def _access_of(context: RouteContext) -> RouteAccess:
     dependencies: Sequence[DependsParam] = getattr(context, "dependencies", ())
     scopes = [s for item in dependencies if isinstance(item, SecurityParam) for s in item.scopes or ()]
     return RouteAccess(
-        path=path,
+        path=re.sub(r":[a-z]+}", "}", path),
         methods=frozenset(context.methods or ()),
         pattern=compile_path(path)[0],
         is_open=path in _DOCUMENTATION_PATHS or any(item.dependency is _anybody for item in dependencies),

@@ -12,7 +12,7 @@ from server.callers import Meter
 from server.engine.core import GenerationRequest
 from server.tools import ToolUse
 
-__all__ = ["ID_PREFIXES", "Answer", "Call", "Operation", "headers_of", "make_answers", "time_per_token", "unit_of"]
+__all__ = ["ID_PREFIXES", "Call", "Choice", "Operation", "headers_of", "make_answers", "time_per_token", "unit_of"]
 
 
 Operation = Literal["chat", "text_completion"]  # OpenTelemetry's names for them
@@ -20,12 +20,13 @@ ID_PREFIXES: dict[Operation, str] = {"chat": "chatcmpl", "text_completion": "cmp
 
 
 @dataclass(slots=True)
-class Answer:
+class Choice:
     """One of the answers to a request. `ChatService` writes the lower fields while it is made."""
 
     index: int
     generation: GenerationRequest
     completion_tokens: int = 0
+    first_token: float | None = None
     last_token: float | None = None
     finish_reason: str | None = None
 
@@ -41,7 +42,7 @@ class Call:
     binding: Binding
     unit: str
     unit_source: Literal["user", "request"]
-    answers: dict[str, Answer]  # by the engine's request id
+    answers: dict[str, Choice]  # by the engine's request id
     num_answers: int  # to each prompt
     created: int
     started: float
@@ -70,19 +71,19 @@ class Call:
         return sum(answer.completion_tokens for answer in self.answers.values())
 
 
-def make_answers(request_id: str, requests: Sequence[GenerationRequest], count: int) -> dict[str, Answer]:
+def make_answers(request_id: str, requests: Sequence[GenerationRequest], count: int) -> dict[str, Choice]:
     """The engine's requests for so many answers to each prompt, by their ids.
 
     The answers to one prompt have seeds of their own, counted from the one that was given.
     """
-    answers: dict[str, Answer] = {}
+    answers: dict[str, Choice] = {}
     for request in requests:
         seed = request.sampling.seed
         for number in range(count):
             index = len(answers)
             own_id = request_id if len(requests) * count == 1 else f"{request_id}-{index}"
             sampling = replace(request.sampling, seed=None if seed is None else seed + number)
-            answers[own_id] = Answer(index, replace(request, id=own_id, sampling=sampling))
+            answers[own_id] = Choice(index, replace(request, id=own_id, sampling=sampling))
     return answers
 
 
@@ -109,10 +110,18 @@ def headers_of(binding: Binding) -> dict[str, str]:
 
 
 def time_per_token(call: Call) -> float | None:
-    """Mean seconds per token of an answer after its first; None if there are none or the answer did not end well."""
-    answer = next(iter(call.answers.values()))
-    if call.finish_reason not in ("stop", "length") or answer.completion_tokens < 2:
+    """Mean seconds per token behind the first of its answer, over all answers.
+
+    None if there are no such tokens or an answer did not end well.
+    """
+    if call.finish_reason not in ("stop", "length"):
         return None
-    assert call.first_token is not None, "there are tokens"
+    longer = [answer for answer in call.answers.values() if answer.completion_tokens > 1]
+    num_gaps = sum(answer.completion_tokens - 1 for answer in longer)
+    return sum(map(_seconds_after_first, longer)) / num_gaps if num_gaps else None
+
+
+def _seconds_after_first(answer: Choice) -> float:
+    assert answer.first_token is not None, "there are tokens"
     assert answer.last_token is not None, "there are tokens"
-    return (answer.last_token - call.first_token) / (answer.completion_tokens - 1)
+    return answer.last_token - answer.first_token

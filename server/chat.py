@@ -22,7 +22,7 @@ from adapters.experiments import ExperimentService
 from adapters.records import Exposure
 from adapters.registry import Registry
 from server.callers import Caller
-from server.calls import ID_PREFIXES, Answer, Call, Operation, headers_of, make_answers, time_per_token, unit_of
+from server.calls import ID_PREFIXES, Call, Choice, Operation, headers_of, make_answers, time_per_token, unit_of
 from server.completion_schemas import CompletionRequest
 from server.config import ServeSettings
 from server.engine.core import Constraint, EngineEvent, GenerationRequest
@@ -30,6 +30,7 @@ from server.engine_client import EngineClient
 from server.generation import sampling_params
 from server.logprobs import LogprobsWriter
 from server.metrics import Metrics
+from server.model_names import resolve_model
 from server.prompts import chat_prompt, check_length, text_prompt, token_prompt
 from server.schema_check import SchemaChecker
 from server.schemas import ChatRequest, GenerationOptions
@@ -44,7 +45,7 @@ _FAILURES = frozenset({"adapter_failed", "constraint_failed", "deadline", "engin
 
 
 class ChatService:
-    """Joins registry, tokenizer, engine and exposures for one API process."""
+    """Joins registry, tokenizer, engine and exposures for one API process. `base_name` is the base model's own name."""
 
     def __init__(
         self,
@@ -54,7 +55,10 @@ class ChatService:
         tokenizer: Any,
         settings: ServeSettings,
         metrics: Metrics,
+        *,
+        base_name: str,
     ) -> None:
+        self._base_name = base_name
         self._metrics = metrics
         self._registry = registry
         self._experiments = experiments
@@ -112,7 +116,7 @@ class ChatService:
         registry = self._registry.acting_for(caller.actor(request_id))
         unit, unit_source = unit_of(body.user, request_id)
         try:
-            binding = await asyncio.to_thread(registry.resolve, body.model, unit=unit)
+            binding = await asyncio.to_thread(resolve_model, registry, body.model, unit=unit, base_name=self._base_name)
         except (NotFoundError, InvalidNameError) as error:
             raise InvalidNameError(str(error), param="model") from None
         self._metrics.name_binding(binding)
@@ -234,10 +238,12 @@ class ChatService:
         elif None not in reasons:
             call.finish_reason = "length" if "length" in reasons else "stop"
 
-    def _note_token(self, call: Call, answer: Answer, now: float) -> None:
+    def _note_token(self, call: Call, answer: Choice, now: float) -> None:
         if call.first_token is None:
             call.first_token = now
             self._metrics.observe_first_token(call.binding, now - call.started)
+        if answer.first_token is None:
+            answer.first_token = now
         if answer.last_token is not None:
             self._metrics.observe_gap(call.binding, now - answer.last_token)
         answer.last_token = now

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from server.calls import Answer, Call
+from server.calls import Call, Choice
 from server.engine.core import EngineEvent
 from server.logprobs import LogprobsWriter
 from server.schemas import ChatRequest, chat_choice, chat_chunk, chat_completion, usage_body
@@ -70,7 +70,7 @@ class ChatWriter:
             usage = usage_body(self._call.prompt_tokens, self._call.completion_tokens)
             yield self._chunk(delta={}) | {"choices": [], "usage": usage}
 
-    def _choice(self, name: str, answer: Answer, events: Sequence[EngineEvent]) -> dict[str, Any]:
+    def _choice(self, name: str, answer: Choice, events: Sequence[EngineEvent]) -> dict[str, Any]:
         text = "".join(event.text for event in events)
         calls: list[dict[str, Any]] = []
         if reader := self._readers.get(name):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -14,7 +16,7 @@ from adapters.errors import ConfigurationError
 from adapters.records import ApiKey
 from adapters.settings import SettingsSection, split_names
 
-__all__ = ["ServeSettings", "check_bind"]
+__all__ = ["ServeSettings", "check_bind", "check_port"]
 
 _DEFAULT_CACHE_TOKENS = 32_768
 
@@ -135,6 +137,11 @@ class ServeSettings(SettingsSection):
         return self.host == "127.0.0.1"
 
     @property
+    def address(self) -> str:
+        """Where this machine reaches the server: http://127.0.0.1:8000."""
+        return f"http://{'[::1]' if self.host == '::' else '127.0.0.1'}:{self.port}"
+
+    @property
     def resolved_cache_tokens(self) -> int:
         """What is set; otherwise room for 32,768 tokens, or for one longest request where that is more."""
         return max(_DEFAULT_CACHE_TOKENS, self.max_context) if self.cache_tokens is None else self.cache_tokens
@@ -164,3 +171,26 @@ def check_bind(settings: ServeSettings, keys: Iterable[ApiKey]) -> None:
             "make one first (hotswap keys create NAME), or listen on 127.0.0.1",
             param="host",
         )
+
+
+def check_port(settings: ServeSettings) -> None:
+    """Look whether the server could listen where it is to, before it loads a base model to find out.
+
+    Raises:
+        ConfigurationError: another program listens there, or the address can't be had.
+    """
+    with socket.socket(socket.AF_INET6 if settings.host == "::" else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: a closed connection is no one
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise ConfigurationError(
+                    f"setting serve.host: can't listen on {settings.host}:{settings.port}: {error.strerror}",
+                    param="host",
+                ) from None
+            raise ConfigurationError(
+                f"setting serve.port: another program listens on {settings.host}:{settings.port}; stop it, or give "
+                "another port (--port NUMBER)",
+                param="port",
+            ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import time
@@ -82,6 +83,7 @@ class EngineClient:
         self._status: EngineStatus | None = None
         self._last_heard = 0.0
         self._is_draining = False
+        self._drain_until = math.inf
         self._residency: dict[str, Residence] = {}
 
     @property
@@ -157,13 +159,17 @@ class EngineClient:
     async def drain(self, *, limit_s: float) -> None:
         """Take no more requests, and return when those in flight have ended; after `limit_s` they end in an error."""
         self._is_draining = True
-        deadline = time.monotonic() + limit_s
+        self._drain_until = min(self._drain_until, time.monotonic() + limit_s)
         _log.info("draining", num_requests=len(self._in_flight))
-        while self._in_flight and time.monotonic() < deadline:
+        while self._in_flight and time.monotonic() < self._drain_until:
             await asyncio.sleep(_DRAIN_CHECK_S)
         if self._in_flight:
-            _log.warning("drain_cut_short", num_requests=len(self._in_flight), limit_s=limit_s)
+            _log.warning("drain_cut_short", num_requests=len(self._in_flight))
             self._end_all("the server is shutting down")
+
+    def cut_drain(self) -> None:
+        """Let a drain that is under way, or about to begin, wait no longer."""
+        self._drain_until = 0.0
 
     def _check_load(self, requests: Sequence[GenerationRequest]) -> None:
         num_tokens = sum(request.num_tokens for request in requests)

@@ -64,6 +64,7 @@ ANSWERS: dict[type[core.HotswapError], Answer] = {
     # OpenAI's clients repeat a 409 by themselves; the state that forbids the request is not one that passes.
     core.ConflictError: Answer(409, "invalid_request_error", "conflict", should_retry=False),
     core.IntegrityError: Answer(500, "server_error", "integrity_error", is_public=False),
+    core.DatabaseBusyError: Answer(503, "server_error", "database_busy", should_retry=True),
     core.BaseModelError: Answer(500, "server_error", "base_model_error", is_public=False),
     core.OverloadedError: Answer(429, "rate_limit_error", "overloaded", should_retry=True),
     core.RateLimitError: Answer(429, "rate_limit_error", "rate_limit_exceeded", should_retry=True),
@@ -126,7 +127,8 @@ async def _answer_invalid_body(request: Request, error: Exception) -> JSONRespon
     elif first["loc"] == ("body",) and not _is_json(request):
         message, code = "expected a JSON object, sent with the header content-type: application/json", "invalid_value"
     else:
-        message, code = (f"{param}: {first['msg']}" if param else first["msg"]), "invalid_value"
+        reason = first["msg"].removeprefix("Value error, ")  # pydantic's prefix for our own words
+        message, code = (f"{param}: {reason}" if param else reason), "invalid_value"
     count_error(request, code)
     return JSONResponse(error_body(message, kind="invalid_request_error", param=param, code=code), status_code=400)
 

@@ -53,7 +53,7 @@ _ERRORS = {
     "409": "The request is fine, the present state forbids it.",
     "413": "The body is larger than the server takes.",
     "429": "Too much at once; nothing was started.",
-    "503": "The engine is starting or draining; nothing was started.",
+    "503": "The engine is starting or draining, or the database is held by others; nothing was started.",
     "default": "Any other error.",
 }
 _OF_BODIES = frozenset({"400", "409", "413", "429", "503"})

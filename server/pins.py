@@ -10,7 +10,7 @@ import asyncio
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from adapters.errors import ConflictError
+from adapters.errors import ConflictError, DatabaseBusyError
 from adapters.pins import PinService
 from adapters.records import Actor
 from server.engine_client import EngineClient
@@ -78,7 +78,7 @@ class PinKeeper:
         while True:
             try:
                 await self.reconcile()
-            except SQLAlchemyError:
+            except (SQLAlchemyError, DatabaseBusyError):
                 # A locked or lost database answers requests with an error; this has nobody to tell and tries again.
                 _log.exception("pins_not_read")
             await asyncio.sleep(_CHECK_EVERY_S)

@@ -5,12 +5,14 @@ Request bodies refuse unknown fields; moments are seconds since 1970, as in Open
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from fastapi import Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters.manifest import Manifest
+from adapters.paging import cut_page
 from adapters.records import VersionKind
 
 __all__ = [
@@ -44,16 +46,19 @@ __all__ = [
     "VersionDetail",
     "VersionObject",
     "VersionPath",
+    "make_page",
 ]
 
 ALIAS_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
-VERSION_PATTERN = r"^(v[1-9][0-9]{0,8}|[0-9a-f]{8,64})$"
+VERSION_PATTERN = r"^([a-z0-9][a-z0-9._-]{0,62}@)?(v[1-9][0-9]{0,8}|[0-9a-f]{8,64})$"
 EXPERIMENT_PATTERN = r"^exp-[0-9a-f]{12}$"
+_VERSION = "v1, v2, ..., or the beginning of a digest; with or without its alias: legal@v2."
 _Item = TypeVar("_Item")
 
 AliasPath = Annotated[str, Path(pattern=ALIAS_PATTERN, description="An alias.", examples=["legal"])]
 VersionPath = Annotated[
-    str, Path(pattern=VERSION_PATTERN, description="v1, v2, ..., or the beginning of a digest.", examples=["v2"])
+    str,
+    Path(pattern=VERSION_PATTERN, description=_VERSION, examples=["v2"]),
 ]
 ExperimentPath = Annotated[
     str, Path(pattern=EXPERIMENT_PATTERN, description="An experiment's id.", examples=["exp-5b06e77e8b0a"])
@@ -70,21 +75,21 @@ class PromoteRequest(_Body):
     """Body of a promotion."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"version": "v2"}]})
-    version: str = Field(pattern=VERSION_PATTERN, description="v1, v2, ..., or the beginning of a digest.")
+    version: str = Field(pattern=VERSION_PATTERN, description=_VERSION)
 
 
 class PinRequest(_Body):
     """Body of pin, unpin and unload: one version, or without it the alias and whatever it points to."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"version": "v2"}, {}]})
-    version: str | None = Field(None, pattern=VERSION_PATTERN, description="v1, v2, ..., or a digest's beginning.")
+    version: str | None = Field(None, pattern=VERSION_PATTERN, description=_VERSION)
 
 
 class ArmBody(_Body):
     """One arm of an experiment to be started."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9]{1,32}$", description="Letters and digits.")
-    version: str = Field(pattern=VERSION_PATTERN, description="v1, v2, ..., or the beginning of a digest.")
+    version: str = Field(pattern=VERSION_PATTERN, description=_VERSION)
     weight: float = Field(gt=0, le=100, allow_inf_nan=False, description="Share of the users, in percent.")
 
 
@@ -117,6 +122,13 @@ class Page(BaseModel, Generic[_Item]):
     first_id: str | None
     last_id: str | None
     has_more: bool
+
+
+def make_page(items: Sequence[_Item], limit: int, id_of: Callable[[_Item], object]) -> Page[_Item]:
+    """The first `limit` of what was read, one more than that if there is more; `id_of` names what `after` takes."""
+    data, has_more = cut_page(items, limit)
+    first, last = (str(id_of(data[0])), str(id_of(data[-1]))) if data else (None, None)
+    return Page(data=data, first_id=first, last_id=last, has_more=has_more)
 
 
 class ResidencyObject(BaseModel):

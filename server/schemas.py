@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, StrictBool, StringConstraints, field_validator, model_validator
+from pydantic import BeforeValidator, Field, StrictBool, StringConstraints, field_validator, model_validator
 
 from server.tool_schemas import MAX_TOOLS, Tool, ToolCall, ToolChoice
 from server.wire import MAX_CONTENT_CHARS, FunctionName, LenientNulls, Text, Wire
@@ -40,6 +40,19 @@ TokenId = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,6})$")]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 MetadataKey = Annotated[str, StringConstraints(max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+
+
+def _ineffective(*taken: object, because: str) -> BeforeValidator:
+    """Refuse what would change something if it were followed, with the reason why nothing follows it."""
+
+    def check(value: Any) -> Any:
+        # Not `in`: 0 is no False here.
+        if value is not None and not any(value is item or (isinstance(value, str) and value == item) for item in taken):
+            allowed = " or ".join(str(item).lower() for item in taken)
+            raise ValueError(f"{because}: expected {allowed}, found {value!r:.80}")
+        return value
+
+    return BeforeValidator(check)
 
 
 class TextPart(Wire):
@@ -187,11 +200,18 @@ class ChatRequest(GenerationOptions):
     metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=_MAX_METADATA)
     modalities: list[Literal["text"]] | None = Field(None, min_length=1, max_length=1)
     prompt_cache_key: str | None = Field(None, max_length=512)
-    reasoning_effort: Literal["none"] | None = None
+    reasoning_effort: Annotated[
+        Literal["none"] | None, _ineffective("none", because="nothing is added to make the model think")
+    ] = None
     safety_identifier: str | None = Field(None, max_length=512)
-    service_tier: Literal["auto", "default"] | None = None
-    store: Literal[False] = False
-    verbosity: Literal["medium"] | None = None
+    service_tier: Annotated[
+        Literal["auto", "default"] | None, _ineffective("auto", "default", because="there is one tier")
+    ] = None
+    store: Annotated[Literal[False], _ineffective(False, because="completions are not stored")] = False
+    verbosity: Annotated[
+        Literal["medium"] | None,
+        _ineffective("medium", because="nothing is added to make answers longer or shorter"),
+    ] = None
 
     @property
     def token_limit(self) -> int | None:

@@ -38,6 +38,7 @@ class Services:
     uploads: Uploads
     files: FileService
     fine_tuning: FineTuningService
+    base_name: str  # the base model's own, beside `base`
 
 
 CurrentCaller = Annotated[Caller, Depends(caller_of)]

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from adapters.errors import NotFoundError
+from adapters.records import version_name
 from clients.cli.options import BaseOption, HomeOption, JsonOption, load_core, open_registry
-from clients.cli.output import console, format_bytes, format_loss, make_table, print_gate, print_json
+from clients.cli.output import console, format_bytes, format_loss, print_gate, print_json, print_table
 
 if TYPE_CHECKING:
+    from adapters.pins import PinService
     from adapters.registry import Registry
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Adapters: list, show, promote, roll back, import, export, remove.", no_args_is_help=True)
+app = typer.Typer(
+    help="Adapters: list, show, promote, roll back, import, export, pin, unpin, remove.", no_args_is_help=True
+)
 _AliasArgument = Annotated[str, typer.Argument(help="An alias, for example legal.")]
 _NameArgument = Annotated[str, typer.Argument(help="An alias (legal) or a version (legal@v1).")]
+_VersionArgument = Annotated[str | None, typer.Argument(help="v1, if NAME is the alias alone.", show_default=False)]
 
 
 @app.command("list")
@@ -37,31 +43,28 @@ def list_adapters(home: HomeOption = None, json: JsonOption = False) -> None:
     if not aliases:
         console.print("no adapters yet; make one with: hotswap train NAME --data FILE.jsonl")
         return
-    rows = []
-    for alias in aliases:
-        version = alias.current.version
-        metrics = version.metrics
-        rows.append(
-            (
-                alias.name,
-                f"v{alias.current.number} of {alias.num_versions}",
-                version.rank,
-                format_bytes(version.size_bytes),
-                format_loss(metrics.get("validation_loss_before")),
-                format_loss(metrics.get("validation_loss_after")),
-                alias.experiment_id,
-                version.digest[:12],
-            )
+    rows = [
+        (
+            alias.current.label,
+            alias.num_versions,
+            alias.current.version.rank,
+            format_bytes(alias.current.version.size_bytes),
+            _format_losses(alias.current.version.metrics),
+            alias.experiment_id,
         )
-    columns = ["alias", "version", "rank", "size", "loss before", "loss after", "experiment", "digest"]
-    console.print(make_table(columns, rows))
+        for alias in aliases
+    ]
+    columns = ["adapter", "versions", "rank", "size", "loss", "experiment"]
+    print_table(columns, rows, whole=["adapter", "experiment"])
 
 
 @app.command("show")
-def show(name: _NameArgument, home: HomeOption = None, json: JsonOption = False) -> None:
+def show(
+    name: _NameArgument, version: _VersionArgument = None, home: HomeOption = None, json: JsonOption = False
+) -> None:
     """Show a version's manifest, and the alias's versions and history."""
     registry = open_registry(home)
-    found = registry.find(name)
+    found = registry.find(version_name(name, version))
     live = _live_number(registry, found.alias)
     manifest = registry.store.verify(found.version.digest)
     history = registry.history(found.alias)
@@ -71,7 +74,6 @@ def show(name: _NameArgument, home: HomeOption = None, json: JsonOption = False)
         print_json(document | {"versions": versions, "history": history})
         return
     rows: list[tuple[str, Any]] = [
-        ("digest", found.version.digest),
         ("base model", f"{manifest.base.name} ({manifest.base.quantisation}), {manifest.base.fingerprint[:12]}"),
         ("source", manifest.source),
         ("kind", "reward model: it scores answers and writes none" if manifest.kind == "reward" else "chat"),
@@ -87,24 +89,27 @@ def show(name: _NameArgument, home: HomeOption = None, json: JsonOption = False)
         ("gate", manifest.gate.reason if manifest.gate else None),
         ("files", "intact (every hash checked)"),
     ]
-    console.print(make_table(["", found.label], rows))
+    print_table(["", found.label], rows)
+    console.print(f"digest: {found.version.digest}", soft_wrap=True)
     if manifest.gate is not None:
         print_gate(manifest.gate)
-    numbers = [f"v{v.number}{' (live)' if v.number == live else ''}" for v in versions]
-    console.print(f"versions: {', '.join(numbers)}")
+    labels = [f"{v.label}{' (live)' if v.number == live else ''}" for v in versions]
+    console.print(f"versions: {', '.join(labels)}", soft_wrap=True)
     for change in history:
-        source = f"v{change.from_number} -> " if change.from_number else ""
-        console.print(f"  {change.changed_at:%Y-%m-%d %H:%M:%S} {change.action} {source}v{change.to_number}")
+        source = f"{change.alias}@v{change.from_number} -> " if change.from_number else ""
+        moved = f"{change.action} {source}{change.alias}@v{change.to_number}"
+        console.print(f"  {change.changed_at:%Y-%m-%d %H:%M:%S} {moved}", soft_wrap=True)
 
 
 @app.command("promote")
 def promote(
-    version: Annotated[str, typer.Argument(help="The version to point to, for example legal@v2.")],
+    name: Annotated[str, typer.Argument(help="The version to point to (legal@v2), or its alias with VERSION.")],
+    version: _VersionArgument = None,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
     """Point an alias to one of its versions; new requests get it at once."""
-    alias = open_registry(home).promote(version)
+    alias = open_registry(home).promote(version_name(name, version))
     _print_alias(alias.name, alias.current.label, alias, as_json=json)
 
 
@@ -117,7 +122,9 @@ def rollback(alias: _AliasArgument, home: HomeOption = None, json: JsonOption = 
 
 @app.command("import")
 def import_adapter(
-    folder: Annotated[Path, typer.Argument(help="A LoRA adapter in PEFT's layout.")],
+    source: Annotated[
+        Path, typer.Argument(help="A LoRA adapter in PEFT's layout: a folder, or the archive of an export.")
+    ],
     alias: Annotated[str, typer.Option("--alias", help="Name to publish under.")],
     promote: Annotated[bool, typer.Option(help="Let the alias point to it.")] = True,
     home: HomeOption = None,
@@ -126,13 +133,14 @@ def import_adapter(
 ) -> None:
     """Check a LoRA adapter made elsewhere and publish it.
 
-    Where the folder has a Hotswap manifest, its base model must be the configured one. A folder without is taken to be
-    made for the configured base model: shapes are checked, its origin can't be.
+    Where it has a Hotswap manifest, its base model must be the configured one. Without one it is taken to be made for
+    the configured base model: shapes are checked, its origin can't be.
     """
-    from adapters.imports import import_folder
+    from adapters.imports import import_archive, import_folder
 
     core = load_core(home, base=base)
-    published, is_live = import_folder(folder, alias, core=core, registry=open_registry(home), promote=promote)
+    import_it = import_archive if source.is_file() else import_folder
+    published, is_live = import_it(source, alias, core=core, registry=open_registry(home), promote=promote)
     if json:
         print_json({"version": published, "is_live": is_live})
     else:
@@ -158,15 +166,45 @@ def export(
         console.print(f"{found.label} is in {target}")
 
 
+@app.command("pin")
+def pin(
+    name: _NameArgument, version: _VersionArgument = None, home: HomeOption = None, json: JsonOption = False
+) -> None:
+    """Keep a version in a slot, also after a restart; an alias's pin follows it. A running server does so at once."""
+    from adapters.pins import PinService
+    from server.config import ServeSettings
+
+    core = load_core(home)
+    settings = ServeSettings.load(core.home)
+    pins = PinService(open_registry(home).database)
+    pinned = version_name(name, version)
+    pins.pin(pinned, max_versions=settings.slots - 1, always=settings.pinned)
+    _print_pins(f"{pinned} is pinned", pins, as_json=json)
+
+
+@app.command("unpin")
+def unpin(
+    name: _NameArgument, version: _VersionArgument = None, home: HomeOption = None, json: JsonOption = False
+) -> None:
+    """Undo a pin of just this name. What the setting serve.pinned names stays pinned."""
+    from adapters.pins import PinService
+
+    pins = PinService(open_registry(home).database)
+    unpinned = version_name(name, version)
+    pins.unpin(unpinned)
+    _print_pins(f"{unpinned} is not pinned any more", pins, as_json=json)
+
+
 @app.command("remove")
 def remove(
     name: _NameArgument,
+    version: _VersionArgument = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
     """Delete a version (legal@v1), or an alias with all its versions (legal)."""
-    registry = open_registry(home)
+    registry, name = open_registry(home), version_name(name, version)
     if not yes:
         typer.confirm(f"Delete {name} and its files for good?", abort=True, err=True)
     removed = registry.remove(name)
@@ -182,6 +220,19 @@ def _live_number(registry: Registry, alias: str) -> int | None:
         return registry.alias(alias).current.number
     except NotFoundError:
         return None
+
+
+def _print_pins(text: str, pins: PinService, *, as_json: bool) -> None:
+    names = sorted(pins.names())
+    if as_json:
+        print_json({"pinned": names})
+    else:
+        console.print(f"{text}; pinned: {', '.join(names) or 'none'}", soft_wrap=True)
+
+
+def _format_losses(metrics: Mapping[str, Any]) -> str | None:
+    before, after = metrics.get("validation_loss_before"), metrics.get("validation_loss_after")
+    return None if after is None else f"{format_loss(before) or '?'} -> {format_loss(after)}"
 
 
 def _print_alias(name: str, label: str, document: object, *, as_json: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from clients.cli.options import HomeOption, JsonOption, open_registry
-from clients.cli.output import console, make_table, print_json
+from clients.cli.output import console, print_json
 
 __all__ = ["audit"]
 
@@ -18,24 +18,16 @@ def audit(
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show the latest administrative acts, newest first."""
-    from rich.markup import escape
-
+    """Show the latest administrative acts, newest first: when (UTC), who, what, to what, details, HTTP request."""
     from adapters.audit import AuditLog
 
     entries = AuditLog(open_registry(home).database).list(limit=limit)
     if json:
         print_json(entries)
         return
-    rows = [
-        (
-            f"{entry.acted_at:%Y-%m-%d %H:%M:%S}",
-            entry.actor,
-            entry.action.replace("_", " "),
-            entry.subject,
-            escape(json_text.dumps(entry.detail, ensure_ascii=False)),
-            entry.request_id,
-        )
-        for entry in entries
-    ]
-    console.print(make_table(["time (UTC)", "who", "did", "to", "detail", "request"], rows))
+    for entry in entries:
+        detail = json_text.dumps(entry.detail, ensure_ascii=False) if entry.detail else ""
+        act = f"{entry.actor} {entry.action.replace('_', ' ')} {entry.subject} {detail} {entry.request_id or ''}"
+        # A line an act: ids stay whole, however narrow the terminal is.
+        line = f"{entry.acted_at:%Y-%m-%d %H:%M:%S}  {act.rstrip()}"
+        console.print(line, markup=False, soft_wrap=True)

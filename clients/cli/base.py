@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from clients.cli.options import HomeOption, JsonOption, load_core
-from clients.cli.output import console, format_bytes, make_table, print_json
+from clients.cli.output import console, format_bytes, print_json, print_table
 
 __all__ = ["app"]
 
@@ -28,7 +28,7 @@ def list_bases(home: HomeOption = None, json: JsonOption = False) -> None:
     for name, folder in found:
         size = sum(path.stat().st_size for path in folder.iterdir()) if folder else None
         rows.append((name, "yes" if folder else "no", format_bytes(size) if size else None, folder))
-    console.print(make_table(["name", "fetched", "size", "folder"], rows))
+    print_table(["name", "fetched", "size", "folder"], rows, whole=["name", "folder"])
 
 
 @app.command("pull")

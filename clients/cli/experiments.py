@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clients.cli.options import HomeOption, JsonOption, open_registry
-from clients.cli.output import console, make_table, print_json
+from clients.cli.output import console, format_moment, print_json, print_table
 
 if TYPE_CHECKING:
-    from adapters.experiments import ExperimentReport, ExperimentService
+    from adapters.experiments import ExperimentReport, ExperimentService, MetricReport
+    from adapters.records import Experiment
     from adapters.statistics import Interval
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Experiments: create, show, stop.", no_args_is_help=True)
+app = typer.Typer(help="Experiments: create, list, show, stop.", no_args_is_help=True)
 _NameArgument = Annotated[str, typer.Argument(help="An experiment's id, or its alias.")]
 
 
@@ -36,8 +37,22 @@ def create(
     if json:
         print_json(experiment)
         return
-    shares = ", ".join(f"{arm.name} = v{arm.number} ({arm.weight:g} %)" for arm in experiment.arms)
-    console.print(f"{experiment.id} runs on {alias}: {shares}")
+    console.print(f"{experiment.id} runs on {alias}: {_describe_arms(experiment)}", soft_wrap=True)
+
+
+@app.command("list")
+def list_experiments(
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many at most.")] = 20,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """The newest experiments."""
+    found = _open(home).list(limit=limit)
+    if json:
+        print_json(found)
+        return
+    rows = [(item.id, item.state, format_moment(item.created_at), _describe_arms(item)) for item in found]
+    print_table(["experiment", "state", "created", "arms"], rows, whole=["experiment", "created"])
 
 
 @app.command("show")
@@ -66,36 +81,44 @@ def _open(home: Path | None) -> ExperimentService:
     return ExperimentService(open_registry(home).database)
 
 
+def _describe_arms(experiment: Experiment) -> str:
+    return ", ".join(f"{arm.name} = {experiment.alias}@v{arm.number} ({arm.weight:g} %)" for arm in experiment.arms)
+
+
 def _print_report(report: ExperimentReport) -> None:
     experiment = report.experiment
-    rows: list[tuple[object, ...]] = []
-    for arm in report.arms:
-        head = (f"{arm.arm.name} = v{arm.arm.number}", f"{arm.arm.weight:g} %", arm.num_exposures, arm.num_units)
-        if not arm.metrics:
-            rows.append((*head, arm.num_errors, None, None, None, None, None))
-        for metric in arm.metrics:
-            interval = metric.estimate.interval
-            rows.append(
-                (
-                    *head,
-                    arm.num_errors,
-                    metric.metric,
-                    metric.num_outcomes,
-                    f"{metric.estimate.mean:.3f}",
-                    _format_interval(interval) if interval else metric.estimate.method,
-                    f"{metric.difference.estimate:+.3f} {_format_interval(metric.difference)}"
-                    if metric.difference
-                    else None,
-                )
-            )
-    control = report.arms[0].arm.name
-    columns = ["arm", "share", "requests", "users", "errors", "metric", "outcomes", "mean", "95 % interval"]
-    title = f"{experiment.id} on {experiment.alias}, {experiment.state}"
-    console.print(make_table([*columns, f"against {control}"], rows, title=title))
+    console.print(f"{experiment.id} on {experiment.alias}, {experiment.state}", soft_wrap=True)
+    counts = [
+        (
+            entry.arm.name,
+            f"{experiment.alias}@v{entry.arm.number}",
+            f"{entry.arm.weight:g} %",
+            entry.num_exposures,
+            entry.num_units,
+            entry.num_errors,
+        )
+        for entry in report.arms
+    ]
+    print_table(["arm", "version", "share", "requests", "users", "errors"], counts, whole=["arm", "version"])
+    if outcomes := [_outcome(arm.arm.name, metric) for arm in report.arms for metric in arm.metrics]:
+        against = f"against {report.arms[0].arm.name}"
+        print_table(["arm", "metric", "outcomes", "mean", "95 % interval", against], outcomes, whole=["arm"])
     console.print(
         "Means are over users: each user's outcomes are averaged first. Intervals hold for one look at a sample size "
         "fixed beforehand; they don't allow looking again and again until one excludes zero.",
         style="dim",
+    )
+
+
+def _outcome(arm: str, metric: MetricReport) -> tuple[object, ...]:
+    interval, difference = metric.estimate.interval, metric.difference
+    return (
+        arm,
+        metric.metric,
+        metric.num_outcomes,
+        f"{metric.estimate.mean:.3f}",
+        _format_interval(interval) if interval else metric.estimate.method,
+        f"{difference.estimate:+.3f} {_format_interval(difference)}" if difference else None,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from clients.cli.output import console, format_loss, make_table
+from clients.cli.output import console, format_loss, print_table
 
 if TYPE_CHECKING:
     from adapters.jobs import JobService
@@ -34,13 +34,13 @@ def print_job(job: Job) -> None:
         ("made", job.fine_tuned_model),
         ("error", f"{job.error.code}: {job.error.message}" if job.error else None),
     ]
-    console.print(make_table(["", job.id], rows))
+    print_table(["", job.id], rows)
 
 
 def print_progress(jobs: JobService, job_id: str) -> None:
     """Its latest losses, the checkpoints that can be called, and its latest warnings."""
     if measured := jobs.metrics(job_id):
-        console.print(make_table(["step", "training loss", "validation loss"], _loss_rows(measured)))
+        print_table(["step", "training loss", "validation loss"], _loss_rows(measured))
     kept = [found.name for found in jobs.checkpoints(job_id, limit=_MAX_SHOWN)[0] if found.is_kept]
     if kept:
         console.print("checkpoints that can be called: " + ", ".join(kept), markup=False)

@@ -11,7 +11,7 @@ from adapters.errors import NotFoundError
 from clients.cli.job_orders import create_job
 from clients.cli.job_output import print_job, print_progress
 from clients.cli.options import HomeOption, JsonOption, open_registry
-from clients.cli.output import console, make_table, print_gate, print_json
+from clients.cli.output import console, format_moment, print_gate, print_json, print_table
 from clients.cli.plots import print_metrics
 
 if TYPE_CHECKING:
@@ -36,18 +36,10 @@ def list_jobs(limit: _LimitOption = 20, home: HomeOption = None, json: JsonOptio
         print_json(jobs)
         return
     rows = [
-        (
-            job.id,
-            job.status,
-            job.queue_position,
-            job.priority,
-            job.alias,
-            job.fine_tuned_model,
-            f"{job.created_at:%Y-%m-%d %H:%M}",
-        )
+        (job.id, job.status, job.queue_position, job.fine_tuned_model or job.alias, format_moment(job.created_at))
         for job in jobs
     ]
-    console.print(make_table(["job", "status", "place", "priority", "alias", "made", "created (UTC)"], rows))
+    print_table(["job", "status", "place", "adapter", "created"], rows, whole=["job", "adapter", "created"])
 
 
 @app.command("show")

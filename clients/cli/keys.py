@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clients.cli.options import HomeOption, JsonOption, open_registry
-from clients.cli.output import console, error_console, make_table, print_json
+from clients.cli.output import console, error_console, format_moment, print_json, print_table
 
 if TYPE_CHECKING:
     from adapters.keys import KeyService
@@ -40,16 +40,25 @@ def create(
     json: JsonOption = False,
 ) -> None:
     """Make a key and print its secret, this once: KEY=$(hotswap keys create web --scope chat)."""
-    from adapters.keys import parse_duration, parse_scope
-    from adapters.records import KeyLimits
+    from adapters.keys import KeyService, parse_duration, parse_scope
+    from adapters.records import BASE_MODEL_NAME, KeyLimits
 
-    key, secret = _open(home).create(
+    registry = open_registry(home)
+    key, secret = KeyService(registry.database).create(
         name,
         scopes=[parse_scope(item) for item in scope or ["chat"]],
         aliases=alias or None,  # Typer gives an empty list for a flag that was not given
         expires_in=None if expires is None else parse_duration(expires),
         limits=KeyLimits(requests_per_minute, tokens_per_minute, max_concurrent),
     )
+    known = {BASE_MODEL_NAME, *(alias.name for alias in registry.aliases())}
+    if absent := [name for name in key.aliases or () if name not in known]:
+        error_console.print(
+            f"there is no adapter {', '.join(absent)} yet: the key may use it once it is published. A name that is "
+            f"mistyped is best mended by another key: hotswap keys revoke {key.id}",
+            markup=False,
+            soft_wrap=True,
+        )
     if json:
         print_json({"key": key, "secret": secret})
         return
@@ -71,19 +80,11 @@ def list_keys(home: HomeOption = None, json: JsonOption = False) -> None:
         return
     from rich.markup import escape
 
-    columns = ["id", "name", "state", "may", "created", "expires", "last used"]
-    moments = [(key.created_at, key.expires_at, key.last_used_at) for key in keys]
     rows = [
-        (
-            key.id,
-            escape(key.name),
-            _state(key),
-            _describe(key),
-            *[moment and f"{moment:%Y-%m-%d %H:%M}" for moment in times],
-        )
-        for key, times in zip(keys, moments, strict=True)
+        (key.id, escape(key.name), _describe(key), _state(key), key.last_used_at and format_moment(key.last_used_at))
+        for key in keys
     ]
-    console.print(make_table(columns, rows))
+    print_table(["id", "name", "may", "valid", "last used"], rows, whole=["id", "valid", "last used"])
 
 
 @app.command("revoke")
@@ -126,4 +127,6 @@ def _state(key: ApiKey) -> str:
 
     if key.revoked_at is not None:
         return "revoked"
-    return "valid" if key.is_valid(datetime.now(UTC)) else "expired"
+    if key.expires_at is None:
+        return "always"
+    return f"until {format_moment(key.expires_at)}" if key.is_valid(datetime.now(UTC)) else "expired"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Collection, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,12 @@ __all__ = [
     "error_console",
     "format_bytes",
     "format_loss",
+    "format_moment",
     "format_seconds",
     "make_table",
     "print_gate",
     "print_json",
+    "print_table",
 ]
 
 console = Console(highlight=False)
@@ -36,14 +38,40 @@ def print_json(document: Any) -> None:
     sys.stdout.write(json.dumps(document, default=_plain, indent=2, ensure_ascii=False) + "\n")
 
 
-def make_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> Table:
-    """A table with one column a name; cells are shown as text, None as a dash."""
+def make_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    title: str | None = None,
+    whole: Collection[str] = (),
+) -> Table:
+    """A table with one column a name; cells are shown as text, None as a dash. The columns in `whole` never wrap."""
     table = Table(title=title, title_justify="left", header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold", min_width=max(map(len, column.split()), default=0))
-    for row in rows:
-        table.add_row(*["-" if cell is None else str(cell) for cell in row])
+    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    for number, column in enumerate(columns):
+        words = [column] if column in whole else column.split()
+        content = [row[number] for row in cells] if column in whole else []
+        width = max(map(len, [*words, *content]), default=0)
+        table.add_column(column, overflow="fold", no_wrap=column in whole, min_width=width)
+    for row in cells:
+        table.add_row(*row)
     return table
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    title: str | None = None,
+    whole: Collection[str] = (),
+) -> None:
+    """Print a table for people, wider than the terminal if `whole` columns need it: ids are there to be copied."""
+    console.print(make_table(columns, rows, title=title, whole=whole), crop=False)
+
+
+def format_moment(moment: datetime) -> str:
+    """A moment in UTC, short: 11-21 17:50 in this year, otherwise the date."""
+    return f"{moment:%m-%d %H:%M}" if moment.year == datetime.now(UTC).year else f"{moment:%Y-%m-%d}"
 
 
 def format_bytes(count: float) -> str:

@@ -31,26 +31,33 @@ def serve(flags: dict[str, Any], home: HomeOption = None, base: BaseOption = Non
 
 
 def _announce(core: CoreSettings, settings: ServeSettings) -> None:
+    """Say what is about to be served; what would keep the server from starting is said instead."""
     from adapters.keys import KeyService
-    from server.config import check_bind
+    from server.config import check_bind, check_port
+    from server.home_lock import check_home_free
 
+    check_home_free(core.home)
+    check_port(settings)
     registry = open_registry(core.home)
     names = [alias.current.label for alias in registry.aliases()]
     keys = KeyService(registry.database).list()
     registry.database.close()
     check_bind(settings, keys)
     shown = ", ".join(names[:_MAX_ALIASES_SHOWN]) + (" ..." if len(names) > _MAX_ALIASES_SHOWN else "")
-    url = f"http://{'127.0.0.1' if settings.host != '::' else '[::1]'}:{settings.port}"
+    url = settings.address
     where = "" if settings.is_loopback else f", listening on {settings.host}: every interface"
-    error_console.print(f"Hotswap on {url}/v1 (home {core.home}){where}", markup=False)
-    error_console.print(f"  base model  {core.base}, {core.quantisation}, device {core.device}")
-    error_console.print(f"  adapters    {shown or 'none yet: hotswap train NAME --data FILE.jsonl'}")
-    error_console.print(f"  jobs        {'trained here, one at a time' if settings.jobs else 'not trained here'}")
-    error_console.print(f"  API keys    {_describe_keys(keys)}", markup=False)
-    error_console.print(f'  try         hotswap chat {names[0].split("@")[0] if names else "base"} "Hello" --url {url}')
-    if keys:
-        error_console.print("              (with HOTSWAP_API_KEY set to a key's secret)")
-    error_console.print("Loading the base model; GET /ready answers 200 when it is up. Ctrl+C stops.")
+    lines = [
+        f"Hotswap on {url}/v1 (home {core.home}){where}",
+        f"  base model  {core.base}, {core.quantisation}, device {core.device}",
+        f"  adapters    {shown or 'none yet: hotswap train NAME --data FILE.jsonl'}",
+        f"  jobs        {'trained here, one at a time' if settings.jobs else 'not trained here'}",
+        f"  API keys    {_describe_keys(keys)}",
+        f'  try         hotswap chat {names[0].split("@")[0] if names else "base"} "Hello" --url {url}',
+        *(["              (with HOTSWAP_API_KEY set to a key's secret)"] if keys else []),
+        "Loading the base model; GET /ready answers 200 when it is up. Ctrl+C stops.",
+    ]
+    for line in lines:
+        error_console.print(line, markup=False, soft_wrap=True)
 
 
 def _describe_keys(keys: list[ApiKey]) -> str:

@@ -103,23 +103,27 @@ class GrammarCompiler:
         assert request.sampling.constraint is not None
         self._waiting.append(Waiting(request, now, self.compile(request.sampling.constraint)))
 
+    def wants(self, digest: str) -> bool:
+        """Whether any request here is for this version."""
+        return any(waiting.request.digest == digest for waiting in self._waiting)
+
     def remove_if(self, condition: Callable[[Waiting], bool]) -> list[Waiting]:
         """Take out all requests that the condition is true of, and return them."""
         removed = [waiting for waiting in self._waiting if condition(waiting)]
         self._waiting = [waiting for waiting in self._waiting if waiting not in removed]
         return removed
 
-    def take_ready(self) -> tuple[list[Waiting], dict[str, str]]:
-        """The requests that may join the queue, and by id the reason for each whose constraint can't be compiled."""
+    def take_ready(self) -> tuple[list[Waiting], list[tuple[Waiting, str]]]:
+        """The requests that may join the queue, and those whose constraint can't be compiled, each with the reason."""
         done = self.remove_if(lambda waiting: waiting.grammar is not None and waiting.grammar.done())
         ready: list[Waiting] = []
-        failures: dict[str, str] = {}
+        failures: list[tuple[Waiting, str]] = []
         for waiting in done:
             assert waiting.grammar is not None, "submit compiles"
             if (error := waiting.grammar.exception()) is None:
                 ready.append(waiting)
             else:
-                failures[waiting.request.id] = _reason(waiting.request.id, error)
+                failures.append((waiting, _reason(waiting.request.id, error)))
         return ready, failures
 
     def compile(self, constraint: Constraint) -> Future[Grammar]:

@@ -121,6 +121,7 @@ class Residency:
         self._reads: dict[str, Future[tuple[AdapterWeights, float]]] = {}
         self._ahead: set[str] = set()  # read into the host cache for a request that has not had its turn
         self._wanted: OrderedDict[str, None] = OrderedDict()  # to be read ahead when there is room
+        self._given_up: set[str] = set()  # being read, but whoever asked has left
         self._first_in_line: str | None = None  # the oldest demand that was not on the host
         self._staged: tuple[str, AdapterWeights] | None = None  # its weights: no budget can keep it waiting for ever
         self._lost_slot: OrderedDict[str, None] = OrderedDict()  # versions that were evicted, the last of them last
@@ -213,12 +214,23 @@ class Residency:
 
     def prefetch(self, digest: str) -> None:
         """Start reading a version that will be needed, if slots and host cache have room; evicts nobody from a slot."""
+        self._given_up.discard(digest)
         if digest in self._resident or self._on_host(digest) is not None:
             return
         if digest in self._reads or self._has_room:
             self._start_read(digest)
         else:
             _remember(self._wanted, digest, None)
+
+    def give_up(self, digest: str) -> None:
+        """Nobody waits for a version any more: it takes none of the room in which versions are read ahead.
+
+        What was read of it stays on the host as long as nothing else needs the place.
+        """
+        self._wanted.pop(digest, None)
+        self._ahead.discard(digest)
+        if digest in self._reads:
+            self._given_up.add(digest)
 
     def pin(self, digest: str) -> None:
         """Load a version as soon as a slot can be had, and never evict it.
@@ -263,6 +275,7 @@ class Residency:
         self._to_reread.pop(digest, None)
         self._wanted.pop(digest, None)
         self._asked_at.pop(digest, None)
+        self._given_up.discard(digest)
         if read := self._reads.pop(digest, None):
             read.cancel()
         if self._rereading == digest:
@@ -301,6 +314,7 @@ class Residency:
         for digest, read in list(self._reads.items()):
             if read.done() and (error := read.exception()):
                 del self._reads[digest]
+                self._given_up.discard(digest)
                 self._note_failure(digest, error)
         failures, self._failures = self._failures, {}
         return failures
@@ -346,6 +360,7 @@ class Residency:
         if self._has_missed:
             self.prefetch(digest)
             return
+        self._given_up.discard(digest)
         self._has_missed = True
         self._first_in_line = digest
         self._start_read(digest)
@@ -361,6 +376,8 @@ class Residency:
 
     def _take_over(self, digest: str) -> None:
         weights, read_ms = self._reads.pop(digest).result()
+        is_given_up = digest in self._given_up
+        self._given_up.discard(digest)
         self._asked_at.pop(digest, None)
         self._largest_bytes = max(self._largest_bytes, weights.num_bytes)
         self._note_time(digest, read_ms)
@@ -374,7 +391,7 @@ class Residency:
             self._copy(digest, weights, *place)
         elif digest == self._first_in_line:
             self._stage(digest, weights)
-        elif self._host.put(digest, weights):
+        elif self._host.put(digest, weights) and not is_given_up:
             self._ahead.add(digest)
         self._ahead &= {*self._host.digests}
 

@@ -311,7 +311,7 @@ class Engine:
         ready, failures = self._grammars.take_ready()
         for waiting in ready:
             self._waiting.add(waiting)
-        return [EngineEvent(name, finish_reason="constraint_failed", error=why) for name, why in failures.items()]
+        return [self._final_unstarted(waiting, "constraint_failed", reason) for waiting, reason in failures]
 
     def _expire(self, now: float) -> list[EngineEvent]:
         """End the requests whose deadline has come, whether they wait or run."""
@@ -333,6 +333,10 @@ class Engine:
         ]
 
     def _final_unstarted(self, waiting: Waiting, reason: FinishReason, error: str | None = None) -> EngineEvent:
+        """The last event of a request that was taken out of its queue."""
+        digest = waiting.request.digest
+        if digest is not None and not (self._waiting.wants(digest) or self._grammars.wants(digest)):
+            self.residency.give_up(digest)
         queued_s = self._clock() - waiting.submitted_at
         return EngineEvent(waiting.request.id, finish_reason=reason, error=error, queued_s=queued_s)
 

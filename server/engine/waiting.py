@@ -134,6 +134,10 @@ class WaitingQueue:
         """Prompt and max_tokens of all requests here."""
         return self._num_tokens
 
+    def wants(self, digest: str) -> bool:
+        """Whether any request here is for this version."""
+        return any(wanted == digest for _, wanted in self._lanes)
+
     def add(self, waiting: Waiting) -> None:
         """Queue a request behind those of the same client and version."""
         request = waiting.request

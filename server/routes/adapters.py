@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 from adapters.archive import VersionArchive
 from adapters.audit import AuditLog
 from adapters.errors import ConflictError
-from adapters.records import Alias, AliasChange, NumberedVersion
+from adapters.records import Alias, AliasChange, NumberedVersion, version_name
 from server.auth import needs
 from server.engine.residency import Residence
 from server.resources import (
@@ -34,6 +34,7 @@ from server.resources import (
     VersionDetail,
     VersionObject,
     VersionPath,
+    make_page,
 )
 from server.services import CurrentServices, Services
 from server.uploads import FILE_PARTS
@@ -41,7 +42,6 @@ from server.uploads import FILE_PARTS
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1/adapters", dependencies=[needs("adapters")])
-_Item = TypeVar("_Item")
 _MAX_VERSIONS_SHOWN = 100
 
 # FastAPI would spool the parts itself and only then ask us; the route reads the body, so its form is written here.
@@ -53,7 +53,8 @@ _UPLOAD: dict[str, Any] = {
                 "schema": {
                     "type": "object",
                     "additionalProperties": False,
-                    "required": ["alias", "adapter_config", "adapter_model"],
+                    "required": ["alias"],
+                    "anyOf": [{"required": ["adapter_config", "adapter_model"]}, {"required": ["archive"]}],
                     "properties": {
                         "alias": {"type": "string", "pattern": ALIAS_PATTERN, "description": "Name to publish under."},
                         "promote": {
@@ -84,16 +85,18 @@ _TAR: dict[int | str, dict[str, Any]] = {
 @router.get("")
 async def list_adapters(
     services: CurrentServices,
-    after: Annotated[str | None, Query(pattern=ALIAS_PATTERN, description="The alias to go on behind.")] = None,
+    after: Annotated[
+        str | None, Query(pattern=ALIAS_PATTERN, description="The alias to go on behind; it need not exist.")
+    ] = None,
     limit: PageLimit = 20,
 ) -> Page[AdapterObject]:
     """The aliases in the order of their names."""
 
     def read() -> Page[AdapterObject]:
-        aliases, has_more = _cut(services.registry.aliases(after=after or "", limit=limit + 1), limit)
         pins = services.pins.names()
-        data = [AdapterObject(**_adapter_fields(alias, pins)) for alias in aliases]
-        return _page(data, [item.id for item in data], has_more=has_more)
+        found = services.registry.aliases(after=after or "", limit=limit + 1)
+        data = [AdapterObject(**_adapter_fields(alias, pins)) for alias in found]
+        return make_page(data, limit, lambda item: item.id)
 
     return await asyncio.to_thread(read)
 
@@ -140,9 +143,9 @@ async def list_changes(
 
     def read() -> Page[ChangeObject]:
         services.registry.alias(alias)
-        changes, has_more = _cut(services.registry.history(alias, after=after, limit=limit + 1), limit)
-        data = [_change(number, change) for number, change in enumerate(changes, after + 1)]
-        return _page(data, [str(item.id) for item in data], has_more=has_more)
+        found = services.registry.history(alias, after=after, limit=limit + 1)
+        data = [_change(number, change) for number, change in enumerate(found, after + 1)]
+        return make_page(data, limit, lambda item: item.id)
 
     return await asyncio.to_thread(read)
 
@@ -155,9 +158,9 @@ async def list_versions(
 
     def read() -> Page[VersionObject]:
         services.registry.alias(alias)
-        versions, has_more = _cut(services.registry.versions(alias, after=after, limit=limit + 1), limit)
-        data = [VersionObject(**_version_fields(version, services)) for version in versions]
-        return _page(data, [str(item.number) for item in data], has_more=has_more)
+        found = services.registry.versions(alias, after=after, limit=limit + 1)
+        data = [VersionObject(**_version_fields(version, services)) for version in found]
+        return make_page(data, limit, lambda item: item.number)
 
     return await asyncio.to_thread(read)
 
@@ -165,13 +168,13 @@ async def list_versions(
 @router.get("/{alias}/versions/{version}")
 async def show_version(alias: AliasPath, version: VersionPath, services: CurrentServices) -> VersionDetail:
     """One version with its manifest."""
-    return await asyncio.to_thread(lambda: _detail(services.registry.find(f"{alias}@{version}"), services))
+    return await asyncio.to_thread(lambda: _detail(services.registry.find(version_name(alias, version)), services))
 
 
 @router.delete("/{alias}/versions/{version}")
 async def delete_version(alias: AliasPath, version: VersionPath, services: CurrentServices) -> DeletedObject:
     """Delete one version; 409 while the alias points to it or an experiment is running on the alias."""
-    removed = await asyncio.to_thread(services.registry.remove, f"{alias}@{version}")
+    removed = await asyncio.to_thread(services.registry.remove, version_name(alias, version))
     return DeletedObject(id=removed[0], versions=removed)
 
 
@@ -180,7 +183,7 @@ async def export_version(alias: AliasPath, version: VersionPath, services: Curre
     """The version's files, checked against its manifest, as a tar archive: the same bytes every time."""
 
     def read() -> tuple[NumberedVersion, VersionArchive]:
-        found = services.registry.find(f"{alias}@{version}")
+        found = services.registry.find(version_name(alias, version))
         return found, VersionArchive(services.registry.store, found.version.digest)
 
     found, archive = await asyncio.to_thread(read)
@@ -197,7 +200,7 @@ async def promote(alias: AliasPath, body: PromoteRequest, services: CurrentServi
     """Point an alias to one of its versions; requests that come from here on get it."""
 
     def move() -> AdapterObject:
-        moved = services.registry.promote(f"{alias}@{body.version}")
+        moved = services.registry.promote(version_name(alias, body.version))
         return AdapterObject(**_adapter_fields(moved, services.pins.names()))
 
     return await asyncio.to_thread(move)
@@ -240,7 +243,7 @@ async def unload(alias: AliasPath, services: CurrentServices, body: PinRequest |
 
 
 def _name(alias: str, body: PinRequest | None) -> str:
-    return alias if body is None or body.version is None else f"{alias}@{body.version}"
+    return version_name(alias, None if body is None else body.version)
 
 
 async def _pins_of(alias: str, services: Services) -> PinObject:
@@ -249,14 +252,6 @@ async def _pins_of(alias: str, services: Services) -> PinObject:
 
 def _of_alias(pins: frozenset[str], alias: str) -> list[str]:
     return sorted(name for name in pins if name.partition("@")[0] == alias)
-
-
-def _cut(items: Sequence[_Item], limit: int) -> tuple[Sequence[_Item], bool]:
-    return items[:limit], len(items) > limit
-
-
-def _page(data: list[_Item], ids: Sequence[str], *, has_more: bool) -> Page[_Item]:
-    return Page(data=data, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None, has_more=has_more)
 
 
 def _adapter_fields(alias: Alias, pins: frozenset[str]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from server.resources import (
     MetricObject,
     Page,
     PageLimit,
+    make_page,
 )
 from server.schemas import FeedbackRequest
 from server.services import CurrentServices
@@ -53,13 +54,8 @@ async def list_experiments(
 ) -> Page[ExperimentObject]:
     """All experiments, the newest first."""
     found = await asyncio.to_thread(services.experiments.list, after=after, limit=limit + 1)
-    data = [ExperimentObject(**_experiment_fields(experiment)) for experiment in found[:limit]]
-    return Page(
-        data=data,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
-        has_more=len(found) > limit,
-    )
+    data = [ExperimentObject(**_experiment_fields(experiment)) for experiment in found]
+    return make_page(data, limit, lambda item: item.id)
 
 
 @router.post("/v1/experiments", dependencies=_EXPERIMENTS, status_code=201)

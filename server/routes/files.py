@@ -7,20 +7,19 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
-from starlette.datastructures import FormData, UploadFile
 
 from adapters.errors import InvalidInputError
-from adapters.files import TRAINING_PURPOSE
+from adapters.files import TRAINING_PURPOSE, FileService
+from adapters.records import StoredFile
 from server.auth import needs
 from server.fine_tuning_schemas import FilesQuery, file_body, page_body
+from server.forms import Form, FormShape
 from server.services import CurrentServices
 
 __all__ = ["router"]
 
 router = APIRouter(dependencies=[needs("train")])
-_MAX_FIELD_BYTES = 1000
-_MAX_AT_ONCE = 4  # uploads of any kind
-_FIELDS = ("file", "purpose")
+_SHAPE = FormShape(files={"file": "content"}, fields=frozenset({"purpose"}), max_field_bytes=1000)
 _FORM = {  # the body is read by hand, so that its parts are bounded
     "required": True,
     "content": {
@@ -40,20 +39,12 @@ _FORM = {  # the body is read by hand, so that its parts are bounded
 
 @router.post("/v1/files", openapi_extra={"requestBody": _FORM})
 async def upload_file(request: Request, services: CurrentServices) -> dict[str, Any]:
-    """Check training data and keep it. The form is spooled to the disk while it is read, never held in memory."""
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise InvalidInputError("expected a form (multipart/form-data) with the fields file and purpose", param="file")
+    """Check training data and keep it. The form goes to the disk while it is read, never into memory."""
     if "charset" in request.headers.get("content-type", "").lower():
         raise InvalidInputError("content-type: expected no charset; names in forms are UTF-8", param="file")
-    with services.uploads.place(_MAX_AT_ONCE):
-        async with services.uploads.arriving():
-            form = await request.form(max_files=1, max_fields=len(_FIELDS), max_part_size=_MAX_FIELD_BYTES)
-        try:
-            upload = _check_form(form)
-            stored = await asyncio.to_thread(services.files.upload, upload.file, upload.filename or "")
-        finally:
-            await form.close()
-    return file_body(stored)
+    async with services.uploads.received(request, _SHAPE) as form:
+        _check_form(form)
+        return file_body(await services.uploads.run(_keep, services.files, form))
 
 
 @router.get("/v1/files")
@@ -85,13 +76,15 @@ async def delete_file(file_id: str, services: CurrentServices) -> dict[str, Any]
     return {"id": file_id, "object": "file", "deleted": True}
 
 
-def _check_form(form: FormData) -> UploadFile:
-    if unknown := sorted(set(form) - set(_FIELDS)):
-        raise InvalidInputError(f"unknown or unsupported field {unknown[0][:80]!r}", param=unknown[0][:80])
-    purpose, upload = form.get("purpose"), form.get("file")
+def _check_form(form: Form) -> None:
+    purpose = form.fields.get("purpose")
     if purpose != TRAINING_PURPOSE:
         found = "none" if purpose is None else f"{purpose!r:.60}"
         raise InvalidInputError(f"purpose: expected {TRAINING_PURPOSE!r}, found {found}", param="purpose")
-    if not isinstance(upload, UploadFile):
-        raise InvalidInputError("file: expected a file, found none", param="file")
-    return upload
+    if not form.filenames.get("file"):
+        raise InvalidInputError("file: expected a file with its name, found none", param="file")
+
+
+def _keep(files: FileService, form: Form) -> StoredFile:
+    with form.files["file"].open("rb") as content:
+        return files.upload(content, form.filenames["file"])

@@ -12,6 +12,7 @@ from adapters.errors import InvalidNameError
 from adapters.records import BASE_MODEL_NAME
 from adapters.registry import Registry
 from server.auth import needs
+from server.model_names import names_base
 from server.services import CurrentServices
 
 __all__ = ["router"]
@@ -22,20 +23,22 @@ router = APIRouter(dependencies=[needs("chat")])
 @router.get("/v1/models")
 async def list_models(services: CurrentServices) -> dict[str, Any]:
     """Everything that `model` may name."""
-    return {"object": "list", "data": await asyncio.to_thread(_models, services.registry)}
+    return {"object": "list", "data": await asyncio.to_thread(_models, services.registry, services.base_name)}
 
 
-@router.get("/v1/models/{name}")
+@router.get("/v1/models/{name:path}")
 async def retrieve_model(name: str, services: CurrentServices) -> dict[str, Any]:
-    """One model by its name."""
-    for model in await asyncio.to_thread(_models, services.registry):
+    """One model by its name, which may have slashes: that of a base model on a hub."""
+    for model in await asyncio.to_thread(_models, services.registry, services.base_name):
         if model["id"] == name:
             return model
     raise InvalidNameError(f"there is no model {name[:80]!r}", param="model")
 
 
-def _models(registry: Registry) -> list[dict[str, Any]]:
+def _models(registry: Registry, base_name: str) -> list[dict[str, Any]]:
     models = [_model(BASE_MODEL_NAME, None, parent=None)] if registry.can_see(BASE_MODEL_NAME) else []
+    if names_base(registry, base_name, base_name):
+        models.append(_model(base_name, None, parent=BASE_MODEL_NAME))
     for alias in registry.aliases():
         models.append(_model(alias.name, alias.updated_at, parent=alias.current.label))
         models += _version_models(registry, alias.name)

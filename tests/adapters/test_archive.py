@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import re
 import tarfile
+from pathlib import Path
 
 import pytest
 
-from adapters.archive import VersionArchive
-from adapters.errors import IntegrityError, NotFoundError
+from adapters.archive import VersionArchive, unpack_archive
+from adapters.errors import AdapterRejectedError, IntegrityError, NotFoundError
 from adapters.manifest import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, MANIFEST_FILE
 from adapters.registry import Registry
 from tests.support.versions import publish_text
@@ -68,3 +71,69 @@ def test_archive_can_be_closed_when_nobody_read_it(registry: Registry) -> None:
     archive.close()
     with pytest.raises(ValueError, match="closed file"):
         archive.num_bytes  # noqa: B018 - reading it is the test
+
+
+def _tar(*entries: tuple[str, bytes, bytes], end: bytes = bytes(1024)) -> bytes:
+    """An archive of entries: name, type and content."""
+    content = b""
+    for name, kind, data in entries:
+        entry = tarfile.TarInfo(name)
+        entry.type, entry.size, entry.linkname = kind, len(data), "x"
+        content += entry.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+    return content + end
+
+
+def _negative_size() -> bytes:
+    """A header whose size is a number with a sign, which GNU's form allows."""
+    entry = tarfile.TarInfo(ADAPTER_CONFIG_FILE)
+    block = bytearray(entry.tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = b"\xff" * 12
+    block[148:156] = b" " * 8
+    block[148:156] = f"{sum(block):06o}\0 ".encode()
+    return bytes(block) + bytes(1024)
+
+
+_CONFIG = (ADAPTER_CONFIG_FILE, tarfile.REGTYPE, b"{}")
+
+
+def test_archive_gives_the_versions_files_when_unpacked(registry: Registry, tmp_path: Path) -> None:
+    """Byte for byte, also where another program packed them with their folder."""
+    digest = publish_text(registry, "x" * 1000).version.digest
+    archive, folder = tmp_path / "a.tar", tmp_path / "out"
+    archive.write_bytes(b"".join(VersionArchive(registry.store, digest)))
+    folder.mkdir()
+    unpack_archive(archive, folder)
+    expected = {path.name: path.read_bytes() for path in registry.store.folder(digest).iterdir()}
+    assert expected == {path.name: path.read_bytes() for path in folder.iterdir()}
+    with tarfile.open(tmp_path / "b.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        tar.add(folder, arcname=".")
+    (again := tmp_path / "again").mkdir()
+    unpack_archive(tmp_path / "b.tar", again)
+    assert expected == {path.name: path.read_bytes() for path in again.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (_tar(("../adapter_config.json", tarfile.REGTYPE, b"{}")), "holds '../adapter_config.json'"),
+        (_tar(("/etc/cron.d/x", tarfile.REGTYPE, b"x")), "holds '/etc/cron.d/x'"),
+        (_tar((ADAPTER_CONFIG_FILE, tarfile.SYMTYPE, b"")), "of type b'2'"),
+        (_tar((ADAPTER_CONFIG_FILE, tarfile.LNKTYPE, b"")), "of type b'1'"),
+        (_tar((ADAPTER_CONFIG_FILE, tarfile.FIFOTYPE, b"")), "of type b'6'"),
+        (_tar((ADAPTER_CONFIG_FILE, tarfile.GNUTYPE_SPARSE, b"")), "of type b'S'"),
+        (_tar(("x", tarfile.XHDTYPE, b"30 path=../../home\n")), "of type b'x'"),
+        (_tar(_CONFIG, ("run.py", tarfile.REGTYPE, b"x")), "holds 'run.py'"),
+        (_tar(_CONFIG, _CONFIG), "adapter_config.json twice"),
+        (_tar((ADAPTER_WEIGHTS_FILE, tarfile.REGTYPE, bytes(2000)), end=b"")[:1500], "ends 1012 bytes before the end"),
+        (_negative_size(), "is -1 bytes long"),
+        (gzip.compress(_tar(_CONFIG)), "no tar archive, or a compressed one"),
+        (b"garbage", "no tar archive"),
+    ],
+)
+def test_archive_is_refused_when_it_holds_anything_else(content: bytes, words: str, tmp_path: Path) -> None:
+    """Nothing is written outside of the folder, and no header changes what another says."""
+    (tmp_path / "a.tar").write_bytes(content)
+    (folder := tmp_path / "out").mkdir()
+    with pytest.raises(AdapterRejectedError, match=re.escape(words)):
+        unpack_archive(tmp_path / "a.tar", folder)
+    assert {"a.tar", "out"} == {path.name for path in tmp_path.iterdir()}

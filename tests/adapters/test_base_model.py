@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -110,3 +111,11 @@ def test_pick_device_refuses_when_there_is_no_cuda(device: str) -> None:
     """No silent fall back to the CPU."""
     with pytest.raises(ConfigurationError, match=f"device '{device}' was asked for"):
         pick_device(device)
+
+
+def test_advice_to_fetch_kernels_is_not_logged_when_bitsandbytes_gives_it(caplog: pytest.LogCaptureFixture) -> None:
+    """That one line alone: whatever else it warns of is passed on."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please ...", "No module")
+    logger.warning("something else")
+    assert ["something else"] == [record.getMessage() for record in caplog.records]

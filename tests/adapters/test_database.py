@@ -17,6 +17,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 
 import adapters
 from adapters.database import Database, open_database
+from adapters.errors import DatabaseBusyError
 from adapters.tables import AliasRow, FeedbackRow, Table, VersionRow, utc_now
 
 REPOSITORY = Path(__file__).parents[2]
@@ -153,6 +154,29 @@ def test_reader_sees_the_old_state_when_a_writer_has_not_committed(database: Dat
             assert reader.get(AliasRow, "legal") is None
     with database.read() as reader:
         assert reader.get(AliasRow, "legal") is not None
+
+
+def test_write_is_refused_when_others_hold_the_database_for_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of our own, which says that nothing was written; afterwards writing goes on."""
+    monkeypatch.setattr("adapters.database._BUSY_TIMEOUT_MS", 20)
+    opened = open_database(f"sqlite:///{tmp_path / 'hotswap.db'}")
+    row = {"number": None, "last_number": 0, "updated_at": utc_now()}
+    with opened.write() as holder:
+        holder.add(AliasRow(name="legal", **row))
+        holder.flush()
+        with pytest.raises(DatabaseBusyError, match=r"more than 0\.02 s; nothing was written"), opened.write() as late:
+            late.add(AliasRow(name="support", **row))
+    with opened.write() as session:
+        assert session.get(AliasRow, "support") is None
+    opened.close()
+
+
+def test_other_errors_of_the_database_stay_what_they_are_when_raised(database: Database) -> None:
+    """A table that is missing is no matter of waiting."""
+    with pytest.raises(OperationalError, match="no such table"), database.read() as session:
+        session.execute(text("SELECT * FROM absent"))
 
 
 def test_moments_are_in_utc_when_read_back(database: Database) -> None:

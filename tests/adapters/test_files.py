@@ -87,7 +87,7 @@ def test_list_goes_through_all_files_when_paged(files: FileService, content: byt
     rising, _ = files.list(limit=3, after=ids[0], order="asc")
     assert [file.id for file in rising] == ids[1:4]
     assert files.list(limit=9, purpose="fine-tune-results") == ([], False)
-    with pytest.raises(InvalidInputError, match="there is no file 'file-x'"):
+    with pytest.raises(InvalidInputError, match="there is nothing called 'file-x'"):
         files.list(limit=2, after="file-x")
 
 

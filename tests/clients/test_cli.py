@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +14,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from adapters.archive import VersionArchive
 from adapters.database import open_database
 from adapters.errors import ConfigurationError, HotswapError
 from adapters.files import FileService
 from adapters.jobs import JobOrder, JobService
+from adapters.store import ArtifactStore
 from clients.cli.main import app
+from server.home_lock import held_home
 from tests.support.conversations import easy_rows, write_rows
 from tests.support.jobs import pass_all
 from tests.support.tiny import save_random_adapter
@@ -116,13 +121,30 @@ def test_remove_deletes_a_version_when_nothing_points_to_it(shell: Shell) -> Non
         shell.text("adapters", "remove", "legal@v2", "--yes")
 
 
+def test_serve_is_refused_at_once_when_something_is_in_its_way(shell: Shell) -> None:
+    """A server on the same home, or a program on the port: an error, and no word of a server that is not there."""
+    with held_home(Path(shell.environment["HOTSWAP_HOME"]), address="http://127.0.0.1:9000"):
+        refused = CliRunner().invoke(app, ["serve"], env=shell.environment)
+    assert ("", f"process {os.getpid()} on http://127.0.0.1:9000") == (refused.output, _held_by(refused.exception))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        refused = CliRunner().invoke(app, ["serve", "--port", str(other.getsockname()[1])], env=shell.environment)
+    assert ("", True) == (refused.output, "another program listens" in str(refused.exception))
+
+
+def _held_by(error: BaseException | None) -> str:
+    return str(error).split(": ")[1].split(";")[0]
+
+
 def test_experiments_are_created_shown_and_stopped_when_asked(shell: Shell) -> None:
     """The documented form with several arms behind one --arms works; the table names every arm."""
     created = shell.json("experiments", "create", "legal", "--arms", "A@v1=30", "B@v2=70")
     assert [(arm["name"], arm["number"], arm["weight"]) for arm in created["arms"]] == [("A", 1, 30), ("B", 2, 70)]
     shown = shell.text("experiments", "show", "legal")
-    assert "A = v1" in shown
-    assert "B = v2" in shown
+    assert all(text in shown for text in (created["id"], "legal@v1", "legal@v2", "30 %", "70 %"))
+    assert created["id"] in shell.text("experiments", "list")
+    assert [created["id"]] == [found["id"] for found in shell.json("experiments", "list")]
     assert shell.json("experiments", "stop", "legal")["state"] == "stopped"
 
 
@@ -173,9 +195,83 @@ def test_key_is_printed_once_when_it_is_made(shell: Shell) -> None:
     assert secret.startswith(f"hs-{key['id'].removeprefix('key-')}-")
     assert (["chat", "feedback"], ["legal"], 3) == (key["scopes"], key["aliases"], key["limits"]["max_concurrent"])
     listed = shell.text("keys", "list")
-    assert "valid" in listed
+    assert "until " in listed
     assert "[/web]" in listed
     assert secret[16:] not in listed + json.dumps(key)
+
+
+def test_key_is_made_with_a_warning_when_an_alias_does_not_exist(shell: Shell) -> None:
+    """It may come later, or be mistyped; what exists is not warned of."""
+    options = ["keys", "create", "web", "--alias"]
+    made = CliRunner().invoke(app, [*options, "legal", "--alias", "leagl"], env=shell.environment)
+    assert 0 == made.exit_code
+    assert "there is no adapter leagl yet" in made.stderr
+    made = CliRunner().invoke(app, [*options, "legal", "--alias", "base"], env=shell.environment)
+    assert "there is no adapter" not in made.stderr
+
+
+def test_ids_are_whole_when_the_terminal_is_narrow(shell: Shell, tmp_path: Path) -> None:
+    """They are there to be copied: no table and no list cuts or wraps them, nor the names of versions."""
+    shell.environment["COLUMNS"] = "40"
+    key = shell.json("keys", "create", "a name of some length", "--alias", "legal", "--expires", "30d")["key"]["id"]
+    job = _add_job(shell, tmp_path)
+    experiment = shell.json("experiments", "create", "legal", "--arms", "A@v1=30", "B@legal@v2=70")["id"]
+    digest = shell.json("adapters", "show", "legal")["version"]["version"]["digest"]
+    for command, expected in {
+        ("jobs", "list"): [job, "legal"],
+        ("jobs", "show", job): [job],
+        ("keys", "list"): [key],
+        ("adapters", "list"): ["legal@v2", experiment],
+        ("adapters", "show", "legal"): [digest, "legal@v1", "legal@v2 (live)"],
+        ("experiments", "list"): [experiment],
+        ("experiments", "show", "legal"): [experiment, "legal@v1", "legal@v2"],
+        ("audit",): [key, job, experiment, "legal@v1"],
+    }.items():
+        printed = shell.text(*command)
+        assert [] == [text for text in expected if text not in printed], printed
+
+
+def test_lists_fit_a_terminal_of_eighty_columns_when_names_are_usual(shell: Shell, tmp_path: Path) -> None:
+    """No line is longer than what everybody's terminal shows."""
+    shell.environment["COLUMNS"] = "80"
+    shell.json("keys", "create", "web", "--alias", "legal", "--expires", "30d", "--max-concurrent", "3")
+    _add_job(shell, tmp_path)
+    shell.json("experiments", "create", "legal", "--arms", "A@v1=30", "B@v2=70")
+    for command in (("jobs", "list"), ("keys", "list"), ("adapters", "list"), ("experiments", "list")):
+        lines = shell.text(*command).splitlines()
+        assert len(lines) > 3
+        assert max(map(len, lines)) <= 80, lines
+
+
+def test_version_is_found_when_it_is_named_either_way(shell: Shell) -> None:
+    """`legal@v1`, or `legal` and `v1`; what is shown is always the first."""
+    assert "legal answers with legal@v1 now" in shell.text("adapters", "promote", "legal", "v1")
+    assert "legal answers with legal@v2 now" in shell.text("adapters", "promote", "legal@v2")
+    assert "legal@v1" == shell.json("adapters", "show", "legal", "v1")["version"]["label"]
+    with pytest.raises(HotswapError, match="'support@v1' is no version of 'legal'"):
+        shell.text("adapters", "promote", "legal", "support@v1")
+    assert {"removed": ["legal@v1"]} == shell.json("adapters", "remove", "legal", "v1", "--yes")
+
+
+def test_pins_are_kept_when_they_are_made_by_command(shell: Shell) -> None:
+    """An alias's, and a version's; the settings say how many there may be."""
+    assert {"pinned": ["legal"]} == shell.json("adapters", "pin", "legal")
+    assert "pinned: legal, legal@v1" in shell.text("adapters", "pin", "legal", "v1")
+    assert {"pinned": ["legal@v1"]} == shell.json("adapters", "unpin", "legal")
+    shell.environment["HOTSWAP_SERVE_SLOTS"] = "2"
+    with pytest.raises(HotswapError, match="2 versions would be pinned; at most 1"):
+        shell.text("adapters", "pin", "legal@v2")
+    assert "pinned: none" in shell.text("adapters", "unpin", "legal@v1")
+
+
+def test_archive_of_an_export_is_the_same_version_when_imported(shell: Shell, tmp_path: Path) -> None:
+    """What the API exports, the command line takes."""
+    home = Path(shell.environment["HOTSWAP_HOME"])
+    found = shell.json("adapters", "show", "legal@v1")["version"]["version"]
+    archive = tmp_path / "legal.tar"
+    archive.write_bytes(b"".join(VersionArchive(ArtifactStore(home / "store"), found["digest"])))
+    imported = shell.json("adapters", "import", str(archive), "--alias", "copy")
+    assert ("copy@v1", found["digest"]) == (imported["version"]["label"], imported["version"]["version"]["digest"])
 
 
 def test_key_may_chat_alone_when_no_scope_is_given(shell: Shell) -> None:
@@ -223,6 +319,20 @@ def test_serve_says_what_to_do_when_others_could_reach_it_without_keys(shell: Sh
 
 def test_jobs_are_listed_and_turned_when_asked(shell: Shell, tmp_path: Path) -> None:
     """The commands see what the API has queued, and what they do is what the API reports."""
+    job = _add_job(shell, tmp_path)
+    assert [found["id"] for found in shell.json("jobs", "list")] == [job]
+    assert job in shell.text("jobs", "list")
+    assert shell.json("jobs", "pause", job)["status"] == "paused"
+    assert shell.json("jobs", "resume", job)["status"] == "validating_files"
+    assert "cancelled" in shell.text("jobs", "cancel", job)
+    assert shell.json("jobs", "show", job)["status"] == "cancelled"
+    messages = [event["message"] for event in shell.json("jobs", "events", job)]
+    assert messages[1:] == ["The job was paused", "The job was resumed", "The job was cancelled"]
+    assert "info  The job was paused" in shell.text("jobs", "events", job)
+
+
+def _add_job(shell: Shell, tmp_path: Path) -> str:
+    """What the API queues for `legal`; its id."""
     home = Path(shell.environment["HOTSWAP_HOME"])
     database = open_database(f"sqlite:///{home / 'hotswap.db'}")
     rows = write_rows(tmp_path / "rows.jsonl", easy_rows(2)).read_bytes()
@@ -230,15 +340,7 @@ def test_jobs_are_listed_and_turned_when_asked(shell: Shell, tmp_path: Path) -> 
     method = {"type": "supervised", "supervised": {"hyperparameters": {}}}
     job = JobService(database).create(JobOrder("tiny", stored.id, method, 0, alias="legal"))
     database.close()
-    assert [found["id"] for found in shell.json("jobs", "list")] == [job.id]
-    assert job.id in shell.text("jobs", "list")
-    assert shell.json("jobs", "pause", job.id)["status"] == "paused"
-    assert shell.json("jobs", "resume", job.id)["status"] == "validating_files"
-    assert "cancelled" in shell.text("jobs", "cancel", job.id)
-    assert shell.json("jobs", "show", job.id)["status"] == "cancelled"
-    messages = [event["message"] for event in shell.json("jobs", "events", job.id)]
-    assert messages[1:] == ["The job was paused", "The job was resumed", "The job was cancelled"]
-    assert "info  The job was paused" in shell.text("jobs", "events", job.id)
+    return job.id
 
 
 def test_job_is_drawn_when_it_has_been_measured(shell: Shell) -> None:

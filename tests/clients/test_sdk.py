@@ -121,6 +121,34 @@ def test_adapters_live_their_life_when_driven_by_the_sync_client(url: str, site:
         assert ["copy@v1"] == adapters.delete("copy").versions
 
 
+def test_version_is_found_when_it_is_named_either_way(url: str) -> None:
+    """With its alias in one, or beside it; where there has to be one, its absence is said before anything is sent."""
+    with Hotswap(url) as hotswap:
+        adapters = hotswap.adapters
+        assert "legal@v1" == adapters.promote("legal@v1").version
+        assert "legal@v2" == adapters.promote("legal", "legal@v2").version
+        assert "legal@v1" == adapters.version("legal@v1").id
+        assert ["legal@v1"] == adapters.pin("legal@v1").pinned
+        assert [] == adapters.unpin("legal", "v1").pinned
+        assert ["legal@v1"] == adapters.delete("legal@v1").versions
+        with pytest.raises(ValueError, match="say which version of 'legal'"):
+            adapters.promote("legal")
+
+
+def test_paths_are_taken_as_text_when_adapters_are_sent_and_fetched(url: str, site: Site, tmp_path: Path) -> None:
+    """A folder and an archive, by either type; what is not there is said by its name."""
+    folder = save_random_adapter(tmp_path / "adapter", site.base.folder, seed=5)
+    with Hotswap(url) as hotswap:
+        sent = hotswap.adapters.upload(str(folder), "support")
+        archive = hotswap.adapters.export("support@v1", None, str(tmp_path / "support.tar"))
+        assert sent.digest == hotswap.adapters.upload(str(archive), "copy").digest
+        with pytest.raises(FileNotFoundError, match=r"absent: expected an adapter's folder"):
+            hotswap.adapters.upload(str(tmp_path / "absent"), "support")
+        (folder / "adapter_model.safetensors").unlink()
+        with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is missing"):
+            hotswap.adapters.upload(folder, "support")
+
+
 def test_experiment_is_run_and_judged_when_driven_by_the_async_client(url: str, site: Site) -> None:
     """Start, report an outcome, read the report, stop."""
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -44,6 +49,57 @@ def test_running_stream_ends_well_when_the_server_is_told_to_stop(home: Home) ->
     reasons = [choice["finish_reason"] for event in events for choice in event["choices"]]
     assert ["length"] * 8 == [reason for reason in reasons if reason]
     assert ["length"] == [row.finish_reason for row in _exposures(home)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_running_stream_ends_well_when_all_processes_are_told_to_stop(number: signal.Signals, home: Home) -> None:
+    """As a terminal and some process managers do: engine and queues go on until the answers have ended."""
+    with started_server(home.environment, home.path / "server.log") as server, httpx.Client(timeout=60) as client:
+        with _long_stream(client, server.url) as lines:
+            next(lines)
+            os.killpg(server.pid, number)
+            events = _events(lines)
+        assert 0 == server.process.wait(60)
+    reasons = [choice["finish_reason"] for event in events for choice in event["choices"]]
+    assert ["length"] * 8 == [reason for reason in reasons if reason]
+    assert "Traceback" not in (home.path / "server.log").read_text()
+
+
+def test_running_stream_is_cut_when_ctrl_c_is_pressed_twice(home: Home) -> None:
+    """Nobody waits for an hour, and nothing is printed but what is logged."""
+    options = ("--drain-s", "3600")
+    with started_server(home.environment, home.path / "server.log", *options) as server, httpx.Client() as client:
+        with _long_stream(client, server.url) as lines:
+            next(lines)
+            os.killpg(server.pid, signal.SIGINT)
+            _wait_for_refusal(server.url)
+            os.killpg(server.pid, signal.SIGINT)
+            *_, last = _events(lines)
+        assert 0 == server.process.wait(60)
+    assert "the server is shutting down" == last["error"]["message"]
+    assert "Traceback" not in (home.path / "server.log").read_text()
+
+
+def test_server_ends_with_its_children_when_ctrl_c_is_pressed_while_it_loads(home: Home) -> None:
+    """No traceback, and nobody is left who would load a base model for nobody."""
+    command = [sys.executable, "-m", "clients.cli", "serve", "--port", "18999"]
+    log = home.path / "server.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, env=home.environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    while not _children_of(process.pid):
+        time.sleep(0.05)
+        assert process.poll() is None, log.read_text()
+    os.killpg(process.pid, signal.SIGINT)
+    assert 0 == process.wait(60)
+    assert "Traceback" not in log.read_text()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def _children_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def test_running_stream_ends_in_an_error_when_the_drain_takes_too_long(home: Home) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import tarfile
-import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ import httpx
 import pytest
 
 from adapters.audit import AuditLog
+from adapters.database import open_database
 from adapters.manifest import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, MANIFEST_FILE
 from adapters.pins import PinService
 from adapters.registry import Registry
+from adapters.store import ArtifactStore
 from server.limits import BodyLimitMiddleware
 from server.messages import PinCommand, UnloadCommand
 from tests.support.bad_adapters import ZOO
@@ -62,18 +63,15 @@ def _import(site: Site, folder: Path, **fields: str) -> httpx.Response:
     return _call(site, "POST", "", data={"alias": "legal", **fields}, files=_parts(folder))
 
 
-def _uploads_left() -> list[str]:
-    return [path.name for path in Path(tempfile.gettempdir()).glob("hotswap-upload-*")]
+def _uploads_left(home: Path) -> list[str]:
+    return [path.name for path in (home / "uploads").iterdir()]
 
 
 @pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Uploads of this test alone, and nothing left of them at its end."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+def _nothing_is_left(site: Site, tmp_path: Path) -> Iterator[None]:
+    """Of no upload."""
     yield
-    assert [] == _uploads_left()
+    assert [] == _uploads_left(tmp_path)
 
 
 # Lists and single objects --------------------------------------------------------------------------------------------
@@ -266,6 +264,7 @@ def _part(name: str, content: bytes, extra: bytes = b"") -> bytes:
 
 
 _ALIAS, _CONFIG, _MODEL = _part("alias", b"legal"), _part("adapter_config", b"{}"), _part("adapter_model", b"x")
+_ARCHIVE = _part("archive", b"x")
 
 
 @pytest.mark.parametrize(
@@ -283,6 +282,9 @@ _ALIAS, _CONFIG, _MODEL = _part("alias", b"legal"), _part("adapter_config", b"{}
         (_raw(_part("alias", b"base"), _CONFIG, _MODEL), "is reserved", "alias"),
         (_raw(_part("alias", b"\xff"), _CONFIG, _MODEL), "is not an alias", "alias"),
         (_raw(_ALIAS, _CONFIG, _MODEL, _part("promote", b"yes")), "expected true or false, found 'yes'", "promote"),
+        (_raw(_ALIAS, _CONFIG, _ARCHIVE), "is in the archive already", "adapter_config"),
+        (_raw(_ARCHIVE), "'alias' is missing", "alias"),
+        (_raw(_ALIAS, _ARCHIVE), "no tar archive", None),
         (_raw(_ALIAS, _CONFIG, _MODEL, end=b""), "ends before its last boundary", None),
         (b"", "ends before its last boundary", None),
         (b"garbage", "is not multipart/form-data", None),
@@ -344,7 +346,7 @@ def test_import_is_429_when_two_others_are_under_way(site: Site, tmp_path: Path)
 
         headers = {"content-type": "multipart/form-data; boundary=B"}
         held = [asyncio.create_task(http.post(API, content=slow(), headers=headers)) for _ in range(2)]
-        while len(_uploads_left()) < 2:
+        while len(_uploads_left(tmp_path)) < 2:
             await asyncio.sleep(0)
         refused = await http.post(API, data={"alias": "legal"}, files=_parts(folder))
         gate.set()
@@ -358,7 +360,52 @@ def test_import_is_429_when_two_others_are_under_way(site: Site, tmp_path: Path)
     assert ([400] * 2, 201) == ([response.status_code for response in ended], taken.status_code)
 
 
+def test_export_is_the_same_version_when_it_is_sent_back_as_an_archive(site: Site) -> None:
+    """What the API exports, it takes."""
+    version = site.publish("legal", FIRST)
+    exported = _call(site, "GET", "/legal/versions/v1/export").content
+    answer = _call(site, "POST", "", data={"alias": "copy"}, files={"archive": ("legal-v1.tar", exported)})
+    assert (201, "copy@v1", version.version.digest) == (
+        answer.status_code, answer.json()["id"], answer.json()["digest"],
+    )  # fmt: skip
+
+
 # Moves and deletion --------------------------------------------------------------------------------------------------
+
+
+def test_version_is_found_when_it_is_named_with_its_alias(site: Site) -> None:
+    """In paths and in bodies, as in `model`; another alias's version is no version of this one."""
+    for adapter in (FIRST, SECOND):
+        site.publish("legal", adapter)
+    assert "legal@v1" == _call(site, "GET", "/legal/versions/legal@v1").json()["id"]
+    assert "legal@v1" == _call(site, "POST", "/legal/promote", json={"version": "legal@v1"}).json()["version"]
+    assert ["legal@v2"] == _call(site, "POST", "/legal/pin", json={"version": "legal@v2"}).json()["pinned"]
+    for answer in (
+        _call(site, "GET", "/legal/versions/support@v1"),
+        _call(site, "POST", "/legal/promote", json={"version": "support@v1"}),
+    ):
+        assert (400, "version") == (answer.status_code, _error(answer)["param"])
+
+
+def test_promote_is_503_when_others_hold_the_database(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the time after which clients try again, and nothing of the database in the message."""
+    monkeypatch.setattr("adapters.database._BUSY_TIMEOUT_MS", 20)
+    database = open_database(f"sqlite:///{tmp_path / 'busy.db'}")
+    site = Site.build(bench, Registry(database, ArtifactStore(tmp_path / "store")), tmp_path)
+    for adapter in (FIRST, SECOND):
+        site.publish("legal", adapter)
+    with database.write() as session:
+        session.connection()  # nobody else writes from here on
+        response = _call(site, "POST", "/legal/promote", json={"version": "v1"})
+    assert (503, "database_busy", "true") == (
+        response.status_code, _error(response)["code"], response.headers["x-should-retry"],
+    )  # fmt: skip
+    assert int(response.headers["retry-after"]) > 0
+    assert 200 == _call(site, "POST", "/legal/promote", json={"version": "v1"}).status_code
+    site.engine.close()
+    database.close()
 
 
 def test_promote_and_rollback_move_the_alias_when_called(site: Site) -> None:

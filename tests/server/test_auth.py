@@ -364,7 +364,7 @@ def test_models_leave_out_hidden_aliases_when_a_key_is_limited(site: Site) -> No
         [model["id"] for model in _send(site, ("GET", "/v1/models", {}), secret=given)[0].json()["data"]]
         for given in (secret, with_base)
     ]
-    assert [["legal", "legal@v1"], ["base", "medical", "medical@v1"]] == listed
+    assert [["legal", "legal@v1"], ["base", "tiny", "medical", "medical@v1"]] == listed
 
 
 def test_feedback_is_404_when_its_response_is_a_hidden_aliass(site: Site) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from adapters.database import Database
 from adapters.errors import ConfigurationError
 from adapters.keys import KeyService
 from adapters.records import ApiKey
-from server.config import ServeSettings, check_bind
+from server.config import ServeSettings, check_bind, check_port
 
 
 def test_settings_are_the_defaults_when_nothing_is_given(tmp_path: Path) -> None:
@@ -108,3 +109,14 @@ def test_bind_is_taken_when_it_is_loopback(tmp_path: Path) -> None:
     settings = ServeSettings.load(tmp_path)
     check_bind(settings, [])
     assert settings.is_loopback
+
+
+def test_port_is_refused_when_another_program_listens_on_it(tmp_path: Path) -> None:
+    """The message names the port and what to do; once the other one is gone, the port can be had."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        settings = ServeSettings.load(tmp_path, port=other.getsockname()[1])
+        with pytest.raises(ConfigurationError, match=rf"127\.0\.0\.1:{settings.port}; stop it, or give another port"):
+            check_port(settings)
+    check_port(settings)

@@ -106,7 +106,7 @@ def test_start_is_refused_and_starts_nothing_when_the_body_is_wrong(
         ("GET", "/legal", 400),
         ("GET", "/exp-000000000000", 404),
         ("POST", "/exp-000000000000/stop", 404),
-        ("GET", "?after=exp-000000000000", 404),
+        ("GET", "?after=exp-000000000000", 400),
         ("GET", "?after=x", 400),
         ("GET", "?limit=0", 400),
     ],

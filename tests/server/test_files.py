@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from adapters.jobs import JobOrder
 from server.services import Services
+from server.uploads import MAX_UPLOADS
 from tests.support.conversations import easy_rows, write_rows
 from tests.support.engine import Site, on_site
 from tests.support.sdk import with_sdk
@@ -225,6 +227,40 @@ def test_upload_is_504_and_frees_its_place_when_it_does_not_arrive(
         return [*refused, await http.post("/v1/files", data={"purpose": "fine-tune"}, files=files)]
 
     assert [504] * 4 + [200] == [response.status_code for response in on_site(site, scenario)]
+
+
+def test_requests_are_answered_when_as_many_uploads_as_may_be_are_stuck(site: Site, content: bytes) -> None:
+    """Uploads have threads of their own: those that wait for the database take none that look up keys."""
+
+    async def scenario(http: httpx.AsyncClient) -> tuple[int, list[int]]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        form: dict[str, Any] = {"data": {"purpose": "fine-tune"}, "files": {"file": ("rows.jsonl", content)}}
+        with site.registry.database.write() as session:
+            session.connection()  # nobody else writes from here on
+            stuck = [asyncio.create_task(http.post("/v1/files", **form)) for _ in range(MAX_UPLOADS)]
+            while len(_stored(site)) < MAX_UPLOADS:
+                await asyncio.sleep(0.01)
+            answer = await http.get("/v1/models")
+            assert not any(upload.done() for upload in stuck)
+        return answer.status_code, [upload.status_code for upload in await asyncio.gather(*stuck)]
+
+    assert (200, [200] * MAX_UPLOADS) == on_site(site, scenario)
+
+
+def test_upload_arrives_in_the_home_folder_when_it_is_large(site: Site, tmp_path: Path) -> None:
+    """Not in the system's folder for temporary files, which may be small; nothing stays behind of what is refused."""
+    seen: set[str] = set()
+    arriving = tmp_path / "uploads"
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'.encode()
+        for _ in range(3):
+            yield b"x" * 10_000
+            seen.update(path.name for path in arriving.rglob("*") if path.is_file())
+
+    response = on_site(site, lambda http: http.post("/v1/files", content=slow(), headers=_FORM))
+    assert (400, {"content"}) == (response.status_code, seen)
+    assert [] == list(arriving.iterdir())
 
 
 @pytest.mark.parametrize("charset", ["undefined", "utf-7", "unicode_escape"])

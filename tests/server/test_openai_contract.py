@@ -113,13 +113,13 @@ def test_completion_answers_when_the_sdk_asks(
 def test_models_are_typed_when_the_sdk_lists_them(served: ServedSite, run: Callable[..., Any]) -> None:
     """Every field that the SDK's class requires; `parent` is the one that we add."""
     models = run(served.url, lambda client: client.models.list()).data
-    assert ["base", "legal", "legal@v1"] == [model.id for model in models]
+    assert ["base", "tiny", "legal", "legal@v1"] == [model.id for model in models]
     for model in models:
         assert ("model", "hotswap") == (model.object, model.owned_by)
         assert isinstance(model.created, int)
         assert {"parent"} == set(model.model_extra)
-    assert [None, "legal@v1", "base"] == [model.parent for model in models]
-    assert models[1] == run(served.url, lambda client: client.models.retrieve("legal"))
+    assert [None, "base", "legal@v1", "base"] == [model.parent for model in models]
+    assert models[2] == run(served.url, lambda client: client.models.retrieve("legal"))
 
 
 class Reply(BaseModel):

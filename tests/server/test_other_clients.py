@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from adapters.registry import Registry
 from tests.support import foreign_clients as foreign
-from tests.support.engine import RECIPES, Reference, Site, encode
-from tests.support.http import ServedSite, serve_site
+from tests.support.engine import RECIPES, Bench, Reference, Site, encode
+from tests.support.http import Attempts, ServedSite, serve_site, wait_until
 
 FIRST, *_ = RECIPES
 TEXT = "hello there"
@@ -151,3 +155,76 @@ def test_litellm_raises_its_own_errors_when_requests_are_refused(
     ]
     expected = ["NotFoundError", "ContextWindowExceededError", "BadRequestError"]
     assert expected == elsewhere(foreign.litellm_errors, served.url, cases)
+
+
+# Retries -------------------------------------------------------------------------------------------------------------
+
+RETRYING = [
+    pytest.param(foreign.langchain_answer, {"model": "base", "max_retries": 1}, id="langchain"),
+    pytest.param(foreign.litellm_answer, {"model": "openai/base", "max_retries": 1}, id="litellm"),
+    pytest.param(foreign.litellm_answer, {"model": "openai/base", "num_retries": 1}, id="litellm-of-its-own"),
+]
+
+
+@pytest.mark.parametrize(("ask", "options"), RETRYING)
+def test_client_asks_again_when_the_server_is_full(
+    ask: Callable[..., str],
+    options: dict[str, Any],
+    bench: Bench,
+    registry: Registry,
+    tmp_path: Path,
+    reference_answers: Reference,
+    elsewhere: Callable[..., Any],
+) -> None:
+    """One 429 and then the answer."""
+    site = Site.build(bench, registry, tmp_path, max_waiting=1)
+    site.transport.permits = 0
+
+    async def make_room(attempt: int) -> None:
+        if attempt == 3:  # the first is the one that fills the server
+            site.transport.permits = None
+            while site.client.num_in_flight:
+                await asyncio.sleep(0.001)
+
+    attempts = Attempts(make_room)
+    body = {"model": "base", "messages": [{"role": "user", "content": TEXT}], **GREEDY}
+    with serve_site(site, wrap=attempts.wrap) as served, ThreadPoolExecutor(1) as pool:
+        pool.submit(httpx.post, f"{served.url}/chat/completions", json=body, timeout=60)
+        wait_until(lambda: site.client.num_in_flight == 1)
+        text = elsewhere(ask, served.url, TEXT, **GREEDY, **options)
+    site.engine.close()
+    assert [200, 200, 429] == sorted(attempts.statuses)
+    assert reference_answers.text(site.prompt(TEXT), None, NUM_TOKENS) == text
+
+
+@pytest.mark.parametrize(("ask", "options"), RETRYING)
+def test_client_asks_again_when_the_engine_is_starting(
+    ask: Callable[..., str],
+    options: dict[str, Any],
+    site: Site,
+    reference_answers: Reference,
+    elsewhere: Callable[..., Any],
+) -> None:
+    """One 503 and then the answer."""
+    listening: list[ServedSite] = []
+
+    async def start_late(attempt: int) -> None:
+        if attempt == 2:
+            await listening[0].start_engine()
+
+    attempts = Attempts(start_late)
+    with serve_site(site, wrap=attempts.wrap, is_up=False) as served:
+        listening.append(served)
+        text = elsewhere(ask, served.url, TEXT, **GREEDY, **options)
+    assert [503, 200] == attempts.statuses
+    assert reference_answers.text(site.prompt(TEXT), None, NUM_TOKENS) == text
+
+
+def test_clients_give_up_at_once_when_a_retry_can_not_help(site: Site, elsewhere: Callable[..., Any]) -> None:
+    """One attempt each where the request can never fit."""
+    attempts = Attempts()
+    with serve_site(site, wrap=attempts.wrap) as served:
+        langchain = elsewhere(foreign.langchain_errors, served.url, TEXT, [{"model": "base", "max_retries": 2, "n": 9}])
+        litellm = elsewhere(foreign.litellm_errors, served.url, [{"model": "openai/base", "max_retries": 2, "n": 9}])
+    assert (["OpenAIInvalidRequestError"], ["BadRequestError"]) == (langchain, litellm)
+    assert [400, 400] == attempts.statuses

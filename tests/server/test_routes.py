@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,70 +12,21 @@ import pytest
 
 from adapters.manifest import ADAPTER_WEIGHTS_FILE, MANIFEST_FILE, BaseReference
 from adapters.registry import Registry
-from server.messages import CancelCommand
-from tests.support.engine import RECIPES, Bench, Exchange, Reference, SetClock, Site, on_site
+from tests.support.chat import (
+    CHAT,
+    NUM_TOKENS,
+    TEXT,
+    break_step,
+    chat_body,
+    error_of,
+    expected_text,
+    get,
+    post,
+)
+from tests.support.engine import RECIPES, Bench, Reference, Site, on_site
 from tests.support.sdk import with_sdk
 
 FIRST, SECOND, THIRD, *_ = RECIPES
-CHAT = "/v1/chat/completions"
-TEXT = "hello there"
-NUM_TOKENS = 10
-
-
-def _body(model: str, **fields: Any) -> dict[str, Any]:
-    messages = [{"role": "user", "content": TEXT}]
-    return {"model": model, "messages": messages, "temperature": 0, "max_tokens": NUM_TOKENS, **fields}
-
-
-def _post(site: Site, *bodies: dict[str, Any], path: str = CHAT, is_up: bool = True) -> list[httpx.Response]:
-    async def scenario(http: httpx.AsyncClient) -> list[httpx.Response]:
-        return [await http.post(path, json=body) for body in bodies]
-
-    return on_site(site, scenario, is_up=is_up)
-
-
-def _get(site: Site, path: str, *, is_up: bool = True) -> httpx.Response:
-    async def scenario(http: httpx.AsyncClient) -> httpx.Response:
-        return await http.get(path)
-
-    return on_site(site, scenario, is_up=is_up)
-
-
-def _expected(site: Site, reference: Reference, adapter: str | None) -> str:
-    return reference.text(site.prompt(TEXT), adapter, NUM_TOKENS)
-
-
-def _events(content: bytes) -> list[Any]:
-    """The data of each server-sent event; every event has to be one data line and end with a blank line."""
-    assert content.endswith(b"\n\n")
-    lines = content.decode().removesuffix("\n\n").split("\n\n")
-    assert all(line.startswith("data: ") and "\n" not in line for line in lines)
-    return [line[6:] if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]
-
-
-def _text(events: list[Any]) -> str:
-    return "".join(event["choices"][0]["delta"].get("content", "") for event in events[:-1] if event["choices"])
-
-
-def _break_step(site: Site, *, at: int) -> None:
-    """Make the real model raise in its n-th forward pass from now."""
-    left = at
-
-    def count(*_: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            handle.remove()
-            raise RuntimeError("secret reason")
-
-    handle = site.base.model.register_forward_pre_hook(count)
-
-
-def _error(response: httpx.Response) -> dict[str, Any]:
-    error: dict[str, Any] = response.json()["error"]
-    assert {"message", "type", "param", "code"} == set(error)
-    assert response.headers["x-request-id"].startswith("req_")
-    return error
 
 
 # Whole answers -------------------------------------------------------------------------------------------------------
@@ -96,10 +46,10 @@ def test_chat_answers_with_the_named_version_when_it_exists(
     """Text, usage and headers are those of the version that `model` names."""
     site.publish("legal", FIRST)
     site.publish("legal", SECOND)
-    (response,) = _post(site, _body(model))
+    (response,) = post(site, chat_body(model))
     body = response.json()
     assert response.status_code == 200
-    assert _expected(site, reference_answers, adapter) == body["choices"][0]["message"]["content"]
+    assert expected_text(site, reference_answers, adapter) == body["choices"][0]["message"]["content"]
     tokens = reference_answers.tokens(site.prompt(TEXT), adapter, NUM_TOKENS)
     num_prompt = len(site.prompt(TEXT))
     usage = {"prompt_tokens": num_prompt, "completion_tokens": len(tokens), "total_tokens": num_prompt + len(tokens)}
@@ -116,8 +66,8 @@ def test_chat_answers_by_digest_when_a_prefix_is_named(site: Site, reference_ans
     """A version may be named by what it is made of."""
     version = site.publish("legal", FIRST).version
     site.publish("legal", SECOND)
-    (response,) = _post(site, _body(f"legal@{version.digest[:12]}"))
-    assert _expected(site, reference_answers, FIRST) == response.json()["choices"][0]["message"]["content"]
+    (response,) = post(site, chat_body(f"legal@{version.digest[:12]}"))
+    assert expected_text(site, reference_answers, FIRST) == response.json()["choices"][0]["message"]["content"]
     assert version.digest == response.headers["x-hotswap-digest"]
 
 
@@ -131,18 +81,18 @@ def test_chat_answers_each_with_its_own_version_when_requests_run_together(
     models = ["a", "base", "b", "c", "b", "base", "a", "c"]
 
     async def scenario(http: httpx.AsyncClient) -> list[httpx.Response]:
-        return list(await asyncio.gather(*(http.post(CHAT, json=_body(model)) for model in models)))
+        return list(await asyncio.gather(*(http.post(CHAT, json=chat_body(model)) for model in models)))
 
     for model, response in zip(models, on_site(site, scenario), strict=True):
-        expected = _expected(site, reference_answers, adapters.get(model))
+        expected = expected_text(site, reference_answers, adapters.get(model))
         assert expected == response.json()["choices"][0]["message"]["content"]
 
 
 def test_chat_stops_before_the_stop_string_when_the_answer_holds_it(site: Site, reference_answers: Reference) -> None:
     """The finish reason is `stop` and the string is not in the text."""
-    whole = _expected(site, reference_answers, None)
+    whole = expected_text(site, reference_answers, None)
     stop = next(letter for letter in whole[2:] if letter != "\ufffd")
-    (response,) = _post(site, _body("base", stop=stop))
+    (response,) = post(site, chat_body("base", stop=stop))
     choice = response.json()["choices"][0]
     assert (whole.split(stop)[0], "stop") == (choice["message"]["content"], choice["finish_reason"])
 
@@ -155,16 +105,16 @@ def test_chat_stops_before_the_stop_string_when_the_answer_holds_it(site: Site, 
 def test_chat_is_404_when_the_model_is_unknown(model: str, stream: bool, site: Site) -> None:
     """Never the base model's answer; nothing reaches the engine and no exposure is written."""
     site.publish("legal", FIRST)
-    (response,) = _post(site, _body(model, stream=stream))
-    assert (response.status_code, _error(response)["code"]) == (404, "model_not_found")
+    (response,) = post(site, chat_body(model, stream=stream))
+    assert (response.status_code, error_of(response)["code"]) == (404, "model_not_found")
     assert site.transport.commands == []
     assert site.exposures() == []
 
 
 def test_chat_is_400_when_the_prompt_is_too_long(site: Site) -> None:
     """The code is the one that clients of the hosted API look for."""
-    (response,) = _post(site, _body("base", messages=[{"role": "user", "content": "a" * 500}]))
-    error = _error(response)
+    (response,) = post(site, chat_body("base", messages=[{"role": "user", "content": "a" * 500}]))
+    error = error_of(response)
     assert (response.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "messages")
 
 
@@ -184,16 +134,16 @@ def test_chat_is_400_naming_the_field_when_the_body_is_wrong(
     fields: dict[str, Any], param: str, code: str, site: Site
 ) -> None:
     """The envelope says where."""
-    (response,) = _post(site, _body("base", **fields))
-    error = _error(response)
+    (response,) = post(site, chat_body("base", **fields))
+    error = error_of(response)
     assert (400, param, code) == (response.status_code, error["param"], error["code"])
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_chat_is_503_when_there_is_no_engine(stream: bool, site: Site) -> None:
     """With a hint to retry, before any answer begins."""
-    (response,) = _post(site, _body("base", stream=stream), is_up=False)
-    assert (response.status_code, _error(response)["code"]) == (503, "engine_unavailable")
+    (response,) = post(site, chat_body("base", stream=stream), is_up=False)
+    assert (response.status_code, error_of(response)["code"]) == (503, "engine_unavailable")
     assert int(response.headers["retry-after"]) > 0
 
 
@@ -206,10 +156,10 @@ def test_chat_is_429_when_too_many_are_in_flight(
     site.transport.permits = 0
 
     async def scenario(http: httpx.AsyncClient) -> tuple[httpx.Response, list[httpx.Response]]:
-        running = [asyncio.create_task(http.post(CHAT, json=_body("base"))) for _ in range(2)]
+        running = [asyncio.create_task(http.post(CHAT, json=chat_body("base"))) for _ in range(2)]
         while site.client.num_in_flight < 2:
             await asyncio.sleep(0)
-        refused = await http.post(CHAT, json=_body("base", stream=stream))
+        refused = await http.post(CHAT, json=chat_body("base", stream=stream))
         site.transport.permits = None
         return refused, await asyncio.gather(*running)
 
@@ -217,8 +167,8 @@ def test_chat_is_429_when_too_many_are_in_flight(
     site.engine.close()
     assert (
         refused.status_code,
-        _error(refused)["code"],
-        _error(refused)["type"],
+        error_of(refused)["code"],
+        error_of(refused)["type"],
     ) == (429, "overloaded", "rate_limit_error")
     assert int(refused.headers["retry-after"]) > 0
     assert [response.status_code for response in answered] == [200, 200]
@@ -232,8 +182,8 @@ def test_chat_is_500_with_the_reason_when_the_version_is_for_another_base(stream
     other = BaseReference(name="other", fingerprint="e" * 64, quantisation="none")
     site.publish("broken", FIRST, reference=other)
     site.publish("legal", SECOND)
-    failed, fine = _post(site, _body("broken", stream=stream), _body("legal", stream=stream))
-    error = _error(failed)
+    failed, fine = post(site, chat_body("broken", stream=stream), chat_body("legal", stream=stream))
+    error = error_of(failed)
     assert (failed.status_code, error["code"]) == (500, "adapter_rejected")
     assert "e" * 64 in error["message"]
     assert site.base.reference.fingerprint in error["message"]
@@ -248,15 +198,15 @@ def test_chat_is_500_when_the_versions_file_was_changed(site: Site) -> None:
     version = site.publish("legal", FIRST).version
     path = site.registry.store.folder(version.digest) / ADAPTER_WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    (response,) = _post(site, _body("legal"))
-    assert (response.status_code, _error(response)["code"]) == (500, "adapter_rejected")
+    (response,) = post(site, chat_body("legal"))
+    assert (response.status_code, error_of(response)["code"]) == (500, "adapter_rejected")
 
 
 def test_chat_names_no_path_when_the_versions_manifest_is_missing(site: Site) -> None:
     """The table of answers hides an IntegrityError, since it may name files; so must a failed load."""
     version = site.publish("legal", FIRST).version
     (site.registry.store.folder(version.digest) / MANIFEST_FILE).unlink()
-    (response,) = _post(site, _body("legal"))
+    (response,) = post(site, chat_body("legal"))
     assert str(site.registry.store.root) not in response.text
 
 
@@ -265,182 +215,14 @@ def test_chat_is_500_when_the_model_fails_before_the_first_token(stream: bool, s
     """A proper status, no reason that names internals, an exposure; and the next request is answered."""
 
     async def scenario(http: httpx.AsyncClient) -> list[httpx.Response]:
-        _break_step(site, at=1)
-        return [await http.post(CHAT, json=_body("base", stream=stream)) for _ in range(2)]
+        break_step(site, at=1)
+        return [await http.post(CHAT, json=chat_body("base", stream=stream)) for _ in range(2)]
 
     failed, fine = on_site(site, scenario)
-    assert (failed.status_code, _error(failed)["code"]) == (500, "engine_failure")
+    assert (failed.status_code, error_of(failed)["code"]) == (500, "engine_failure")
     assert "secret" not in failed.text
     assert fine.status_code == 200
     assert [row.finish_reason if row.error else None for row in site.exposures()] == ["engine_failed", None]
-
-
-# Deadlines -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_chat_is_504_when_the_answer_takes_longer_than_its_header_allows(stream: bool, site: Site) -> None:
-    """Clients are told not to retry; the exposure says why the answer is missing, and nothing is left behind."""
-
-    async def scenario(http: httpx.AsyncClient) -> httpx.Response:
-        return await http.post(CHAT, json=_body("base", stream=stream), headers={"x-hotswap-timeout-s": "1e-9"})
-
-    response = on_site(site, scenario)
-    error = _error(response)
-    assert (504, "deadline_exceeded", "server_error") == (response.status_code, error["code"], error["type"])
-    assert "false" == response.headers["x-should-retry"]
-    (row,) = site.exposures()
-    assert ("deadline", error["message"]) == (row.finish_reason, row.error)
-    assert site.engine.is_idle
-    assert 0 == site.client.num_in_flight == site.client.num_tokens_in_flight
-
-
-def test_stream_ends_in_an_error_event_when_the_deadline_comes_in_the_middle(
-    bench: Bench, registry: Registry, tmp_path: Path
-) -> None:
-    """The server's own limit applies where no header is sent; what was said so far stays, and there is no [DONE]."""
-    clock = SetClock()
-    site = Site.build(bench, registry, tmp_path, clock=clock)
-    site.transport.permits = 6
-
-    async def scenario(http: httpx.AsyncClient) -> bytes:
-        exchange = Exchange(site.app, CHAT, _body("base", stream=True))
-        await exchange.start()
-        content = await exchange.chunk()
-        clock.now += site.settings.timeout_s
-        site.transport.permits = None
-        return content + await exchange.rest()
-
-    events = _events(on_site(site, scenario))
-    site.engine.close()
-    assert "deadline_exceeded" == events[-1]["error"]["code"]
-    assert "within its 600 seconds" in events[-1]["error"]["message"]
-    assert all(event["choices"][0]["finish_reason"] is None for event in events[:-1])
-    (row,) = site.exposures()
-    assert row.finish_reason == "deadline"
-    assert 0 < row.completion_tokens < NUM_TOKENS
-    assert site.engine.num_running == 0
-
-
-def test_chat_is_400_when_the_timeout_header_is_wrong(site: Site) -> None:
-    """The header is named, and nothing reaches the engine."""
-
-    async def scenario(http: httpx.AsyncClient) -> httpx.Response:
-        return await http.post(CHAT, json=_body("base"), headers={"x-hotswap-timeout-s": "soon"})
-
-    response = on_site(site, scenario)
-    error = _error(response)
-    assert (400, "x-hotswap-timeout-s", "invalid_value") == (response.status_code, error["param"], error["code"])
-    assert site.transport.commands == []
-
-
-def test_openai_client_retries_only_where_it_helps_when_requests_fail(site: Site) -> None:
-    """One attempt where the deadline passed, although the status alone would be retried."""
-
-    async def scenario(client: openai.AsyncOpenAI) -> None:
-        patient = client.with_options(max_retries=2)
-        with pytest.raises(openai.InternalServerError) as late:
-            await patient.chat.completions.create(**_body("base"), extra_headers={"x-hotswap-timeout-s": "1e-9"})
-        assert late.value.code == "deadline_exceeded"
-
-    with_sdk(site, scenario)
-    assert 1 == len(site.exposures())
-
-
-# Streams -------------------------------------------------------------------------------------------------------------
-
-
-def test_stream_joins_to_the_whole_answer_when_it_is_read_to_the_end(site: Site, reference_answers: Reference) -> None:
-    """Role first, then text, then the finish reason, then [DONE]; ids and names are the same throughout."""
-    site.publish("legal", FIRST)
-    (response,) = _post(site, _body("legal", stream=True))
-    events = _events(response.content)
-    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
-    assert response.headers["x-hotswap-version"] == "legal@v1"
-    assert events[-1] == "[DONE]"
-    assert _expected(site, reference_answers, FIRST) == _text(events)
-    assert events[0]["choices"][0]["delta"]["role"] == "assistant"
-    reasons = [event["choices"][0]["finish_reason"] for event in events[:-1]]
-    assert [None] * (len(reasons) - 1) == reasons[:-1]
-    assert reasons[-1] in ("length", "stop")
-    assert len({(event["id"], event["model"], event["object"]) for event in events[:-1]}) == 1
-    assert not any("usage" in event for event in events[:-1])
-
-
-def test_stream_ends_with_usage_when_it_is_asked_for(site: Site) -> None:
-    """The event before [DONE] has no choice and the counts; all others say null."""
-    options = {"include_usage": True}
-    whole, streamed = _post(site, _body("base"), _body("base", stream=True, stream_options=options))
-    events = _events(streamed.content)
-    assert ([], whole.json()["usage"]) == (events[-2]["choices"], events[-2]["usage"])
-    assert {None} == {event["usage"] for event in events[:-2]}
-
-
-def test_stream_ends_in_a_wellformed_error_when_the_model_fails_in_the_middle(site: Site) -> None:
-    """One error event in the envelope, a blank line and the end: no finish reason and no [DONE]."""
-
-    async def scenario(http: httpx.AsyncClient) -> httpx.Response:
-        _break_step(site, at=5)
-        return await http.post(CHAT, json=_body("base", stream=True))
-
-    response = on_site(site, scenario)
-    events = _events(response.content)
-    assert response.status_code == 200
-    assert {"error"} == set(events[-1])
-    assert (events[-1]["error"]["code"], events[-1]["error"]["type"]) == ("engine_failure", "server_error")
-    assert all(event["choices"][0]["finish_reason"] is None for event in events[:-1])
-    (row,) = site.exposures()
-    assert (row.finish_reason, row.error is not None) == ("engine_failed", True)
-    assert 0 < row.completion_tokens < NUM_TOKENS
-
-
-def test_stream_keeps_its_version_when_the_alias_moves_in_the_middle(site: Site, reference_answers: Reference) -> None:
-    """The running answer is the old version's to its last token; the next request gets the new one."""
-    site.publish("legal", FIRST)
-    site.publish("legal", SECOND, promote=False)
-    site.transport.permits = 6
-
-    async def scenario(http: httpx.AsyncClient) -> tuple[dict[str, str], bytes, httpx.Response]:
-        exchange = Exchange(site.app, CHAT, _body("legal", stream=True))
-        _, headers = await exchange.start()
-        content = await exchange.chunk()
-        site.registry.promote("legal@v2")
-        assert b"[DONE]" not in content
-        assert site.engine.num_running == 1
-        following = asyncio.create_task(http.post(CHAT, json=_body("legal")))
-        site.transport.permits = None
-        content += await exchange.rest()
-        return headers, content, await following
-
-    headers, content, following = on_site(site, scenario)
-    assert headers["x-hotswap-version"] == "legal@v1"
-    assert _expected(site, reference_answers, FIRST) == _text(_events(content))
-    assert following.headers["x-hotswap-version"] == "legal@v2"
-    assert _expected(site, reference_answers, SECOND) == following.json()["choices"][0]["message"]["content"]
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_exposure_says_cancelled_when_the_client_leaves_in_the_middle(stream: bool, site: Site) -> None:
-    """The engine is told to stop, its row is free, and what was generated so far is recorded."""
-    site.transport.permits = 3
-
-    async def scenario(http: httpx.AsyncClient) -> None:
-        exchange = Exchange(site.app, CHAT, _body("base", stream=stream, max_tokens=60))
-        if stream:
-            await exchange.start()
-            await exchange.chunk()
-        while site.transport.permits:
-            await asyncio.sleep(0)
-        assert site.engine.num_running == 1
-        await exchange.hang_up()
-        while not site.exposures() or site.client.num_in_flight or site.engine.num_running:
-            await asyncio.sleep(0)
-
-    on_site(site, scenario)
-    (row,) = site.exposures()
-    assert (row.finish_reason, row.error) == ("cancelled", None)
-    assert row.completion_tokens > 0
-    assert [CancelCommand(row.response_id.removeprefix("chatcmpl-"))] == site.transport.commands[1:]
 
 
 # Experiments and feedback --------------------------------------------------------------------------------------------
@@ -452,7 +234,7 @@ def test_arm_is_sticky_when_a_user_comes_again(site: Site, reference_answers: Re
     site.publish("legal", SECOND)
     experiment = site.experiments.create("legal", [("A", "v1", 50), ("B", "v2", 50)], salt="s")
     users = [f"user-{index}" for index in range(8)]
-    responses = _post(site, *(_body("legal", user=user) for user in users + users))
+    responses = post(site, *(chat_body("legal", user=user) for user in users + users))
     arms = [response.headers["x-hotswap-arm"] for response in responses]
     assert arms[:8] == arms[8:]
     assert {"A", "B"} == set(arms)
@@ -460,7 +242,7 @@ def test_arm_is_sticky_when_a_user_comes_again(site: Site, reference_answers: Re
     for arm, response in zip(arms, responses, strict=True):
         label, adapter = adapters[arm]
         assert (label, "experiment") == (response.headers["x-hotswap-version"], response.headers["x-hotswap-route"])
-        expected = _expected(site, reference_answers, adapter)
+        expected = expected_text(site, reference_answers, adapter)
         assert expected == response.json()["choices"][0]["message"]["content"]
     rows = {row.response_id: row for row in site.exposures()}
     for arm, response in zip(arms, responses, strict=True):
@@ -471,7 +253,7 @@ def test_arm_is_sticky_when_a_user_comes_again(site: Site, reference_answers: Re
 def test_exposure_is_written_when_an_answer_succeeds(site: Site) -> None:
     """What served it, how long it was and how it ended."""
     version = site.publish("legal", FIRST).version
-    (response,) = _post(site, _body("legal"))
+    (response,) = post(site, chat_body("legal"))
     body = response.json()
     (row,) = site.exposures()
     assert (body["id"], version.digest, 1) == (row.response_id, row.digest, row.number)
@@ -487,7 +269,7 @@ def test_feedback_is_recorded_when_it_names_a_response(site: Site) -> None:
     site.experiments.create("legal", [("A", "v1", 50), ("B", "v2", 50)])
 
     async def scenario(http: httpx.AsyncClient) -> str:
-        answer = await http.post(CHAT, json=_body("legal", user="u"))
+        answer = await http.post(CHAT, json=chat_body("legal", user="u"))
         for value in (False, True):
             feedback = {"id": answer.json()["id"], "metric": "thumbs_up", "value": value, "comment": "good"}
             response = await http.post("/v1/feedback", json=feedback)
@@ -502,8 +284,8 @@ def test_feedback_is_recorded_when_it_names_a_response(site: Site) -> None:
 
 def test_feedback_is_404_when_the_response_is_unknown(site: Site) -> None:
     """An outcome of nothing is not kept."""
-    (response,) = _post(site, {"id": "chatcmpl-x", "metric": "ok", "value": 1}, path="/v1/feedback")
-    assert (response.status_code, _error(response)["code"]) == (404, "not_found")
+    (response,) = post(site, {"id": "chatcmpl-x", "metric": "ok", "value": 1}, path="/v1/feedback")
+    assert (response.status_code, error_of(response)["code"]) == (404, "not_found")
 
 
 @pytest.mark.parametrize(
@@ -512,8 +294,8 @@ def test_feedback_is_404_when_the_response_is_unknown(site: Site) -> None:
 )
 def test_feedback_is_400_when_its_body_is_wrong(fields: dict[str, Any], param: str, site: Site) -> None:
     """The field is named."""
-    (response,) = _post(site, {"id": "chatcmpl-x", "metric": "ok", "value": 1, **fields}, path="/v1/feedback")
-    assert (400, param) == (response.status_code, _error(response)["param"])
+    (response,) = post(site, {"id": "chatcmpl-x", "metric": "ok", "value": 1, **fields}, path="/v1/feedback")
+    assert (400, param) == (response.status_code, error_of(response)["param"])
 
 
 # Models and operations -----------------------------------------------------------------------------------------------
@@ -521,30 +303,30 @@ def test_feedback_is_400_when_its_body_is_wrong(fields: dict[str, Any], param: s
 
 def test_models_list_names_everything_callable_when_versions_are_published(site: Site) -> None:
     """The base, each alias and each of its versions; each of them can be retrieved and called."""
-    assert [model["id"] for model in _get(site, "/v1/models").json()["data"]] == ["base"]
+    assert [model["id"] for model in get(site, "/v1/models").json()["data"]] == ["base", "tiny"]
     site.publish("legal", FIRST)
     site.publish("legal", SECOND)
     site.publish("medical", THIRD)
-    body = _get(site, "/v1/models").json()
+    body = get(site, "/v1/models").json()
     names = [model["id"] for model in body["data"]]
     assert body["object"] == "list"
-    assert names == ["base", "legal", "legal@v1", "legal@v2", "medical", "medical@v1"]
+    assert names == ["base", "tiny", "legal", "legal@v1", "legal@v2", "medical", "medical@v1"]
     assert {"legal@v2"} == {model["parent"] for model in body["data"] if model["id"] == "legal"}
-    assert body["data"] == [_get(site, f"/v1/models/{name}").json() for name in names]
-    assert {200} == {response.status_code for response in _post(site, *(_body(name) for name in names))}
+    assert body["data"] == [get(site, f"/v1/models/{name}").json() for name in names]
+    assert {200} == {response.status_code for response in post(site, *(chat_body(name) for name in names))}
 
 
 def test_model_is_404_when_it_is_unknown(site: Site) -> None:
     """By the same code as in chat."""
-    response = _get(site, "/v1/models/nobody")
-    assert (response.status_code, _error(response)["code"]) == (404, "model_not_found")
+    response = get(site, "/v1/models/nobody")
+    assert (response.status_code, error_of(response)["code"]) == (404, "model_not_found")
 
 
 def test_health_answers_when_there_is_no_engine(site: Site) -> None:
     """Alive is not the same as ready."""
-    assert ((r := _get(site, "/health", is_up=False)).status_code, r.json()) == (200, {"status": "ok"})
-    response = _get(site, "/ready", is_up=False)
-    assert (response.status_code, _error(response)["code"]) == (503, "engine_unavailable")
+    assert ((r := get(site, "/health", is_up=False)).status_code, r.json()) == (200, {"status": "ok"})
+    response = get(site, "/ready", is_up=False)
+    assert (response.status_code, error_of(response)["code"]) == (503, "engine_unavailable")
     assert "retry-after" in response.headers
 
 
@@ -553,7 +335,7 @@ def test_ready_tells_the_load_when_the_engine_is_up(site: Site) -> None:
     version = site.publish("legal", FIRST).version
 
     async def scenario(http: httpx.AsyncClient) -> httpx.Response:
-        await http.post(CHAT, json=_body("legal"))
+        await http.post(CHAT, json=chat_body("legal"))
         return await http.get("/ready")
 
     response = on_site(site, scenario)
@@ -576,8 +358,8 @@ def test_request_id_is_sent_back_when_a_route_answers_or_not(site: Site) -> None
             await http.get("/nowhere"),
             await http.put("/health"),
             await http.post(CHAT, json={}),
-            await http.post(CHAT, json=_body("nobody")),
-            await http.post(CHAT, json=_body("base", stream=True)),
+            await http.post(CHAT, json=chat_body("nobody")),
+            await http.post(CHAT, json=chat_body("base", stream=True)),
         ]
 
     responses = on_site(site, scenario)
@@ -595,14 +377,14 @@ def test_openai_client_reads_answers_when_streamed_or_not(site: Site, reference_
     site.publish("legal", FIRST)
 
     async def scenario(client: openai.AsyncOpenAI) -> tuple[Any, list[Any]]:
-        whole = await client.chat.completions.create(**_body("legal"))
+        whole = await client.chat.completions.create(**chat_body("legal"))
         stream = await client.chat.completions.create(
-            **_body("legal", stream=True, stream_options={"include_usage": True})
+            **chat_body("legal", stream=True, stream_options={"include_usage": True})
         )
         return whole, [chunk async for chunk in stream]
 
     whole, chunks = with_sdk(site, scenario)
-    expected = _expected(site, reference_answers, FIRST)
+    expected = expected_text(site, reference_answers, FIRST)
     assert expected == whole.choices[0].message.content
     assert expected == "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert whole.choices[0].finish_reason == chunks[-2].choices[0].finish_reason
@@ -617,7 +399,7 @@ def test_openai_client_lists_models_when_some_are_published(site: Site) -> None:
         models = [model.id async for model in client.models.list()]
         return models, (await client.models.retrieve("legal@v1")).id
 
-    assert with_sdk(site, scenario) == (["base", "legal", "legal@v1"], "legal@v1")
+    assert with_sdk(site, scenario) == (["base", "tiny", "legal", "legal@v1"], "legal@v1")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -626,15 +408,15 @@ def test_openai_client_raises_its_own_errors_when_requests_are_refused(stream: b
 
     async def scenario(client: openai.AsyncOpenAI) -> None:
         with pytest.raises(openai.NotFoundError) as missing:
-            await client.chat.completions.create(**_body("nobody", stream=stream))
+            await client.chat.completions.create(**chat_body("nobody", stream=stream))
         assert missing.value.code == "model_not_found"
         assert str(missing.value.request_id).startswith("req_")
         with pytest.raises(openai.BadRequestError) as wrong:
-            await client.chat.completions.create(**_body("base", stream=stream, top_p=2))
+            await client.chat.completions.create(**chat_body("base", stream=stream, top_p=2))
         assert (wrong.value.param, wrong.value.code) == ("top_p", "invalid_value")
-        _break_step(site, at=1)
+        break_step(site, at=1)
         with pytest.raises(openai.InternalServerError):
-            await client.chat.completions.create(**_body("base", stream=stream))
+            await client.chat.completions.create(**chat_body("base", stream=stream))
 
     with_sdk(site, scenario)
 
@@ -643,8 +425,8 @@ def test_openai_client_raises_when_a_stream_breaks_off(site: Site) -> None:
     """An error in the middle of a stream is an exception in the client, not a short answer."""
 
     async def scenario(client: openai.AsyncOpenAI) -> None:
-        _break_step(site, at=5)
-        stream = await client.chat.completions.create(**_body("base", stream=True))
+        break_step(site, at=5)
+        stream = await client.chat.completions.create(**chat_body("base", stream=True))
         assert (await anext(stream)).choices[0].delta.role == "assistant"
         with pytest.raises(openai.APIError, match="the model failed"):
             [chunk async for chunk in stream]

@@ -269,3 +269,24 @@ def test_answers_have_openais_shape_when_they_are_made() -> None:
     assert chunk["object"] == "chat.completion.chunk"
     assert chunk["choices"] == [{"index": 0, "delta": {"content": "t"}, "logprobs": None, "finish_reason": None}]
     assert error_body("no", kind="k") == {"error": {"message": "no", "type": "k", "param": None, "code": None}}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("store", True, "completions are not stored: expected false, found True"),
+        ("store", 0, "completions are not stored"),
+        ("reasoning_effort", "high", "to make the model think: expected none, found 'high'"),
+        ("service_tier", "flex", "there is one tier: expected auto or default, found 'flex'"),
+        ("verbosity", "low", "answers longer or shorter: expected medium, found 'low'"),
+    ],
+)
+def test_request_is_refused_with_the_reason_when_an_option_can_not_be_followed(
+    field: str, value: object, reason: str
+) -> None:
+    """What asks for something that is not done is no more ignored than an unknown field."""
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate({"model": "legal", "messages": MESSAGES, field: value})
+    (error,) = caught.value.errors()
+    assert (field,) == error["loc"]
+    assert reason in error["msg"]

@@ -26,17 +26,13 @@ from adapters.base_model import LoadedBase
 from adapters.chat_template import render_prompt
 from adapters.errors import AdapterWeightsError, NotFoundError
 from adapters.experiments import ExperimentService
-from adapters.files import FileService
-from adapters.jobs import JobService
 from adapters.keys import KeyService
 from adapters.manifest import BaseReference
-from adapters.pins import PinService
 from adapters.records import NumberedVersion
 from adapters.registry import Registry
 from adapters.tables import ExposureRow
 from server.api import obey
-from server.auth import AuthMiddleware
-from server.chat import ChatService
+from server.app import equip_app, join_services
 from server.config import ServeSettings
 from server.engine.core import Constraint, EngineEvent, GenerationRequest, SamplingParams
 from server.engine.lora import SlottedLinear
@@ -44,17 +40,9 @@ from server.engine.runner import ModelRunner
 from server.engine.scheduler import Engine
 from server.engine_client import EngineClient
 from server.engine_factory import make_weights_reader
-from server.errors import install_error_handlers
-from server.fine_tuning import FineTuningService
-from server.limits import BodyLimitMiddleware, larger_bodies
 from server.messages import Command, EngineMessage, EngineStatus, SubmitCommand
-from server.metrics import Metrics
-from server.observe import RequestIdMiddleware
-from server.openapi import describe_api
-from server.pins import PinKeeper
 from server.routes import router
 from server.services import Services
-from server.uploads import Uploads
 from tests.support.tiny import (
     CHATML,
     load_tiny_base,
@@ -441,15 +429,32 @@ class Site:
     """The API over a real engine, registry and database, in one process."""
 
     app: FastAPI
-    registry: Registry
-    experiments: ExperimentService
+    services: Services
     engine: Engine
     transport: EngineTransport
-    client: EngineClient
     base: LoadedBase
     adapters: dict[str, Path]
     settings: ServeSettings
-    keys: KeyService
+
+    @property
+    def registry(self) -> Registry:
+        """Versions and aliases."""
+        return self.services.registry
+
+    @property
+    def experiments(self) -> ExperimentService:
+        """Experiments, exposures and feedback."""
+        return self.services.experiments
+
+    @property
+    def keys(self) -> KeyService:
+        """API keys; there are none until a test makes one."""
+        return self.services.keys
+
+    @property
+    def client(self) -> EngineClient:
+        """The API's end of the line to the engine."""
+        return self.services.engine
 
     @classmethod
     def build(
@@ -464,9 +469,14 @@ class Site:
         chat_template: str = CHATML,
         clock: Callable[[], float] = time.monotonic,
     ) -> Site:
-        """Join the parts as `server.app` does, with a transport that needs no second process."""
+        """The API as `server.app` joins it, with an engine in this process; the base model is called `tiny`."""
+        home.mkdir(parents=True, exist_ok=True)
+        named = home / "tiny"
+        if not named.exists():
+            named.symlink_to(bench.base.folder)
         settings = ServeSettings.load(
             home,
+            slots=bench.runner.slots.num_slots,
             max_context=max_context,
             max_tokens=12,
             max_waiting=max_waiting,
@@ -477,35 +487,13 @@ class Site:
         read = make_weights_reader(registry.store, bench.base, bench.runner.slots.module_shapes)
         engine = bench.engine(tokenizer=bench.base.tokenizer, read=read, clock=clock)
         transport = EngineTransport(engine)
-        metrics = Metrics()
-        client = EngineClient(
-            transport,
-            max_in_flight=max_waiting,
-            max_tokens=settings.max_queued_tokens,
-            on_message=metrics.note_message,
-        )
-        metrics.watch(client)
-        experiments = ExperimentService(registry.database)
-        keys = KeyService(registry.database)
-        chat = ChatService(registry, experiments, client, make_tokenizer(chat_template), settings, metrics)
         app = FastAPI()
-        app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes, larger=larger_bodies(settings))
-        app.add_middleware(AuthMiddleware, is_loopback=True)
-        app.add_middleware(RequestIdMiddleware)
-        install_error_handlers(app)
+        equip_app(app, settings)
         app.include_router(router)
-        describe_api(app)
-        pins = PinKeeper(
-            PinService(registry.database), client, always=settings.pinned, max_versions=engine.num_slots - 1
-        )
-        core = tiny_settings(bench.base.folder, home=home)
-        uploads = Uploads(core, timeout_s=settings.timeout_s)
-        files = FileService(registry.database, home / "files", max_bytes=settings.max_file_bytes)
-        fine_tuning = FineTuningService(JobService(registry.database), base_name="tiny", max_rank=16)
-        app.state.services = Services(
-            registry, experiments, client, chat, metrics, keys, pins, uploads, files, fine_tuning
-        )
-        return cls(app, registry, experiments, engine, transport, client, bench.base, bench.adapters, settings, keys)
+        core = tiny_settings(named, home=home)
+        services = join_services(registry, transport, make_tokenizer(chat_template), core, settings)
+        app.state.services = services
+        return cls(app, services, engine, transport, bench.base, bench.adapters, settings)
 
     def publish(
         self, alias: str, adapter: str, *, promote: bool = True, reference: BaseReference | None = None

@@ -13,11 +13,13 @@ from typing import Any
 from pydantic import BaseModel
 
 __all__ = [
+    "langchain_answer",
     "langchain_answers",
     "langchain_calls",
     "langchain_completions",
     "langchain_errors",
     "langchain_structured",
+    "litellm_answer",
     "litellm_answers",
     "litellm_calls",
     "litellm_completion",
@@ -44,6 +46,11 @@ def langchain_answers(url: str, text: str, **options: Any) -> dict[str, Any]:
             message.usage_metadata["total_tokens"] for message in (whole, *pieces) if message.usage_metadata is not None
         ],
     }
+
+
+def langchain_answer(url: str, text: str, **options: Any) -> str:
+    """One answer whole."""
+    return str(_langchain(url, **options).invoke(text).content)
 
 
 def langchain_completions(url: str, prompts: list[str], **options: Any) -> list[str]:
@@ -87,6 +94,11 @@ def litellm_answers(url: str, text: str, **options: Any) -> dict[str, Any]:
     }
 
 
+def litellm_answer(url: str, text: str, **options: Any) -> str:
+    """One answer whole."""
+    return str(_litellm().completion(**_fields(url, text, **options)).choices[0].message.content)
+
+
 def litellm_completion(url: str, prompt: str, **options: Any) -> str:
     """What its function for completions gives."""
     answer = _litellm().text_completion(api_base=url, api_key="none", prompt=prompt, max_retries=0, **options)
@@ -116,7 +128,7 @@ def litellm_errors(url: str, cases: list[dict[str, Any]]) -> list[str]:
 def _langchain(url: str, **options: Any) -> Any:
     from langchain_openai import ChatOpenAI
 
-    return ChatOpenAI(base_url=url, api_key="none", max_retries=0, **options)
+    return ChatOpenAI(**{"base_url": url, "api_key": "none", "max_retries": 0, **options})
 
 
 def _litellm() -> Any:

@@ -251,6 +251,28 @@ def test_load_failure_is_not_inherited_when_a_request_comes_after_it(engine: Eng
     assert answers["late"].finish_reason == "length"
 
 
+def test_version_is_read_ahead_when_the_request_before_it_was_cancelled(small: Bench) -> None:
+    """What was read for somebody who has left takes no room from those who wait."""
+    largest = max(small.read(digest).num_bytes for digest in (A, B, C, D))
+    engine = small.engine(max_host_bytes=largest)
+    engine.prefetch([A, B])
+    drain(engine, {})
+    for index in range(small.runner.cache.num_rows):
+        engine.submit(ask(f"long{index}", PROMPT, (A, B)[index % 2], max_tokens=60))
+    engine.step()
+    for name, digest in (("c", C), ("d", D)):
+        engine.submit(ask(name, PROMPT, digest))
+        wait_for_loads(engine)
+        engine.step()
+        assert digest in _on_host(engine)
+        engine.cancel(name)
+    engine.close()
+
+
+def _on_host(engine: Engine) -> set[str]:
+    return {residence.digest for residence in engine.residency.report() if residence.is_on_host}
+
+
 def test_versions_are_read_when_requests_are_queued(engine: Engine, reader: GatedReader, small: Bench) -> None:
     """With every row in use, the versions of waiting requests are on the host before it is their turn."""
     reader.open()

@@ -121,6 +121,45 @@ def test_prefetch_evicts_nobody_when_all_slots_are_idle(make: Make, shelf: Shelf
     assert ["a", "b", "c"] == shelf.reads
 
 
+@pytest.mark.parametrize("is_read", [False, True])
+def test_room_for_reading_ahead_is_free_again_when_who_asked_has_left(is_read: bool, make: Make, shelf: Shelf) -> None:
+    """Whether the version was on the host by then or still being read; what was read can be pushed out by others."""
+    residency = make(num_slots=1, num_on_host=2)
+    held = [_use(residency, "a"), residency.acquire("a")]
+    if not is_read:
+        shelf.gate.clear()
+    for digest in "bc":
+        residency.prefetch(digest)
+    if is_read:
+        settle(residency)
+    for digest in "bc":
+        residency.give_up(digest)
+    shelf.gate.set()
+    settle(residency)
+    for digest in "de":
+        residency.prefetch(digest)
+    settle(residency)
+    assert ["a", "b", "c", "d", "e"] == shelf.reads
+    assert 2 * VERSION_BYTES == residency.stats.host_bytes
+    assert [1, 1] == held
+
+
+def test_version_keeps_its_room_when_somebody_asks_again_while_it_is_read(make: Make, shelf: Shelf) -> None:
+    """Who left is forgotten by then: nobody else's version is read in its place."""
+    residency = make(num_slots=1, num_on_host=1)
+    _use(residency, "a")
+    residency.acquire("a")
+    shelf.gate.clear()
+    residency.prefetch("b")
+    residency.give_up("b")
+    residency.prefetch("b")
+    shelf.gate.set()
+    settle(residency)
+    residency.prefetch("c")
+    settle(residency)
+    assert ["a", "b"] == shelf.reads
+
+
 def test_prefetch_reads_when_no_slot_is_free(make: Make, shelf: Shelf) -> None:
     """While others use all slots, the waiting versions come to the host, as many as the cache holds."""
     residency = make(num_slots=1, num_on_host=2)
