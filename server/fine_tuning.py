@@ -160,10 +160,9 @@ def _integrations(body: CreateJobRequest) -> tuple[dict[str, Any], ...]:
 
 
 def _identify(body: CreateJobRequest, request_key: str) -> RequestIdentity:
-    if not 1 <= len(request_key) <= _MAX_REQUEST_KEY_CHARS or not request_key.isprintable():
+    if not 1 <= len(request_key) <= _MAX_REQUEST_KEY_CHARS:
         raise InvalidInputError(
-            f"header idempotency-key: expected 1 to {_MAX_REQUEST_KEY_CHARS} printable characters, found "
-            f"{len(request_key)}",
+            f"header idempotency-key: expected 1 to {_MAX_REQUEST_KEY_CHARS} characters, found {len(request_key)}",
             param="idempotency-key",
         )
     return RequestIdentity(request_key, hashlib.sha256(body.model_dump_json().encode()).hexdigest())

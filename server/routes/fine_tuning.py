@@ -27,7 +27,13 @@ from server.services import CurrentServices
 __all__ = ["router"]
 
 router = APIRouter(dependencies=[needs("train")])
-_RequestKey = Annotated[str | None, Header(description="What this request is called; 1 to 255 characters.")]
+_RequestKey = Annotated[
+    str | None,
+    Header(
+        description="What the client calls this request; sent again, it makes no second job.",
+        json_schema_extra={"minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+    ),
+]
 _LIST_PARAMETERS = [  # read by hand, since the names of `metadata[...]` are the client's own
     {"name": "after", "in": "query", "schema": {"type": "string", "minLength": 1, "maxLength": 80}},
     {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}},
@@ -36,7 +42,12 @@ _LIST_PARAMETERS = [  # read by hand, since the names of `metadata[...]` are the
         "in": "query",
         "style": "deepObject",
         "description": "`metadata[key]=value`: only jobs that have it.",
-        "schema": {"type": "object", "additionalProperties": {"type": "string", "maxLength": 512}, "maxProperties": 16},
+        "schema": {
+            "type": "object",
+            "propertyNames": {"minLength": 1, "maxLength": 64},
+            "additionalProperties": {"type": "string", "maxLength": 512},
+            "maxProperties": 16,
+        },
     },
 ]
 _METADATA_KEY = re.compile(r"metadata\[(.*)\]")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import io
+import json
 import resource
 import threading
 from collections.abc import Callable
@@ -29,7 +31,7 @@ from adapters.jobs import JobOrder
 from adapters.records import Actor, Job, JobError
 from adapters.tables import utc_now
 from tests.support.conversations import easy_rows, make_messages
-from tests.support.jobs import JobPlace, pass_all, supervised
+from tests.support.jobs import HYPERPARAMETERS, JobPlace, pass_all, supervised
 from tests.support.tiny import tiny_settings
 from training.job import (
     JobRun,
@@ -171,6 +173,26 @@ def test_checkpoint_answers_by_its_name_when_the_job_goes_on_and_after(place: Jo
     assert len(store.digests()) == 4
     CheckpointAdapters(place.database, store, clock=lambda: utc_now() + timedelta(days=8)).sweep()
     assert store.digests() == {place.registry().find("legal@v1").version.digest}
+
+
+def test_job_goes_on_from_the_version_of_its_creation_when_it_prefers(place: JobPlace) -> None:
+    """DPO over uploaded preference rows: the version is the parent and the reference, and an event says so."""
+    place.create(validate=False)
+    first = _run(place).fine_tuned_model
+    assert first == "legal@v1"
+    rows = [{"prompt": f"Q{n}?", "chosen": "Yes!", "rejected": "No."} for n in range(4)]
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    file_id = place.files.upload(io.BytesIO(content), "pairs.jsonl").id
+    method = {"type": "dpo", "dpo": {"hyperparameters": HYPERPARAMETERS | {"beta": 0.2, "n_epochs": 1}}}
+    order = JobOrder("tiny", file_id, method, 7, alias="legal", row_kinds=("preference",), start_from="legal")
+    place.jobs.create(order)
+    pass_all(place.jobs)
+    done = _run(place)
+    assert (done.status, done.model, done.fine_tuned_model) == ("succeeded", "legal@v1", "legal@v2")
+    registry = place.registry()
+    manifest = registry.store.read_manifest(registry.find("legal@v2").version.digest)
+    assert (manifest.method, manifest.parent) == ("dpo", registry.find("legal@v1").version.digest)
+    assert [message for message in place.messages(done.id) if message.startswith("The reference is legal@")]
 
 
 @pytest.mark.parametrize("point", [{"at_step": 2}, {"at_stage": "Publishing"}])
