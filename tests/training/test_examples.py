@@ -26,7 +26,7 @@ class Shell:
     """`hotswap train` in this process, on one home folder."""
 
     def __init__(self, home: Path, base: Path) -> None:
-        self._environment = {"HOTSWAP_HOME": str(home), "HOTSWAP_BASE": str(base), "HOTSWAP_QUANTISATION": "nf4"}
+        self._environment = {"HOTSWAP_HOME": str(home), "HOTSWAP_BASE": str(base), "HOTSWAP_QUANTISATION": "none"}
 
     def train(self, *arguments: str) -> Any:
         """Run the command and return the document that it printed."""
