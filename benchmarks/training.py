@@ -10,16 +10,14 @@ that others use, it is the steadier of the two.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback, set_seed
@@ -36,35 +34,24 @@ from training.formats import read_dataset
 from training.lora import add_adapter
 from training.methods import TrainingRun
 from training.methods.sft import train_sft
-from training.rendering import render_dataset
+from training.rendering import IGNORED_LABEL, render_dataset
 
-__all__ = ["Trained", "largest_difference", "run_ours", "run_trl"]
+__all__ = ["Trained", "format_results", "largest_difference", "main", "run_ours", "run_trl"]
 
 _ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
 class Trained:
-    """What one run showed: the losses of all steps; tokens and both kinds of seconds from the end of the first step on."""
+    """What one run showed: the losses of all steps, and seconds and processor seconds of all but the first."""
 
     losses: list[float] = field(default_factory=list)
-    num_tokens: int = 0
     seconds: float = 0.0
     processor_seconds: float = 0.0
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Padding not counted."""
-        return self.num_tokens / self.seconds
-
-    @property
-    def tokens_per_processor_second(self) -> float:
-        """The same by the processor's time, of all threads together."""
-        return self.num_tokens / self.processor_seconds
-
 
 class _Clock(TrainerCallback):
-    """Times TRL's trainer; ours tells its steps by the same three functions' names."""
+    """Times either trainer: TRL's as a callback, ours as its listener."""
 
     def __init__(self) -> None:
         self.trained = Trained()
@@ -88,7 +75,10 @@ class _Clock(TrainerCallback):
 def run_trl(base: LoadedBase, rows: Sequence[RenderedRow], settings: TrainSettings) -> Trained:
     """Train with TRL's trainer as it comes, told no more than the settings."""
     labels = [
-        [token if carries_loss else -100 for token, carries_loss in zip(row.input_ids, row.loss_mask, strict=True)]
+        [
+            token if carries_loss else IGNORED_LABEL
+            for token, carries_loss in zip(row.input_ids, row.loss_mask, strict=True)
+        ]
         for row in rows
     ]
     dataset = Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": labels})
@@ -137,3 +127,67 @@ def run_ours(base: LoadedBase, rows: Sequence[RenderedRow], settings: TrainSetti
 def largest_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """The largest difference of two loss curves at any step, as a share of the second curve's highest loss."""
     return max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / max(theirs)
+
+
+def main() -> None:
+    """Alternate the two and print the ratios of tokens a second, and how far the loss curves are apart."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=_ROOT / "examples" / "support.train.jsonl")
+    parser.add_argument("--steps", type=int, default=6, help="optimiser steps a run, the first not timed (default 6)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="on for both; TRL's own default")
+    parser.add_argument("--home", type=Path, default=None)
+    options = parser.parse_args()
+    core = CoreSettings.load(resolve_home(options.home))
+    settings = TrainSettings.load(
+        core.home,
+        batch_size=options.batch_size,
+        max_steps=options.steps,
+        warmup_steps=1,
+        gradient_checkpointing=options.gradient_checkpointing,
+    )
+    print(format_conditions(describe_machine(core)))
+    variants = {"trl": _on(core, settings, options.data, run_trl), "ours": _on(core, settings, options.data, run_ours)}
+    results = alternate(variants, options.repeats)
+    print(format_results(results["trl"], results["ours"]))
+
+
+def format_results(theirs: Sequence[Trained], ours: Sequence[Trained]) -> str:
+    """How many times as fast ours is, by time and by processor time, and the loss curves' largest difference.
+
+    Both take the same rows in the same order: the ratio of their times is that of their tokens a second.
+    """
+    by_time = paired_ratio([run.seconds for run in theirs], [run.seconds for run in ours])
+    by_processor = paired_ratio([run.processor_seconds for run in theirs], [run.processor_seconds for run in ours])
+    medians = [statistics.median(run.seconds / (len(run.losses) - 1) for run in runs) for runs in (theirs, ours)]
+    largest = max(largest_difference(a.losses, b.losses) for a, b in zip(ours, theirs, strict=True))
+    return (
+        f"a step takes TRL {medians[0]:.2f} s, ours {medians[1]:.2f} s: {by_time:.2f}x the tokens a second, "
+        f"{by_processor:.2f}x those a processor second\n"
+        f"largest difference of the loss curves: {100 * largest:.2f} % of the highest loss"
+    )
+
+
+def _on(
+    core: CoreSettings,
+    settings: TrainSettings,
+    data: Path,
+    run: Callable[[LoadedBase, Sequence[RenderedRow], TrainSettings], Trained],
+) -> Callable[[], Trained]:
+    """A run on a base model that is loaded afresh: training changes the layers that it is given."""
+
+    def measure() -> Trained:
+        base = load_base(core)
+        rows: list[RenderedRow] = render_dataset(base.tokenizer, read_dataset(data), max_length=settings.max_length)
+        trained = run(base, rows, settings)
+        print(
+            f"{run.__name__}: {trained.seconds:.1f} s, losses {[round(loss, 3) for loss in trained.losses]}", flush=True
+        )
+        return trained
+
+    return measure
+
+
+if __name__ == "__main__":
+    main()

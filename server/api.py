@@ -33,6 +33,7 @@ from litserve.utils import LitAPIStatus, LoopResponseType, ResponseBufferItem
 
 from adapters.errors import ConflictError
 from adapters.process_log import configure_log
+from adapters.pulse import EnginePulse, pulse_path
 from adapters.settings import CoreSettings
 from server.config import ServeSettings
 from server.engine.core import EngineEvent
@@ -89,6 +90,7 @@ class EngineAPI(LitAPI):  # type: ignore[misc]  # LitServe ships no types
         self.serve = serve
         self.build = build
         self.engine: Engine | None = None
+        self.pulse: EnginePulse | None = None
 
     def setup(self, device: str) -> None:
         """Load the base model and build the engine; runs in the worker. Our own setting chooses the device."""
@@ -98,6 +100,7 @@ class EngineAPI(LitAPI):  # type: ignore[misc]  # LitServe ships no types
 
         torch.set_num_threads(self.serve.resolved_threads)
         self.engine = self.build(self.core, self.serve)
+        self.pulse = EnginePulse(pulse_path(self.core.home))
 
 
 class EngineLoop(LitLoop):  # type: ignore[misc]  # LitServe ships no types
@@ -114,8 +117,9 @@ class EngineLoop(LitLoop):  # type: ignore[misc]  # LitServe ships no types
         callback_runner: Any,
     ) -> None:
         """Called by LitServe in the worker, after `setup`."""
-        engine = lit_api.engine
+        engine, pulse = lit_api.engine, lit_api.pulse
         assert engine is not None, "LitServe calls setup first"
+        assert pulse is not None, "made by setup, too"
         epoch = secrets.token_hex(4)
         parent = os.getppid()
         last_sent = last_reported = 0.0
@@ -125,7 +129,11 @@ class EngineLoop(LitLoop):  # type: ignore[misc]  # LitServe ships no types
                 for command in _take_commands(request_queue, wait=engine.is_idle)
                 for event in obey(engine, command, epoch)
             ]
+            if engine.num_running or engine.num_waiting:
+                pulse.beat()
             events += engine.step()
+            if engine.is_idle:
+                pulse.rest()
             if events or time.monotonic() - last_sent > _HEARTBEAT_S:
                 # Not with every step: a full host cache is a long list, and nobody needs it to the millisecond.
                 is_due = time.monotonic() - last_reported > _HEARTBEAT_S

@@ -86,6 +86,13 @@ class ServeSettings(SettingsSection):
     )
     jobs: bool = Field(True, description="Train fine-tuning jobs beside serving, one at a time.")
     job_threads: int = Field(1, ge=1, le=1024, description="Processor threads of a job, which runs at low priority.")
+    job_share: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Part of the time in which a job computes while answers are written; 1: jobs never give way.",
+    )
     max_queued_jobs: int = Field(
         100, ge=1, le=10_000, description="Fine-tuning jobs that wait before new ones get 429."
     )

@@ -41,7 +41,8 @@ class SupervisorProcess:
         command: Sequence[str] = _COMMAND,
     ) -> None:
         threads = {"OMP_NUM_THREADS": str(settings.job_threads), "TOKENIZERS_PARALLELISM": "false"}
-        self._environment = os.environ | core.environment | threads | log_environment(settings.log_level)
+        share = {"HOTSWAP_JOB_SHARE": str(settings.job_share)}  # read by `training/giving_way.py`
+        self._environment = os.environ | core.environment | threads | share | log_environment(settings.log_level)
         self._command = list(command)
         self._stopping = stopping
         self._thread = threading.Thread(target=self._keep_running, name="job-supervisor", daemon=True)

@@ -12,7 +12,7 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 from adapters.settings import SettingsSection, split_names
 from training.answer_format import check_json_schema
 
-__all__ = ["METHOD_DEFAULTS", "Method", "Reference", "TrainSettings"]
+__all__ = ["HELD_TO_A_REFERENCE", "METHOD_DEFAULTS", "Method", "Reference", "TrainSettings"]
 
 Method = Literal["sft", "dpo", "kto", "reward", "rloo", "grpo"]
 Reference = Literal["base", "start"]
@@ -31,6 +31,7 @@ METHOD_DEFAULTS: Mapping[str, Mapping[str, float]] = {
     "rloo": {"learning_rate": 1e-5, "beta": 0.05},
     "grpo": {"learning_rate": 1e-5, "beta": 0.04},
 }
+HELD_TO_A_REFERENCE = ("dpo", "kto", "rloo", "grpo")
 _NEED_BETA = ("dpo", "kto")
 _RL = ("rloo", "grpo")
 
@@ -131,7 +132,7 @@ class TrainSettings(SettingsSection):
     )
     gate_confidence: float = Field(0.95, ge=0.5, le=0.999, description="Confidence of that, one-sided.")
     gate_forgetting: float = Field(
-        0.5, ge=0, le=100, description="Highest rise of the loss on general text, in nats a token."
+        0.2, ge=0, le=100, description="Highest rise of the loss on general text, in nats a token."
     )
     gate_samples: int = Field(8, ge=0, le=100, description="Answers that the gate reads; 0 reads none.")
     gate_sample_tokens: int = Field(256, ge=1, le=4096, description="Longest of them in tokens.")
@@ -182,7 +183,7 @@ class TrainSettings(SettingsSection):
     def _check_method(self) -> TrainSettings:
         if self.method in _NEED_BETA and self.beta == 0:
             raise ValueError(f"beta must be above 0 for {self.method}: with 0 there is nothing to learn from")
-        if self.reference == "start" and self.start_from is None:
+        if self.reference == "start" and self.start_from is None and self.method in HELD_TO_A_REFERENCE:
             raise ValueError("reference start needs start_from, a version to start from; without one it is base")
         if self.method in _RL:
             self._check_reward()

@@ -39,7 +39,7 @@ class RowLayout:
 
     def mask(self, length: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
         """What is added to a row's scores, `[length, length]`: minus infinity where a token may not look."""
-        key = (length, window if window is not None and window < length else None)
+        key = (length, window if window is not None and window < length else None)  # the others have no effect
         if key not in self.masks:
             places = torch.arange(length, device=like.device)
             distance = places[:, None] - places
@@ -149,10 +149,11 @@ def _attend_row(
     if query.device.type == "cpu" and length <= _MAX_WRITTEN_OUT:
         groups = num_heads // key.shape[0]
         # The heads that share keys stand below one another; the mask repeats with them.
-        mask = layout.mask(length, window, query).repeat(groups, 1).expand(key.shape[0], -1, -1)
-        queries = query.reshape(key.shape[0], groups * length, width)
-        scores = torch.baddbmm(mask, queries, key.transpose(1, 2), alpha=scaling)
-        weights = drop(torch.softmax(scores, dim=-1), dropout)
+        # In float32: scores of 20, rounded to bfloat16, would change what a token weighs by some percent.
+        queries, keys = query.float().reshape(key.shape[0], groups * length, width), key.float()
+        mask = layout.mask(length, window, queries).repeat(groups, 1).expand(key.shape[0], -1, -1)
+        scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=scaling)
+        weights = drop(torch.softmax(scores, dim=-1), dropout).to(value.dtype)
         return torch.bmm(weights, value).view(num_heads, length, -1)
     is_plain = window is None or window >= length
     fused: torch.Tensor = scaled_dot_product_attention(

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from adapters.base_model import LoadedBase
 from adapters.errors import ConfigurationError
 from adapters.registry import Registry
-from training.config import TrainSettings
+from training.config import HELD_TO_A_REFERENCE, TrainSettings
 from training.lora import add_adapter
 from training.methods import TrainingRun
 from training.progress import StepListener
@@ -21,8 +21,6 @@ from training.rewards_file import is_function_name, public_reward
 from training.start import StoredVersion, read_version
 
 __all__ = ["PreparedRun", "load_function", "prepare_run"]
-
-_HELD_TO_A_REFERENCE = ("dpo", "kto", "rloo", "grpo")
 
 
 class _Listener(StepListener, Protocol):
@@ -83,7 +81,7 @@ def prepare_run(
             f"Going on from {start.label}: its rank {settings.rank}, alpha {settings.alpha:g} and targets "
             f"({', '.join(settings.targets)}) are kept"
         )
-    if settings.method in _HELD_TO_A_REFERENCE:
+    if settings.method in HELD_TO_A_REFERENCE:
         held_to = start.label if start and settings.reference == "start" else "the bare base model"
         listener.on_stage(f"The reference is {held_to}")
     model = add_adapter(base, settings, start)

@@ -27,6 +27,7 @@ from adapters.database import open_database
 from adapters.errors import DataError, RankTooHighError
 from adapters.gate_report import GateReport, may_promote
 from adapters.manifest import ADAPTER_CONFIG_FILE, DataReference, Manifest, hash_file
+from adapters.pulse import EnginePulse, pulse_path
 from adapters.records import NumberedVersion, check_alias_name
 from adapters.registry import Registry
 from adapters.reward_head import read_reward_head
@@ -37,6 +38,7 @@ from training.evaluation import Yardstick
 from training.formats import Dataset, ReadOptions, read_rows
 from training.gate import judge
 from training.gate_evidence import PresentVersion, find_present, gather_evidence
+from training.giving_way import Gate, install_gate, share_from_environment
 from training.losses import Evaluation
 from training.methods import METHODS, VALIDATORS, TrainingRun, check_trainable, render_rows
 from training.plots import write_curves
@@ -276,6 +278,8 @@ def train_and_publish(
     settings, run = prepared.run.settings, prepared.run
     if settings.rank > core.max_rank:
         raise RankTooHighError(rank=settings.rank, max_rank=core.max_rank)
+    if (share := share_from_environment()) is not None:
+        install_gate(base.model, Gate(EnginePulse(pulse_path(core.home)), share))
     validate = VALIDATORS[settings.method](run, data.validation) if data.validation else None
     before = _validate(validate, listener)
     listener.on_stage(f"Training on {len(data.train)} rows")

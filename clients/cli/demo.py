@@ -36,8 +36,10 @@ __all__ = ["demo"]
 _EXAMPLES_DIR = Path(__file__).resolve().parents[2] / "examples"
 _DOMAINS = ("legal", "medical", "support")
 _QUESTION = "I slipped at the gym, my knee is swollen, and now they refuse to cancel my membership. What should I do?"
-_FIRST = ("--epochs", "1", "--batch-size", "4", "--learning-rate", "1e-3")
-_SECOND = ("--epochs", "2", "--batch-size", "4", "--learning-rate", "1e-3", "--seed", "1")
+# Four answers for the gate, and none on the way there: a CPU writes slowly.
+_QUICK = ("--sample-prompts", "0", "--gate-samples", "4")
+_FIRST = ("--epochs", "1", "--batch-size", "4", "--learning-rate", "1e-3", *_QUICK)
+_SECOND = ("--epochs", "2", "--batch-size", "4", "--learning-rate", "1e-3", "--seed", "1", *_QUICK)
 _SALT = "hotswap-demo"
 _METRIC = "ends_with_ticket"
 _TICKET_LINE = re.compile(r"\nTicket: [A-Z]+-P[123] \| Next update within \d+ \w+$")

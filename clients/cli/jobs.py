@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from adapters.errors import NotFoundError
 from clients.cli.job_orders import create_job
 from clients.cli.job_output import print_job, print_progress
 from clients.cli.options import HomeOption, JsonOption, open_registry
-from clients.cli.output import console, make_table, print_json
+from clients.cli.output import console, make_table, print_gate, print_json
+from clients.cli.plots import print_metrics
 
 if TYPE_CHECKING:
     from adapters.jobs import JobService
@@ -49,8 +51,13 @@ def list_jobs(limit: _LimitOption = 20, home: HomeOption = None, json: JsonOptio
 
 
 @app.command("show")
-def show(job_id: _JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
-    """One job: how far it is, its latest losses, its warnings, and what went wrong if it failed."""
+def show(
+    job_id: _JobArgument,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw the loss curves.")] = False,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """One job: how far it is, its latest losses, warnings, what went wrong, and what the gate said of its version."""
     jobs = _open(home)
     job = jobs.get(job_id)
     if json:
@@ -58,6 +65,10 @@ def show(job_id: _JobArgument, home: HomeOption = None, json: JsonOption = False
         return
     print_job(job)
     print_progress(jobs, job_id)
+    if plot:
+        print_metrics(jobs.metrics(job_id))
+    if job.fine_tuned_model is not None:
+        _print_gate_of(job.fine_tuned_model, home)
 
 
 @app.command("events")
@@ -93,6 +104,16 @@ def _open(home: Path | None) -> JobService:
     from adapters.jobs import JobService
 
     return JobService(open_registry(home).database)
+
+
+def _print_gate_of(label: str, home: Path | None) -> None:
+    registry = open_registry(home)
+    try:
+        report = registry.store.read_manifest(registry.find(label).version.digest).gate
+    except NotFoundError:  # removed since
+        return
+    if report is not None:
+        print_gate(report)
 
 
 def _print_turned(job: Job, *, json: bool) -> None:

@@ -161,8 +161,11 @@ class ProgressView:
 
     def on_evaluation(self, metrics: StepMetrics, evaluation: Any) -> None:
         """Print a line for what was measured on the validation rows."""
-        measured = f"validation loss {evaluation.loss:.3f}, accuracy {evaluation.accuracy:.0%}"
-        self._output.print(f"  {self._alias}: step {metrics.step}: {measured}")
+        parts = [f"validation loss {evaluation.loss:.3f}"]
+        if evaluation.accuracy is not None:
+            parts.append(f"token accuracy {evaluation.accuracy:.0%}")
+        parts += [f"{name.replace('_', ' ')} {value:.3f}" for name, value in evaluation.extra.items()]
+        self._output.print(f"  {self._alias}: step {metrics.step}: {', '.join(parts)}")
 
     def on_warning(self, message: str) -> None:
         """Print what is wrong."""

@@ -153,3 +153,13 @@ def test_manifest_keeps_its_digest_when_it_has_no_gate_report(tmp_path: Path) ->
     judged = old.model_copy(update={"gate": report})
     assert judged.digest != old.digest
     assert parse_manifest(judged.to_bytes(), tmp_path).gate == report
+
+
+def test_manifest_keeps_its_digest_when_it_says_nothing_of_method_and_kind(tmp_path: Path) -> None:
+    """Versions of before these fields keep their names; what is recorded is read back and counts."""
+    names = {"kind", "method", "parent"}
+    assert not names & set(json.loads(PLAIN_MANIFEST.to_bytes()))
+    known = {"kind": "reward", "method": "reward", "parent": "a" * 64}
+    later = PLAIN_MANIFEST.model_copy(update=known)
+    assert later.digest != PLAIN_MANIFEST.digest
+    assert parse_manifest(later.to_bytes(), tmp_path).model_dump(include=names) == known

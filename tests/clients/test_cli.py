@@ -241,6 +241,74 @@ def test_jobs_are_listed_and_turned_when_asked(shell: Shell, tmp_path: Path) -> 
     assert "info  The job was paused" in shell.text("jobs", "events", job.id)
 
 
+def test_job_is_drawn_when_it_has_been_measured(shell: Shell) -> None:
+    """Both curves, from the job's own events; without the flag there is none."""
+    jobs = JobService(open_database(f"sqlite:///{shell.environment['HOTSWAP_HOME']}/hotswap.db"))
+    files = FileService(jobs.database, Path(shell.environment["HOTSWAP_HOME"]) / "files", max_bytes=100_000)
+    rows = "".join(json.dumps({"messages": row}) + "\n" for row in easy_rows(2))
+    file_id = files.upload(io.BytesIO(rows.encode()), "rows.jsonl").id
+    method = {"type": "supervised", "supervised": {"hyperparameters": {}}}
+    job = jobs.create(JobOrder("tiny", file_id, method, 0, alias="legal"))
+    pass_all(jobs)
+    claim = jobs.claim(lease_s=60)
+    assert claim is not None
+    for step in (1, 2, 3):
+        data = {"step": step, "total_steps": 3, "train_loss": 3.0 - step, "valid_loss": 2.0 if step > 1 else None}
+        jobs.note_metrics(claim, f"Step {step}/3", data, trained_tokens=step, seconds_left=0)
+    shown = shell.text("jobs", "show", job.id, "--plot")
+    assert "training loss, 2.000 to 0.000, steps 1 to 3" in shown
+    assert "validation loss, 2.000 to 2.000, steps 2 to 3" in shown
+    assert any("\u2801" <= letter <= "\u28ff" for letter in shown)
+    assert "training loss," not in shell.text("jobs", "show", job.id)
+
+
+def test_unpromoted_alias_is_shown_when_nothing_of_it_is_live(shell: Shell, tmp_path: Path) -> None:
+    """`list` says what to do, `show` knows the version by its name, and promoting makes it an alias as any other."""
+    folder = save_random_adapter(tmp_path / "other", Path(shell.environment["HOTSWAP_BASE"]), seed=9)
+    shell.json("adapters", "import", str(folder), "--alias", "medical", "--no-promote")
+    listed = shell.text("adapters", "list")
+    assert "medical: no version has been promoted; the newest is medical@v1 (hotswap adapters promote" in listed
+    assert "legal" in listed
+    assert shell.json("adapters", "show", "medical@v1")["live"] is None
+    with pytest.raises(HotswapError, match="no version of 'medical' has been promoted"):
+        shell.text("adapters", "show", "medical")
+    shell.text("adapters", "promote", "medical@v1")
+    assert shell.json("adapters", "show", "medical")["live"] == 1
+
+
+def test_gate_is_printed_when_a_version_was_trained(shell: Shell, tmp_path: Path) -> None:
+    """As a table behind the run and by `show`; the alias, which has a version, is not moved without validation rows."""
+    data = write_rows(tmp_path / "train.jsonl", easy_rows(4))
+    flags = [
+        "--max-steps",
+        "2",
+        "--rank",
+        "2",
+        "--gate-samples",
+        "0",
+        "--sample-prompts",
+        "0",
+        "--gate-forgetting",
+        "99",
+    ]
+    printed = shell.text("train", "legal", "--data", str(data), *flags)
+    assert "the gate: inconclusive" in printed
+    assert "legal was not moved to it" in printed
+    assert "training loss, " in printed
+    shown = shell.text("adapters", "show", "legal@v3")
+    assert "not compared with legal@v2: there is no validation file" in shown
+    report = shell.json("adapters", "show", "legal@v3")["manifest"]["gate"]
+    assert {check["name"]: check["outcome"] for check in report["checks"]} == {
+        "base": "unchecked",
+        "present": "unchecked",
+        "forgetting": "passed",
+        "sampling": "unchecked",
+    }
+    assert (
+        shell.json("train", "legal", "--data", str(data), *flags, "--no-promote")["gate"]["verdict"] == "inconclusive"
+    )
+
+
 def test_job_is_queued_from_files_when_created(shell: Shell, tmp_path: Path) -> None:
     """As by the API, on the table that a server of this home reads; hyperparameters are those of the wire."""
     rows = write_rows(tmp_path / "rows.jsonl", easy_rows(2))

@@ -72,7 +72,8 @@ def make_home(path: Path, base: Path, **variables: str) -> Home:
     if not (path / "cache" / "kernels").exists():
         (path / "cache" / "kernels").symlink_to(KERNELS_FOLDER)
     # Most tests train by command: a supervisor beside each server would only make their starts slower.
-    usual = {"HOTSWAP_DEVICE": "cpu", "HOTSWAP_SERVE_JOBS": "false"}
+    # A random base model forgets everything: what the gate says of it is tested elsewhere.
+    usual = {"HOTSWAP_DEVICE": "cpu", "HOTSWAP_SERVE_JOBS": "false", "HOTSWAP_TRAIN_PROMOTE": "always"}
     settings = {"HOTSWAP_HOME": str(path), "HOTSWAP_BASE": str(base), **usual, **variables}
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HOTSWAP_")}
     return Home(path, base, clean | settings)

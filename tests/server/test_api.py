@@ -8,11 +8,13 @@ import pickle
 import queue
 from collections import deque
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from adapters.pulse import EnginePulse, pulse_path
 from server.api import EngineAPI, EngineLoop, LitServeTransport, RoutesSpec, build_server, wrap_lifespan
 from server.config import ServeSettings
 from server.engine.scheduler import Engine
@@ -36,15 +38,18 @@ class Worker:
 
     def __init__(self, engine: Engine) -> None:
         self.messages: list[EngineMessage] = []
+        self.beats: list[bool] = []  # whether the pulse beat, at each message
         self._engine = engine
         self._script: deque[Any] = deque()
 
     def run(self, *script: Any) -> Answer | None:
         """Obey the script, then end; returns the answer to request `r`, if there is one."""
         self._script.extend(script)
-        api = SimpleNamespace(engine=self._engine)
-        with pytest.raises(_EndOfTestError):
-            EngineLoop().run(api, "cpu", 0, self, self, {}, None)  # type: ignore[arg-type]
+        with TemporaryDirectory() as home:
+            self._pulse = EnginePulse(pulse_path(Path(home)))
+            api = SimpleNamespace(engine=self._engine, pulse=self._pulse)
+            with pytest.raises(_EndOfTestError):
+                EngineLoop().run(api, "cpu", 0, self, self, {}, None)  # type: ignore[arg-type]
         answers: dict[str, Answer] = {}
         collect((event for message in self.messages for event in message.events), answers)
         return answers.get("r")
@@ -67,6 +72,7 @@ class Worker:
         """The transport's end."""
         channel, (message, *_) = item
         assert (channel, consumer_id) == (ENGINE_CHANNEL, 0)
+        self.beats.append(self._pulse.is_beating)
         # A process border lies here in production.
         self.messages.append(pickle.loads(pickle.dumps(message)))
 
@@ -84,6 +90,18 @@ def test_loop_answers_a_request_when_it_names_this_worker(bench: Bench) -> None:
     assert {os.getpid()} == {message.status.pid for message in worker.messages}
     assert len({message.status.epoch for message in worker.messages}) == 1
     assert {0, 1} == {message.status.num_running for message in worker.messages}
+
+
+def test_pulse_beats_when_somebody_is_answered(bench: Bench) -> None:
+    """Trainers see when to give way: at every step but those that leave nothing to do."""
+    engine = bench.engine()
+    worker = Worker(engine)
+
+    worker.run(lambda message: SubmitCommand(message.status.epoch, ask("r", "hello", max_tokens=4)))
+
+    engine.close()
+    assert {False, True} == set(worker.beats)
+    assert [message.status.num_running > 0 for message in worker.messages] == worker.beats
 
 
 def test_loop_ignores_a_request_when_it_was_sent_to_a_former_worker(bench: Bench) -> None:

@@ -13,7 +13,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def test_curves_hold_what_was_measured_when_lines_are_read() -> None:
     """A line may have either loss, both or none; what is null was no number."""
-    lines = [
+    lines: list[dict[str, float | None]] = [
         {"step": 1, "train_loss": 2.0},
         {"step": 2, "train_loss": None},
         {"step": 2, "valid_loss": 1.5},

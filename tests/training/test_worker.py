@@ -27,6 +27,7 @@ from adapters.store import ArtifactStore
 from tests.support.conversations import easy_rows, make_messages, write_rows
 from tests.support.tiny import tiny_settings
 from training.config import TrainSettings
+from training.flat_rows import install_row_attention
 from training.formats import read_dataset
 from training.lora import add_adapter, disable_packed_kernels
 from training.losses import Evaluation, mean_loss
@@ -282,6 +283,7 @@ def test_published_version_has_the_recorded_loss_when_plain_peft_loads_it(run: R
     """The loss in the manifest is that of the files beside it."""
     base = load_base(run.place.core)
     disable_packed_kernels(base.model)
+    install_row_attention(base.model)  # rounds as in training
     loaded = PeftModel.from_pretrained(base.model, run.folder).get_base_model()
     rows = render_dataset(base.tokenizer, read_dataset(run.place.validation_path), max_length=64)
 
