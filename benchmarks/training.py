@@ -10,6 +10,7 @@ that others use, it is the steadier of the two.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -82,15 +83,16 @@ def run_trl(base: LoadedBase, rows: Sequence[RenderedRow], settings: TrainSettin
         for row in rows
     ]
     dataset = Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": labels})
+    num_steps = settings.max_steps or math.ceil(len(rows) / settings.batch_size * settings.epochs)
     clock = _Clock()
     with tempfile.TemporaryDirectory(prefix="hotswap-bench-") as folder:
         arguments = SFTConfig(
             output_dir=folder,
-            max_steps=settings.max_steps or -1,
+            max_steps=num_steps,
             per_device_train_batch_size=settings.batch_size,
             learning_rate=settings.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=settings.warmup_steps,
+            warmup_steps=min(settings.warmup_steps, num_steps // 4),  # as ours does it
             seed=settings.seed,
             gradient_checkpointing=settings.gradient_checkpointing,
             max_length=None,

@@ -209,7 +209,8 @@ def _print_report(report: Preflight | None, problems: list[str]) -> None:
         console.print(f"... and {len(problems) - _MAX_LINES} more errors")
     console.print(f"errors: {len(problems)}, warnings: {len(warnings)}")
     if problems:
-        console.print("Mend the rows, or leave the bad ones out: hotswap data convert SOURCE OUT.jsonl --drop-bad")
+        advice = "Mend the rows, or leave the bad ones out: hotswap data convert SOURCE OUT.jsonl --drop-bad"
+        console.print(advice, soft_wrap=True)
 
 
 def _print_estimate(estimate: Estimate | None) -> None:
@@ -218,7 +219,8 @@ def _print_estimate(estimate: Estimate | None) -> None:
     low, high = (format_seconds(seconds) for seconds in (estimate.seconds_low, estimate.seconds_high))
     memory = format_bytes(estimate.memory_bytes)
     console.print(
-        f"estimate for this machine, idle: {estimate.num_steps} steps in {low} to {high}, about {memory} of memory"
+        f"estimate for this machine, idle: {estimate.num_steps} steps in {low} to {high}, about {memory} of memory",
+        soft_wrap=True,
     )
 
 

@@ -216,6 +216,17 @@ BAD_ROWS = {
         {"messages": [*TOOL_TURNS[:2], TOOL_TURNS[3]]},
         "field messages[2]: expected a tool message for each call, found none for ['c1']",
     ),
+    "one-of-two-calls-without-answer": (
+        {
+            "messages": [
+                ASKED,
+                {**TOOL_TURNS[1], "tool_calls": [CALL, {**CALL, "id": "c2"}]},
+                TOOL_TURNS[2],
+                TOOL_TURNS[3],
+            ]
+        },
+        "field messages[3]: expected a tool message for each call, found none for ['c2']",
+    ),
     "answer-to-no-call": (
         {"messages": [*TOOL_TURNS[:2], {**TOOL_TURNS[2], "tool_call_id": "c9"}, TOOL_TURNS[3]]},
         "field messages[2].tool_call_id: expected one of ['c1'], found 'c9'",

@@ -51,6 +51,21 @@ def test_data_convert_writes_rows_when_columns_are_mapped(tmp_path: Path) -> Non
     assert f"{source}: 2 rows; CSV with semicolons: mapped to chat (user = frage, assistant = antwort)" in result.stderr
 
 
+def test_train_reads_a_csv_when_columns_are_mapped(tmp_path: Path, base: tuple[str, str]) -> None:
+    """From a table of one's own to a published version, with no step between; what was recognised is said first."""
+    source = _write(tmp_path / "d.csv", CSV)
+    environment = {"HOTSWAP_HOME": str(tmp_path / "home"), "HOTSWAP_QUANTISATION": "none", "COLUMNS": "200"}
+    arguments = ["train", "tickets", "--data", source, *MAPPED, *base, "--max-steps", "1", "--json"]
+
+    result = CliRunner().invoke(app, arguments, env=environment)
+
+    assert 0 == result.exit_code, result.output
+    document = json.loads(result.stdout)
+    assert ("tickets@v1", 2) == (document["published"]["label"], document["num_rows"])
+    assert f"{source}: 2 rows; CSV with semicolons: mapped to chat (user = frage, assistant = antwort)" in result.stderr
+    assert f"warning: {source}: number of rows: 2; fewer than 10 seldom teach a behaviour" in result.stderr
+
+
 def test_data_convert_leaves_a_file_alone_when_it_exists(tmp_path: Path) -> None:
     """Nothing of the user's is overwritten without --force, and nothing half-written is left beside it."""
     source, out = _write(tmp_path / "d.csv", CSV), tmp_path / "out.jsonl"

@@ -52,8 +52,8 @@ def test_find_duplicates_finds_a_near_one_when_little_is_changed(change: object)
     assert [Duplicate(8, 0, False)] == find_duplicates([changed, *texts])
 
 
-def test_find_duplicates_finds_nearly_all_when_a_tenth_is_changed() -> None:
-    """Of a hundred texts with one word in twenty replaced, most are found; with half of the words replaced, none is."""
+def test_find_duplicates_finds_nearly_all_when_little_of_each_is_changed() -> None:
+    """Of a hundred texts with one word in forty replaced, most are found; with one in eight, none is."""
     texts = _sentences(100)
     others = _sentences(100, seed=1)
 
@@ -66,7 +66,7 @@ def test_find_duplicates_finds_nearly_all_when_a_tenth_is_changed() -> None:
         ]
 
     assert len(find_duplicates([*texts, *mixed(40)])) >= 95
-    assert [] == find_duplicates([*texts, *mixed(2)])
+    assert [] == find_duplicates([*texts, *mixed(8)])
 
 
 def test_find_duplicates_looks_for_equal_texts_alone_when_there_are_too_many() -> None:

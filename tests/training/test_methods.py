@@ -198,7 +198,7 @@ def _score(run: TrainingRun[Any], row: RenderedRow) -> float:
     decoder = run.base.model.get_decoder()
     with torch.no_grad():
         hidden = decoder(input_ids=torch.tensor([row.input_ids])).last_hidden_state[0, -1]
-    return float(hidden.float() @ run.head.weight[0])
+    return float(hidden.float() @ run.head.weight[0].detach())
 
 
 def _only(run: TrainingRun[Any], num_rows: int) -> TrainingRun[Any]:

@@ -96,11 +96,12 @@ def test_inspect_data_never_shows_personal_data_when_it_counts_it(tmp_path: Path
 
 
 def test_inspect_data_warns_when_validation_repeats_the_training_data(tmp_path: Path) -> None:
-    """Rows that both files hold make the validation loss a measure of memory; near copies as well."""
+    """Rows that both files hold make the loss a measure of memory; near copies as well, but not copies within one."""
     near = make_messages("Tell me of bridges?", "What bridges do is segdirb!")
-    report = _inspect(tmp_path, _good_rows(), [*_other_rows(), _good_rows()[0], near])
+    report = _inspect(tmp_path, _good_rows(), [*_other_rows(), _good_rows()[0], near, _other_rows()[0]])
 
     assert (
+        "v: rows that equal an earlier one: 1 (line 13)",
         "v: rows that stand in t: 1 (line 11); the validation loss will look better than it is",
         "v: rows that nearly equal one of t: 1 (line 12); the validation loss will look better than it is",
     ) == report.warnings
