@@ -12,6 +12,8 @@ from hypothesis import settings
 # Before anything imports a hub client: a test that would download fails at once instead.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# pytest-xdist sets a width, which a console made at import would keep.
+os.environ.pop("COLUMNS", None)
 
 from adapters.base_model import LoadedBase
 from adapters.database import Database, open_database
