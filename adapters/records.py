@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, get_args
 
-from adapters.errors import InvalidInputError, InvalidNameError
+from adapters.errors import InvalidNameError, NotFoundError
 
 __all__ = [
     "BASE_MODEL_NAME",
@@ -429,11 +429,11 @@ def version_name(alias: str, version: str | None) -> str:
     The version may be given with its alias, as `legal@v2`. Without one it is the alias's own name.
 
     Raises:
-        InvalidInputError: the version is given as another alias's.
+        NotFoundError: the version is given as another alias's.
     """
     if version is None:
         return alias
     owner, at, number = version.rpartition("@")
     if at and owner != alias:
-        raise InvalidInputError(f"version: {version[:80]!r} is no version of {alias[:80]!r}", param="version")
+        raise NotFoundError(f"{version[:80]!r} is no version of {alias[:80]!r}")
     return f"{alias}@{number}"

@@ -384,7 +384,8 @@ def test_version_is_found_when_it_is_named_with_its_alias(site: Site) -> None:
         _call(site, "GET", "/legal/versions/support@v1"),
         _call(site, "POST", "/legal/promote", json={"version": "support@v1"}),
     ):
-        assert (400, "version") == (answer.status_code, _error(answer)["param"])
+        assert 404 == answer.status_code
+        assert "'support@v1' is no version of 'legal'" == _error(answer)["message"]
 
 
 def test_promote_is_503_when_others_hold_the_database(
