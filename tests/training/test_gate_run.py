@@ -248,11 +248,13 @@ def test_yardstick_measures_a_version_as_plain_peft_does(
     plain = load_base(home.core)
     disable_packed_kernels(plain.model)
     options = {"batch_size": 4, "pad_token_id": base.tokenizer.pad_token_id}
-    assert found["base"] == pytest.approx(evaluate(plain.model, rows, **options).loss, rel=1e-5)
+    # Four bits compute in bfloat16, and padded batches round otherwise than flat ones.
+    exactness = 1e-5 if quantisation == "none" else 2e-3
+    assert found["base"] == pytest.approx(evaluate(plain.model, rows, **options).loss, rel=exactness)
     folder = home.core.home / "store" / result.published.version.digest
     assert read_adapter_config(folder).r == 4
     loaded = PeftModel.from_pretrained(plain.model, folder).get_base_model()
-    assert found["version"] == pytest.approx(evaluate(loaded, rows, **options).loss, rel=1e-5)
+    assert found["version"] == pytest.approx(evaluate(loaded, rows, **options).loss, rel=exactness)
     assert abs(found["version"] - found["base"]) > 0.1
 
 
