@@ -252,7 +252,7 @@ def test_write_waits_for_the_lock_when_the_database_is_told_to_wait(database: Da
     holder.execute("BEGIN IMMEDIATE")
     row = AliasRow(name="legal", number=None, last_number=0, updated_at=utc_now())
     for hasty in (database, database.waiting(0.3)):
-        with pytest.raises(OperationalError, match="locked"), hasty.write() as session:
+        with pytest.raises(DatabaseBusyError, match="held by others"), hasty.write() as session:
             session.add(row)
     free = threading.Timer(0.3, holder.execute, ["COMMIT"])
     free.start()
