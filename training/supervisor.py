@@ -43,6 +43,7 @@ _VALIDATOR = (sys.executable, "-m", "training.validation")
 _LEASE_S = 20.0
 _POLL_S = 0.5
 _GRACE_S = 20.0
+_SWEEP_EVERY_S = 60.0
 _DATABASE_PATIENCE_S = 2.0  # no longer: a process has to be watched meanwhile
 _DATABASE_ERRORS = (OperationalError, DatabaseBusyError)
 _INSIST_EVERY_S = 5.0
@@ -84,6 +85,7 @@ class Supervisor:
         lease_s: How long a claim holds without being renewed; it is renewed five times as often.
         poll_s: Seconds between two looks at the job table and at a process.
         grace_s: Seconds that a process has to obey before it is killed.
+        sweep_every_s: Seconds between two looks, while no files are validated, for what jobs at their end left.
     """
 
     def __init__(
@@ -96,12 +98,14 @@ class Supervisor:
         lease_s: float = _LEASE_S,
         poll_s: float = _POLL_S,
         grace_s: float = _GRACE_S,
+        sweep_every_s: float = _SWEEP_EVERY_S,
     ) -> None:
         self._core = core
         self._jobs = jobs
         self._lease_s = lease_s
         self._poll_s = poll_s
         self._grace_s = grace_s
+        self._sweep_every_s, self._sweep_again_at = sweep_every_s, 0.0
         self._adapters = CheckpointAdapters(jobs.database, ArtifactStore(core.home / "store"))
         self._parent = parent_pid()
         self.stopping = threading.Event()
@@ -123,7 +127,6 @@ class Supervisor:
 
     def run(self) -> None:
         """Take one job after another until `stopping` is set or the parent process is gone."""
-        self._sweep()
         beside = threading.Thread(target=self._keep_taking, args=(self._validation,), name="validation")
         beside.start()
         try:
@@ -143,6 +146,8 @@ class Supervisor:
         try:
             while not self._is_ending():
                 if not self._take_one(lane):
+                    if lane is self._validation:  # which is idle while a job is trained for hours
+                        self._sweep_at_times()
                     self.stopping.wait(self._poll_s)
         finally:
             # Both lanes end with either: half a supervisor would leave jobs waiting, a new one is started at once.
@@ -236,6 +241,16 @@ class Supervisor:
             return JobError("disk_full", f"the {lane.worker} ended since the server's disk is full: free some space")
         message = f"the {lane.worker} ended with exit code {returncode}; the job's log on the server says why"
         return JobError("trainer_crashed", message)
+
+    def _sweep_at_times(self) -> None:
+        """Sweep at the first idle moment and then once a minute: jobs are cancelled while nobody works on them, too."""
+        if time.monotonic() < self._sweep_again_at:
+            return
+        self._sweep_again_at = time.monotonic() + self._sweep_every_s
+        try:
+            self._sweep()
+        except _DATABASE_ERRORS as error:
+            _log.warning("nothing_swept", reason=_reason(error), retry_in_s=self._sweep_every_s)
 
     def _sweep(self) -> None:
         """Delete the states of jobs that are at their end or that nobody knows, and old adapters of checkpoints."""

@@ -301,6 +301,22 @@ def test_sweep_deletes_checkpoints_when_their_job_is_at_its_end(place: JobPlace)
     assert folders[0].exists()
 
 
+def test_checkpoints_are_swept_when_their_job_is_cancelled_while_it_is_paused(place: JobPlace) -> None:
+    """No process works on it whose end would be the moment to delete them; a supervisor that runs does it later."""
+    job = place.create()
+    place.jobs.pause(job.id)
+    folder = checkpoints_folder(place.core.home, job.id)
+    unknown = checkpoints_folder(place.core.home, "ftjob-unknown")
+    for path in (folder, unknown):
+        path.mkdir(parents=True)
+    with _running(_supervisor(place, sweep_every_s=0.1)):
+        place.wait(lambda: not unknown.exists())
+        assert folder.exists()
+        place.jobs.cancel(job.id)
+        place.wait(lambda: not folder.exists())
+    assert folder.parent.exists()
+
+
 def test_importing_the_supervisor_is_cheap_when_the_server_starts_it() -> None:
     """It holds no model: neither torch nor the training libraries are imported."""
     code = (
