@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -527,7 +528,9 @@ def test_version_is_refused_when_it_is_of_the_wrong_kind(registry: Registry, job
     """At once, not when the job's turn comes; a reward model may be trained further as such."""
     publish_text(registry, "one", alias="tone", kind="reward")
     publish_text(registry, "two", alias="chatty")
-    by_type = {kind: {"type": kind, kind: {"hyperparameters": {}}} for kind in ("grpo", "reward", "supervised")}
+    by_type: dict[str, dict[str, Any]] = {
+        kind: {"type": kind, kind: {"hyperparameters": {}}} for kind in ("grpo", "reward", "supervised")
+    }
     order = JobOrder("tiny", file_id, by_type["grpo"], 7, alias="legal")
     with pytest.raises(InvalidInputError, match="expected a version that method reward has made, found chatty@v1") as e:
         jobs.create(replace(order, reward="chatty"))
