@@ -96,16 +96,23 @@ def is_checkpoint(session: Session, digest: str) -> bool:
 
 
 def check_not_needed(session: Session, version: NumberedVersion) -> None:
-    """Refuse to lose what a job goes on from.
+    """Refuse to lose what a job goes on from, or what judges its answers.
 
     Raises:
-        ConflictError: a job that is not at its end was created to go on from this version.
+        ConflictError: a job that is not at its end was created with this version.
     """
-    needed = JobRow.start_from == f"{version.alias}@{version.version.digest}"
-    job = session.scalars(select(JobRow).where(needed, JobRow.status.in_(ACTIVE_STATUSES)).limit(1)).first()
-    if job is not None:
-        shown = f"job {job.id}" if actor_of(session).can_see(job.alias) else "a job for another alias than this key's"
-        raise ConflictError(f"{shown}, which is {job.status}, goes on from {version.label}; cancel the job first")
+    name = f"{version.alias}@{version.version.digest}"
+    for job in session.scalars(select(JobRow).where(JobRow.status.in_(ACTIVE_STATUSES))):
+        if name in (job.start_from, _reward_of(job)):
+            can_see = actor_of(session).can_see(job.alias)
+            shown = f"job {job.id}" if can_see else "a job for another alias than this key's"
+            does = "goes on from" if name == job.start_from else "is judged by"
+            raise ConflictError(f"{shown}, which is {job.status}, {does} {version.label}; cancel the job first")
+
+
+def _reward_of(job: JobRow) -> str | None:
+    reward: str | None = job.method[job.method["type"]]["hyperparameters"].get("reward")
+    return reward
 
 
 def _forget(rows: Sequence[JobCheckpointRow]) -> set[str]:

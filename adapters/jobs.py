@@ -30,7 +30,15 @@ from adapters.files import TRAINING_PURPOSE, can_see_file
 from adapters.job_claims import MAX_ATTEMPTS, Claim, JobClaims, Standing
 from adapters.job_history import JobHistory
 from adapters.job_table import find_job, find_position, to_job
-from adapters.records import Actor, AuditAction, Job, JobStatus, check_alias_name, parse_model_name
+from adapters.records import (
+    Actor,
+    AuditAction,
+    Job,
+    JobStatus,
+    NumberedVersion,
+    check_alias_name,
+    parse_model_name,
+)
 from adapters.registry import find_version
 from adapters.tables import FileRow, JobRow, utc_now
 
@@ -62,7 +70,7 @@ class JobOrder:
         metadata: The client's own notes.
         row_kinds: What the rows of the files may be; None is anything.
         start_from: A version that training goes on from, `legal` or `legal@v2`; it is bound when the job is created.
-        reward: A version that judges answers; it has to exist.
+        reward: A reward version that judges answers, bound like `start_from` and written so into the method.
         priority: Higher ones are trained earlier.
         integrations: Services that are told how the run goes on.
         identity: Asked for again, the same request makes no second job.
@@ -117,7 +125,7 @@ class JobService(JobClaims, JobHistory):
                 return _describe(session, made)
             job_id = f"ftjob-{secrets.token_hex(12)}"
             model, start_from = _bind_start(session, order)
-            _check_reward(session, order)
+            method = _bind_reward(session, order)
             alias = check_alias_name(order.alias or _make_alias(model, job_id))
             if not self.database.actor.can_see(alias):
                 raise AliasForbiddenError(
@@ -134,7 +142,7 @@ class JobService(JobClaims, JobHistory):
                 alias=alias,
                 training_file=order.training_file,
                 validation_file=order.validation_file,
-                method=dict(order.method),
+                method=method,
                 seed=order.seed,
                 details=dict(order.metadata or {}),
                 created_at=self._clock(),
@@ -291,16 +299,36 @@ def _bind_start(session: Session, order: JobOrder) -> tuple[str, str | None]:
         raise InvalidInputError(
             f"model: expected the base model ({order.model!r}) or a version to go on from: {error}", param="model"
         ) from None
-    return found.label, f"{found.alias}@{found.version.digest}"
+    if found.version.kind == "reward" and order.method["type"] != "reward":
+        raise InvalidInputError(
+            f"model: {found.label} is a reward model; only method reward can go on from it, found "
+            f"{order.method['type']}",
+            param="model",
+        )
+    return found.label, _by_digest(found)
 
 
-def _check_reward(session: Session, order: JobOrder) -> None:
+def _bind_reward(session: Session, order: JobOrder) -> dict[str, Any]:
+    """The order's method, with the version that judges answers by its digest: the alias may move on."""
+    method = dict(order.method)
     if order.reward is None:
-        return
+        return method
     try:
-        find_version(session, parse_model_name(order.reward))
+        found = find_version(session, parse_model_name(order.reward))
     except (InvalidNameError, NotFoundError) as error:
         raise InvalidInputError(f"reward: {error}", param="method") from None
+    if found.version.kind != "reward":
+        raise InvalidInputError(
+            f"reward: expected a version that method reward has made, found {found.label}, which is for chat",
+            param="method",
+        )
+    chosen = method[method["type"]]
+    bound = {**chosen["hyperparameters"], "reward": _by_digest(found)}
+    return method | {method["type"]: {**chosen, "hyperparameters": bound}}
+
+
+def _by_digest(found: NumberedVersion) -> str:
+    return f"{found.alias}@{found.version.digest}"
 
 
 def _make_alias(model: str, job_id: str) -> str:

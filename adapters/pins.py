@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session
 
 from adapters.audit import record_act
 from adapters.database import Database
-from adapters.errors import ConflictError
-from adapters.records import Actor, parse_model_name
+from adapters.errors import ConflictError, InvalidInputError
+from adapters.records import Actor, NumberedVersion, parse_model_name
 from adapters.registry import find_version
 from adapters.tables import AliasRow, AliasVersionRow, PinRow, utc_now
 
@@ -42,13 +42,16 @@ class PinService:
 
         Raises:
             NotFoundError: no such alias or version.
+            InvalidInputError: it is a reward model.
             ConflictError: it would be one version too many; nothing was changed.
         """
         with self.database.write() as session:
-            alias, number = _parse(session, name)
-            if session.get(PinRow, (alias, number)) is None:
+            meant, number = _parse(session, name)
+            if meant.version.kind == "reward":
+                raise InvalidInputError(f"{meant.label} is a reward model, which answers nobody: it needs no slot")
+            if session.get(PinRow, (meant.alias, number)) is None:
                 record_act(session, "pin", name)
-                session.add(PinRow(alias=alias, number=number, pinned_at=utc_now()))
+                session.add(PinRow(alias=meant.alias, number=number, pinned_at=utc_now()))
                 session.flush()
             if (found := len(_digests(session, always))) > max_versions:
                 raise ConflictError(
@@ -62,7 +65,8 @@ class PinService:
             NotFoundError: no such alias or version.
         """
         with self.database.write() as session:
-            if row := session.get(PinRow, _parse(session, name)):
+            meant, number = _parse(session, name)
+            if row := session.get(PinRow, (meant.alias, number)):
                 record_act(session, "unpin", name)
                 session.delete(row)
 
@@ -80,11 +84,12 @@ class PinService:
             return _digests(session, always)
 
 
-def _parse(session: Session, name: str) -> tuple[str, int]:
+def _parse(session: Session, name: str) -> tuple[NumberedVersion, int]:
+    """The version that is meant now, and the number of its pin."""
     parsed = parse_model_name(name)
     found = find_version(session, parsed)
     follows = parsed.number is None and parsed.digest_prefix is None
-    return parsed.alias, _FOLLOWS_ALIAS if follows else found.number
+    return found, _FOLLOWS_ALIAS if follows else found.number
 
 
 def _digests(session: Session, always: Iterable[str]) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ from adapters.records import (
     ChangeAction,
     ModelName,
     NumberedVersion,
+    VersionKind,
     check_alias_name,
     parse_checkpoint_name,
     parse_model_name,
@@ -41,6 +42,7 @@ from adapters.tables import KIND_KEY, AliasChangeRow, AliasRow, AliasVersionRow,
 __all__ = ["Registry", "check_can_chat", "find_version"]
 
 _MAX_NAMES_SHOWN = 20
+_KIND_NAMES: dict[VersionKind, str] = {"chat": "a version for chat", "reward": "a reward model"}
 
 
 class Registry:
@@ -70,9 +72,9 @@ class Registry:
     ) -> tuple[NumberedVersion, bool]:
         """Store a checked adapter as the next version of `alias`, and move the alias to it.
 
-        The alias stays where it is when `promote` is False or an experiment is running on it; a new alias then points
-        nowhere, and its versions are called by their own names. Publishing content that the alias has already gives
-        the same number again.
+        The alias stays where it is when `promote` is False, an experiment is running on it, or it points to a version
+        of another kind; a new alias then points nowhere, and its versions are called by their own names. Publishing
+        content that the alias has already gives the same number again.
 
         Args:
             source: A folder in PEFT's layout.
@@ -100,7 +102,8 @@ class Registry:
                 number = _number_of(session, alias, digest) or _append_version(session, alias, digest)
                 row = session.get_one(AliasRow, alias)
                 may_move = promote(row.number) if callable(promote) else promote
-                if may_move and find_running(session, alias) is None:
+                is_fit = _is_of_same_kind(session, row, manifest.kind)
+                if may_move and is_fit and find_running(session, alias) is None:
                     _move(session, row, number, "publish")
                 published, is_live = _load_numbered(session, alias, number), row.number == number
                 record_act(session, action, published.label, digest=digest, is_live=is_live)
@@ -113,7 +116,8 @@ class Registry:
 
         Raises:
             NotFoundError: no such version.
-            ConflictError: an experiment is running on the alias, the name gives no version, or others moved the alias.
+            ConflictError: an experiment is running on the alias, it points to a version of another kind, the name gives
+                no version, or others moved the alias.
             IntegrityError: the version's stored files are damaged; the alias stays where it is.
         """
         parsed = parse_model_name(name)
@@ -144,6 +148,7 @@ class Registry:
                 row = _movable_alias(session, alias)
                 if choose(session) != chosen:
                     raise ConflictError(f"{alias!r} was moved by somebody else at the same time; look where it is")
+                _check_kind(session, row, chosen)
                 record_act(session, action, alias, from_number=row.number, to_number=chosen.number)
                 _move(session, row, chosen.number, action)
                 return _load_alias(session, alias)
@@ -288,6 +293,20 @@ def _move(session: Session, row: AliasRow, number: int, action: ChangeAction) ->
     )
     row.number, row.updated_at = number, moved_at
     session.flush()
+
+
+def _is_of_same_kind(session: Session, row: AliasRow, kind: VersionKind) -> bool:
+    """Whether an alias may point to a version of this kind: one that answers must not come to name a judge, or back."""
+    return row.number is None or _load_numbered(session, row.name, row.number).version.kind == kind
+
+
+def _check_kind(session: Session, row: AliasRow, chosen: NumberedVersion) -> None:
+    kind = chosen.version.kind
+    if not _is_of_same_kind(session, row, kind):
+        raise ConflictError(
+            f"{chosen.label} is {_KIND_NAMES[kind]} and {row.name!r} points to v{row.number}, which is not; "
+            "publish it under an alias of its own"
+        )
 
 
 def _trail(session: Session, alias: str) -> list[int]:
@@ -444,6 +463,7 @@ def _action(row: AliasChangeRow) -> ChangeAction:
 
 
 def _version_row(digest: str, size_bytes: int, manifest: Manifest) -> VersionRow:
+    metrics = {name: value for name, value in manifest.metrics.items() if name != KIND_KEY}
     return VersionRow(
         digest=digest,
         base_fingerprint=manifest.base.fingerprint,
@@ -451,7 +471,7 @@ def _version_row(digest: str, size_bytes: int, manifest: Manifest) -> VersionRow
         size_bytes=size_bytes,
         source=manifest.source,
         published_at=utc_now(),
-        metrics=manifest.metrics if manifest.kind == "chat" else manifest.metrics | {KIND_KEY: manifest.kind},
+        metrics=metrics if manifest.kind == "chat" else metrics | {KIND_KEY: manifest.kind},
     )
 
 

@@ -38,7 +38,7 @@ def build_engine(core: CoreSettings, serve: ServeSettings, base: LoadedBase | No
 
     Raises:
         BaseModelError: the base model can't be loaded or is not supported.
-        ConfigurationError: a pinned alias does not exist.
+        ConfigurationError: a pinned alias does not exist, or points to a reward model.
     """
     from server.engine.runner import ModelRunner
     from server.engine.scheduler import Engine
@@ -78,12 +78,15 @@ def build_engine(core: CoreSettings, serve: ServeSettings, base: LoadedBase | No
 def load_first_versions(engine: Engine, registry: Registry, pinned: Iterable[str]) -> None:
     """Start loading what the aliases point to, as many as there are slots; the pinned ones first, which keep theirs.
 
+    Reward models take none: they answer nobody.
+
     Raises:
-        ConfigurationError: a pinned alias does not exist.
+        ConfigurationError: a pinned alias does not exist, or points to a reward model.
     """
     for digest in find_pinned(registry, pinned):
         engine.residency.pin(digest)
-    digests = (alias.current.version.digest for alias in registry.aliases())
+    versions = (alias.current.version for alias in registry.aliases())
+    digests = (version.digest for version in versions if version.kind == "chat")
     engine.prefetch(islice(digests, engine.residency.num_slots))
 
 
@@ -91,9 +94,11 @@ def find_pinned(registry: Registry, names: Iterable[str]) -> list[str]:
     """The digests of the versions that aliases point to.
 
     Raises:
-        ConfigurationError: an alias does not exist; names those that do.
+        ConfigurationError: an alias does not exist, or is for a reward model; names those that can be pinned.
     """
-    current = {alias.name: alias.current.version.digest for alias in registry.aliases()}
+    current = {
+        alias.name: alias.current.version.digest for alias in registry.aliases() if alias.current.version.kind == "chat"
+    }
     if unknown := [name for name in names if name not in current]:
         known = ", ".join(list(current)[:_MAX_NAMES_SHOWN]) or "none"
         raise ConfigurationError(f"setting serve.pinned: there is no alias {unknown[0]!r:.120}; there are: {known}")

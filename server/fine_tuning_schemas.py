@@ -34,7 +34,7 @@ _Name = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 _Tag = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^,]*$")]
 _ModuleName = Annotated[str, StringConstraints(pattern=r"^\w+(\.\w+)*$", max_length=200)]
 _MAX_STEPS = 10_000_000
-_VERSION_NAME = r"^[a-z0-9][a-z0-9._-]{0,62}@v[1-9][0-9]{0,8}$"
+_VERSION_NAME = r"^[a-z0-9][a-z0-9._-]{0,62}@(v[1-9][0-9]{0,8}|[0-9a-f]{8,64})$"
 
 
 class _Wire(BaseModel):
@@ -87,7 +87,7 @@ class DpoHyperparameters(Hyperparameters):
 class RewardedHyperparameters(DpoHyperparameters):
     """Of reinforcement by a reward version. A function is for the command line alone: no program comes by this way."""
 
-    reward: Annotated[str, StringConstraints(pattern=_VERSION_NAME, max_length=80)]
+    reward: Annotated[str, StringConstraints(pattern=_VERSION_NAME, max_length=130)]
     generations: int | None = Field(None, strict=True, ge=2, le=64)
     max_answer_tokens: int | None = Field(None, strict=True, ge=1, le=4096)
     temperature: float | None = Field(None, strict=True, gt=0, le=2)

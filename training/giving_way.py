@@ -21,6 +21,7 @@ __all__ = ["SHARE_VARIABLE", "Gate", "install_gate", "share_from_environment"]
 # Set by the server for its jobs (`job_share`); a run by hand has none and never waits.
 SHARE_VARIABLE = "HOTSWAP_JOB_SHARE"
 _NAP_S = 0.005
+_ASK_EVERY_S = 1.0
 # Time that was computed before this long ago is forgiven: a job must not wait for what it did on an idle machine.
 _MAX_DEBT_S = 0.5
 
@@ -31,6 +32,8 @@ class Gate:
     Args:
         pulse: Says whether it is.
         share: The part of that time in which the job may compute: 1 is all of it, 0 is none.
+        is_ending: Asked about once a second of waiting: whether the job was told to end or pause after its step. From
+            then on the gate is open, since somebody waits for the step.
         clock: In seconds.
         sleep: Waits as many.
     """
@@ -40,24 +43,35 @@ class Gate:
         pulse: EnginePulse,
         share: float,
         *,
+        is_ending: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._pulse = pulse
         self._share = share
+        self._is_ending = is_ending
         self._clock = clock
         self._sleep = sleep
-        self._left_at = clock()
+        self._left_at = self._asked_at = clock()
+        self._is_open = False
         self.waited_s = 0.0
 
     def pass_through(self) -> None:
         """Return at once if the engine is idle; otherwise wait until what was computed since is the job's share."""
         arrived = self._clock()
         computed = min(arrived - self._left_at, _MAX_DEBT_S)
-        while self._pulse.is_beating and self._computes_too_much(computed, self._clock() - arrived):
+        while (
+            not self._is_open and self._pulse.is_beating and self._computes_too_much(computed, self._clock() - arrived)
+        ):
             self._sleep(_NAP_S)
+            self._ask()
         self._left_at = self._clock()
         self.waited_s += self._left_at - arrived
+
+    def _ask(self) -> None:
+        if self._clock() - self._asked_at >= _ASK_EVERY_S:
+            self._is_open = self._is_ending()
+            self._asked_at = self._clock()
 
     def _computes_too_much(self, computed: float, waited: float) -> bool:
         return computed > self._share * (computed + waited)

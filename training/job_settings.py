@@ -11,8 +11,10 @@ from typing import Any
 from adapters.errors import (
     ConfigurationError,
     DataError,
+    FingerprintMismatchError,
     HotswapError,
     InvalidInputError,
+    NotFoundError,
     RankTooHighError,
     TrainingDivergedError,
 )
@@ -30,6 +32,9 @@ _DISK_WORDS = re.compile(
     r"No space left on device|File too large|Disk quota exceeded|database or disk is full|PytorchStreamWriter failed"
     r"|inline_container\.cc.*unexpected pos"
 )
+# What these say is what to do about them.
+_TELLING = (ConfigurationError, FingerprintMismatchError, NotFoundError)
+_PATH = re.compile(r"(?<![\w.])~?(/[\w.@+~-]+)+/?")  # `and/or` is none: it begins with a name
 _MEMORY_WORDS = re.compile(r"can't allocate memory|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
 
 
@@ -75,7 +80,7 @@ def tracker_environment(job: Job) -> dict[str, str]:
 
 
 def describe_failure(error: Exception) -> JobError:
-    """What a client is told; whatever might hold a path is left to the log."""
+    """What a client is told; whatever might hold a path is left to the log, or is told without the path."""
     if isinstance(error, DataError):
         return JobError(f"invalid_{error.param}", str(error), error.param)
     if isinstance(error, RankTooHighError) or (type(error) is InvalidInputError and error.param == "method"):
@@ -88,6 +93,8 @@ def describe_failure(error: Exception) -> JobError:
     if any(_is_about_the_disk(cause) for cause in _causes(error)):
         message = "the server's disk is full: free some space and create the job again"
         return JobError("disk_full", message)
+    if isinstance(error, _TELLING):
+        return JobError("training_failed", _PATH.sub("[a path of the server]", str(error)))
     kind = "training_failed" if isinstance(error, HotswapError) else "trainer_crashed"
     return JobError(kind, f"the trainer failed with {type(error).__name__}; the job's log on the server says why")
 

@@ -25,9 +25,9 @@ from sqlalchemy.exc import OperationalError
 
 from adapters.checkpoint_adapters import CheckpointAdapters
 from adapters.database import open_database
-from adapters.errors import NotFoundError
+from adapters.errors import DatabaseBusyError, NotFoundError
 from adapters.files import ACTIVE_STATUSES
-from adapters.jobs import Claim, JobService
+from adapters.jobs import Claim, JobService, Standing
 from adapters.process_log import configure_log
 from adapters.processes import child_environment, parent_pid
 from adapters.records import JobError, JobStatus
@@ -43,7 +43,9 @@ _VALIDATOR = (sys.executable, "-m", "training.validation")
 _LEASE_S = 20.0
 _POLL_S = 0.5
 _GRACE_S = 20.0
-_DATABASE_PATIENCE_S = 300.0
+_SWEEP_EVERY_S = 60.0
+_DATABASE_PATIENCE_S = 2.0  # no longer: a process has to be watched meanwhile
+_DATABASE_ERRORS = (OperationalError, DatabaseBusyError)
 _INSIST_EVERY_S = 5.0
 _LEAST_FREE_BYTES = 1_000_000
 _MAX_DEVICE_CHARS = 120
@@ -64,6 +66,14 @@ class _Lane:
     again: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """How a process ended: its exit code or negated signal, and whether it was killed by the supervisor itself."""
+
+    returncode: int
+    is_killed: bool
+
+
 class Supervisor:
     """Works on jobs until it is told to stop.
 
@@ -75,6 +85,7 @@ class Supervisor:
         lease_s: How long a claim holds without being renewed; it is renewed five times as often.
         poll_s: Seconds between two looks at the job table and at a process.
         grace_s: Seconds that a process has to obey before it is killed.
+        sweep_every_s: Seconds between two looks, while no files are validated, for what jobs at their end left.
     """
 
     def __init__(
@@ -87,13 +98,16 @@ class Supervisor:
         lease_s: float = _LEASE_S,
         poll_s: float = _POLL_S,
         grace_s: float = _GRACE_S,
+        sweep_every_s: float = _SWEEP_EVERY_S,
     ) -> None:
         self._core = core
         self._jobs = jobs
         self._lease_s = lease_s
         self._poll_s = poll_s
         self._grace_s = grace_s
+        self._sweep_every_s, self._sweep_again_at = sweep_every_s, 0.0
         self._adapters = CheckpointAdapters(jobs.database, ArtifactStore(core.home / "store"))
+        self._parent = parent_pid()
         self.stopping = threading.Event()
         device = f"{platform.node()}/{core.device}"[-_MAX_DEVICE_CHARS:]
         self._training = _Lane(
@@ -113,7 +127,6 @@ class Supervisor:
 
     def run(self) -> None:
         """Take one job after another until `stopping` is set or the parent process is gone."""
-        self._sweep()
         beside = threading.Thread(target=self._keep_taking, args=(self._validation,), name="validation")
         beside.start()
         try:
@@ -130,17 +143,29 @@ class Supervisor:
         return self._take_one(self._validation)
 
     def _keep_taking(self, lane: _Lane) -> None:
-        parent = parent_pid()
         try:
-            while not self.stopping.is_set() and os.getppid() == parent:
+            while not self._is_ending():
                 if not self._take_one(lane):
+                    if lane is self._validation:  # which is idle while a job is trained for hours
+                        self._sweep_at_times()
                     self.stopping.wait(self._poll_s)
         finally:
             # Both lanes end with either: half a supervisor would leave jobs waiting, a new one is started at once.
             self.stopping.set()
 
+    def _is_ending(self) -> bool:
+        """Whether the supervisor was told to stop, or is without its parent, which from then on is the same."""
+        if os.getppid() != self._parent:
+            self.stopping.set()
+        return self.stopping.is_set()
+
     def _take_one(self, lane: _Lane) -> bool:
-        claim = lane.take()
+        try:
+            claim = lane.take()
+        except _DATABASE_ERRORS as error:
+            _log.error("no_job_can_be_taken", reason=_reason(error), retry_in_s=_INSIST_EVERY_S)
+            self.stopping.wait(_INSIST_EVERY_S)
+            return False
         if claim is None:
             return False
         folder = self._core.home / "jobs" / claim.job.id
@@ -155,9 +180,9 @@ class Supervisor:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-            returncode = self._watch(process, claim)
+            ending = self._watch(process, claim)
         is_out_of_memory = _count_memory_kills() > num_killed
-        self._insist(lambda: self._conclude(lane, claim, returncode, is_out_of_memory=is_out_of_memory))
+        self._insist(lambda: self._conclude(lane, claim, ending, is_out_of_memory=is_out_of_memory))
         return True
 
     def _insist(self, act: Callable[[], None]) -> None:
@@ -165,43 +190,48 @@ class Supervisor:
         while True:
             try:
                 return act()
-            except OperationalError as error:
-                if self.stopping.is_set():
+            except _DATABASE_ERRORS as error:
+                if self._is_ending():
                     raise
-                _log.error("database_can_not_be_written", reason=str(error.orig), retry_in_s=_INSIST_EVERY_S)
+                _log.error("database_can_not_be_written", reason=_reason(error), retry_in_s=_INSIST_EVERY_S)
                 self.stopping.wait(_INSIST_EVERY_S)
 
-    def _watch(self, process: subprocess.Popen[bytes], claim: Claim) -> int:
+    def _watch(self, process: subprocess.Popen[bytes], claim: Claim) -> _Ending:
         """Renew the claim while the process runs; pass on a stop, and kill a process that doesn't obey."""
-        parent = parent_pid()
-        renew_at = 0.0
+        lost_at, renew_at = time.monotonic() + self._lease_s, 0.0
         kill_at: float | None = None
+        is_killed = False
         while True:
             try:
-                return process.wait(self._poll_s)
+                return _Ending(process.wait(self._poll_s), is_killed)
             except subprocess.TimeoutExpired:
                 now = time.monotonic()
-            has_claim = True
-            if now >= renew_at:
-                has_claim = self._jobs.renew(claim, lease_s=self._lease_s)
-                renew_at = now + self._lease_s / 5
-            is_ending = self.stopping.is_set() or os.getppid() != parent
-            if kill_at is None and (is_ending or self._jobs.standing(claim) == "stop"):
+            standing: Standing = "continue"
+            try:
+                if now >= renew_at:
+                    has_claim = self._jobs.renew(claim, lease_s=self._lease_s)
+                    renew_at, lost_at = now + self._lease_s / 5, now + self._lease_s if has_claim else now
+                standing = self._jobs.standing(claim)
+            except _DATABASE_ERRORS as error:  # the claim holds until its lease has run out
+                _log.warning("claim_not_renewed", job=claim.job.id, reason=_reason(error))
+            if kill_at is None and (self._is_ending() or standing == "stop"):
                 kill_at = now + self._grace_s
-                if is_ending:  # a process whose job is at its end knows that from the job table
+                if self._is_ending():  # a process whose job is at its end knows that from the job table
                     process.send_signal(signal.SIGTERM)
-            if not has_claim or (kill_at is not None and now >= kill_at):
+            if now >= lost_at or (kill_at is not None and now >= kill_at):
+                is_killed = True
                 process.kill()
 
-    def _conclude(self, lane: _Lane, claim: Claim, returncode: int, *, is_out_of_memory: bool) -> None:
+    def _conclude(self, lane: _Lane, claim: Claim, ending: _Ending, *, is_out_of_memory: bool) -> None:
         """Leave no job that seems to be worked on while nobody is."""
         status = self._jobs.get(claim.job.id).status
-        is_open = status == lane.status and not self.stopping.is_set()
-        if returncode > 0 and status == lane.status:
-            self._jobs.fail(claim, self._describe_crash(lane, returncode))
-        lost = _describe_kill(lane, -returncode, is_out_of_memory=is_out_of_memory)
-        job = self._jobs.release(claim, problem=lost if is_open and returncode < 0 else None)
-        _log.info("job_left", job=job.id, status=job.status, returncode=returncode)
+        is_open = status == lane.status and not self._is_ending()
+        if ending.returncode > 0 and status == lane.status:
+            self._jobs.fail(claim, self._describe_crash(lane, ending.returncode))
+        lost = _describe_kill(lane, -ending.returncode, is_out_of_memory=is_out_of_memory)
+        is_lost = is_open and ending.returncode < 0 and not ending.is_killed
+        job = self._jobs.release(claim, problem=lost if is_lost else None)
+        _log.info("job_left", job=job.id, status=job.status, returncode=ending.returncode)
         if job.status not in ACTIVE_STATUSES:
             self._discard_checkpoints(self._core.home / "jobs" / job.id)
             self._adapters.sweep()
@@ -211,6 +241,16 @@ class Supervisor:
             return JobError("disk_full", f"the {lane.worker} ended since the server's disk is full: free some space")
         message = f"the {lane.worker} ended with exit code {returncode}; the job's log on the server says why"
         return JobError("trainer_crashed", message)
+
+    def _sweep_at_times(self) -> None:
+        """Sweep at the first idle moment and then once a minute: jobs are cancelled while nobody works on them, too."""
+        if time.monotonic() < self._sweep_again_at:
+            return
+        self._sweep_again_at = time.monotonic() + self._sweep_every_s
+        try:
+            self._sweep()
+        except _DATABASE_ERRORS as error:
+            _log.warning("nothing_swept", reason=_reason(error), retry_in_s=self._sweep_every_s)
 
     def _sweep(self) -> None:
         """Delete the states of jobs that are at their end or that nobody knows, and old adapters of checkpoints."""
@@ -227,6 +267,11 @@ class Supervisor:
     @staticmethod
     def _discard_checkpoints(folder: Path) -> None:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def _reason(error: OperationalError | DatabaseBusyError) -> str:
+    """In one line: SQLAlchemy's own message holds the statement."""
+    return str(error.orig) if isinstance(error, OperationalError) else str(error)
 
 
 def _describe_kill(lane: _Lane, number: int, *, is_out_of_memory: bool) -> str:

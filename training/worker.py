@@ -279,7 +279,7 @@ def train_and_publish(
     if settings.rank > core.max_rank:
         raise RankTooHighError(rank=settings.rank, max_rank=core.max_rank)
     if (share := share_from_environment()) is not None:
-        install_gate(base.model, Gate(EnginePulse(pulse_path(core.home)), share))
+        install_gate(base.model, Gate(EnginePulse(pulse_path(core.home)), share, is_ending=_ending_of(job)))
     validate = VALIDATORS[settings.method](run, data.validation) if data.validation else None
     before = _validate(validate, listener)
     listener.on_stage(f"Training on {len(data.train)} rows")
@@ -501,6 +501,10 @@ def _metrics_of(before: Evaluation | None, best: Best | None, counts: TrainedCou
     for when, found in (("before", before), ("after", after)):
         metrics |= {f"validation_{name}_{when}": value for name, value in (found.extra if found else {}).items()}
     return metrics | {"num_steps": counts.num_steps, "best_step": best.step if best else None}
+
+
+def _ending_of(job: JobFolder | None) -> Callable[[], bool]:
+    return lambda: job is not None and job.watcher.next_move() != "continue"
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -10,7 +10,7 @@ import typer
 from adapters.errors import NotFoundError
 from clients.cli.job_orders import create_job
 from clients.cli.job_output import print_job, print_progress
-from clients.cli.options import HomeOption, JsonOption, open_registry
+from clients.cli.options import HomeOption, JsonOption, load_core, open_registry
 from clients.cli.output import console, format_moment, print_gate, print_json, print_table
 from clients.cli.plots import print_metrics
 
@@ -94,8 +94,11 @@ def resume(job_id: _JobArgument, home: HomeOption = None, json: JsonOption = Fal
 
 def _open(home: Path | None) -> JobService:
     from adapters.jobs import JobService
+    from server.config import ServeSettings
 
-    return JobService(open_registry(home).database)
+    core = load_core(home)
+    max_queued = ServeSettings.load(core.home).max_queued_jobs  # which bounds what is resumed, too
+    return JobService(open_registry(home).database, max_queued=max_queued)
 
 
 def _print_gate_of(label: str, home: Path | None) -> None:

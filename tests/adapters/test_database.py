@@ -9,10 +9,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import event, inspect, text
+from sqlalchemy import create_engine, event, inspect, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 import adapters
@@ -48,6 +50,45 @@ def test_migrations_equal_the_indexes_when_they_are_partial(database: Database) 
         sql = session.scalar(text("SELECT sql FROM sqlite_master WHERE name = 'one_running_experiment_per_alias'"))
     assert "UNIQUE INDEX" in str(sql)
     assert "WHERE state = 'running'" in str(sql)
+
+
+def test_files_know_their_job_when_rows_from_before_are_migrated(tmp_path: Path) -> None:
+    """Kinds of training files and aliases of results are filled in, in a database of revision 0004 with rows."""
+    path = tmp_path / "hotswap.db"
+    engine = create_engine(f"sqlite:///{path}")
+    config = Config()
+    config.set_main_option("script_location", str(Path(adapters.__file__).parent / "migrations"))
+    config.attributes["engine"] = engine
+    command.upgrade(config, "0004")
+    moment = "2026-01-01 00:00:00"
+    with engine.begin() as connection:
+        for file_id, purpose in (
+            ("train", "fine-tune"),
+            ("result", "fine-tune-results"),
+            ("lost", "fine-tune-results"),
+        ):
+            connection.execute(
+                text(
+                    "INSERT INTO files (id, filename, purpose, size_bytes, sha256, created_at) "
+                    f"VALUES ('{file_id}', 'f', '{purpose}', 1, '', '{moment}')"
+                )
+            )
+        connection.execute(
+            text(
+                "INSERT INTO jobs (id, status, model, alias, training_file, method, seed, details, created_at, "
+                "result_file, num_attempts) "
+                f"VALUES ('job', 'succeeded', 'tiny', 'legal', 'train', '{{}}', 0, '{{}}', '{moment}', 'result', 1)"
+            )
+        )
+    engine.dispose()
+    opened = open_database(f"sqlite:///{path}")
+    with opened.read() as session:
+        rows = session.execute(text("SELECT id, kind, alias FROM files ORDER BY id")).all()
+        assert [("lost", None, None), ("result", None, "legal"), ("train", "chat", None)] == [
+            tuple(row) for row in rows
+        ]
+        assert [("job", 1)] == [tuple(row) for row in session.execute(text("SELECT id, is_validated FROM jobs"))]
+    opened.close()
 
 
 def test_sqlite_uses_wal_and_foreign_keys_when_opened(database: Database) -> None:
@@ -211,7 +252,7 @@ def test_write_waits_for_the_lock_when_the_database_is_told_to_wait(database: Da
     holder.execute("BEGIN IMMEDIATE")
     row = AliasRow(name="legal", number=None, last_number=0, updated_at=utc_now())
     for hasty in (database, database.waiting(0.3)):
-        with pytest.raises(OperationalError, match="locked"), hasty.write() as session:
+        with pytest.raises(DatabaseBusyError, match="held by others"), hasty.write() as session:
             session.add(row)
     free = threading.Timer(0.3, holder.execute, ["COMMIT"])
     free.start()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,9 +18,11 @@ from adapters.errors import ConflictError, InvalidInputError, InvalidNameError, 
 from adapters.files import FileService
 from adapters.jobs import MAX_ATTEMPTS, Claim, JobOrder, JobService, RequestIdentity
 from adapters.records import Actor, Job, JobError
+from adapters.registry import Registry
 from adapters.tables import utc_now
 from tests.support.conversations import easy_rows, write_rows
 from tests.support.jobs import pass_all
+from tests.support.versions import publish_text
 
 LEASE_S = 10.0
 
@@ -504,3 +507,35 @@ def test_metrics_keep_the_later_value_when_a_step_is_taken_twice(jobs: JobServic
     assert [(row["step"], row["train_loss"]) for row in jobs.metrics(job.id)] == [(1, 9.0), (2, 6.0), (3, 7.0)]
     current = jobs.get(job.id)
     assert (current.trained_tokens, current.estimated_finish) == (20, clock.now + timedelta(seconds=30))
+
+
+def test_reward_is_bound_and_kept_when_a_job_needs_it(registry: Registry, jobs: JobService, file_id: str) -> None:
+    """By its digest: the alias may move on; the version can't be deleted before the job is at its end."""
+    judge = publish_text(registry, "one", alias="tone", kind="reward")
+    method = {"type": "grpo", "grpo": {"hyperparameters": {"reward": "tone", "beta": 0.1}}}
+    job = jobs.create(JobOrder("tiny", file_id, method, 7, alias="legal", reward="tone"))
+    bound = {"reward": f"tone@{judge.version.digest}", "beta": 0.1}
+    assert {"type": "grpo", "grpo": {"hyperparameters": bound}} == job.method
+    publish_text(registry, "two", alias="tone", kind="reward")
+    for name in ("tone@v1", "tone"):
+        with pytest.raises(ConflictError, match=f"job {job.id}, which is validating_files, is judged by tone@v1"):
+            registry.remove(name)
+    jobs.cancel(job.id)
+    assert ["tone@v1"] == registry.remove("tone@v1")
+
+
+def test_version_is_refused_when_it_is_of_the_wrong_kind(registry: Registry, jobs: JobService, file_id: str) -> None:
+    """At once, not when the job's turn comes; a reward model may be trained further as such."""
+    publish_text(registry, "one", alias="tone", kind="reward")
+    publish_text(registry, "two", alias="chatty")
+    by_type: dict[str, dict[str, Any]] = {
+        kind: {"type": kind, kind: {"hyperparameters": {}}} for kind in ("grpo", "reward", "supervised")
+    }
+    order = JobOrder("tiny", file_id, by_type["grpo"], 7, alias="legal")
+    with pytest.raises(InvalidInputError, match="expected a version that method reward has made, found chatty@v1") as e:
+        jobs.create(replace(order, reward="chatty"))
+    assert "method" == e.value.param
+    with pytest.raises(InvalidInputError, match="tone@v1 is a reward model; only method reward") as e:
+        jobs.create(replace(order, method=by_type["supervised"], start_from="tone"))
+    assert "model" == e.value.param
+    assert "tone@v1" == jobs.create(replace(order, method=by_type["reward"], start_from="tone")).model

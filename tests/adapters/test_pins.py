@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from adapters.database import open_database
-from adapters.errors import ConflictError, InvalidNameError, NotFoundError
+from adapters.errors import ConflictError, InvalidInputError, InvalidNameError, NotFoundError
 from adapters.pins import PinService
 from adapters.registry import Registry
 from tests.support.versions import publish_text
@@ -112,3 +112,13 @@ def test_pins_are_there_when_the_database_is_opened_again(tmp_path: Path, pins: 
     again = open_database(f"sqlite:///{tmp_path / 'hotswap.db'}")
     assert frozenset({"legal"}) == PinService(again).names()
     again.close()
+
+
+@pytest.mark.parametrize("name", ["tone", "tone@v1"])
+def test_pin_is_refused_when_the_version_is_a_reward_model(name: str, pins: PinService, registry: Registry) -> None:
+    """A slot is for what answers."""
+    publish_text(registry, "one", alias="tone", kind="reward")
+    with pytest.raises(InvalidInputError, match="tone@v1 is a reward model"):
+        pins.pin(name, max_versions=3)
+    assert frozenset() == pins.names()
+    pins.unpin(name)

@@ -564,3 +564,24 @@ def test_experiments_are_hidden_when_an_actor_may_not_see_their_alias(registry: 
     assert [] == limited.list()
     assert [experiment] == service.list()
     service.record_feedback(Feedback("r1", "ok", 1.0))
+
+
+def test_alias_stays_with_its_kind_when_a_version_of_another_is_published(registry: Registry) -> None:
+    """What answers clients must not become what can't answer; the version has its number all the same."""
+    publish_text(registry, "one")
+    judge = publish_text(registry, "two", kind="reward")
+    assert ("legal@v2", "reward") == (judge.label, judge.version.kind)
+    assert 1 == registry.alias("legal").current.number
+    with pytest.raises(ConflictError, match=r"legal@v2 is a reward model and 'legal' points to v1, which is not"):
+        registry.promote("legal@v2")
+    assert 1 == registry.alias("legal").current.number
+    publish_text(registry, "three", alias="tone", kind="reward")
+    publish_text(registry, "four", alias="tone", kind="reward")
+    assert 2 == registry.alias("tone").current.number
+
+
+def test_kind_is_the_manifests_own_when_a_metric_is_called_so(registry: Registry, tmp_path: Path) -> None:
+    """Metrics come from whoever made the archive; a version for chat can't be made out to be a reward model."""
+    manifest = PLAIN_MANIFEST.model_copy(update={"metrics": {"kind": "reward", "loss": 0.5}})
+    version, _ = registry.publish(write_files(tmp_path / "source", "one"), manifest, alias="legal")
+    assert ("chat", {"loss": 0.5}) == (version.version.kind, version.version.metrics)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from adapters.archive import VersionArchive
 from adapters.database import open_database
-from adapters.errors import ConfigurationError, HotswapError
+from adapters.errors import ConfigurationError, HotswapError, OverloadedError
 from adapters.files import FileService
 from adapters.jobs import JobOrder, JobService
 from adapters.store import ArtifactStore
@@ -315,6 +315,17 @@ def test_serve_says_what_to_do_when_others_could_reach_it_without_keys(shell: Sh
     assert isinstance(result.exception, ConfigurationError)
     assert "hotswap keys create NAME" in str(result.exception)
     assert "Hotswap on" not in result.output
+
+
+def test_resume_is_refused_when_as_many_jobs_wait_as_the_settings_allow(shell: Shell, tmp_path: Path) -> None:
+    """The command line is bound by the server's setting, as the API is."""
+    paused = _add_job(shell, tmp_path)
+    shell.text("jobs", "pause", paused)
+    _add_job(shell, tmp_path)
+    environment = {**shell.environment, "HOTSWAP_SERVE_MAX_QUEUED_JOBS": "1"}
+    result = CliRunner().invoke(app, ["jobs", "resume", paused], env=environment)
+    assert isinstance(result.exception, OverloadedError)
+    assert "paused" == shell.json("jobs", "show", paused)["status"]
 
 
 def test_jobs_are_listed_and_turned_when_asked(shell: Shell, tmp_path: Path) -> None:

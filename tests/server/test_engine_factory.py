@@ -20,6 +20,7 @@ from server.engine.scheduler import Engine
 from server.engine_factory import load_first_versions, make_weights_reader
 from tests.support.engine import ask, drain, make_bench, run_to_end
 from tests.support.tiny import make_manifest, save_random_adapter
+from tests.support.versions import publish_text
 
 
 @pytest.fixture
@@ -114,6 +115,18 @@ def test_pinned_aliases_are_in_slots_when_the_engine_has_started(site: tuple[Eng
     assert {pinned} == engine.residency.pinned
     run_to_end(engine, *(ask(name, "hello", registry.find(name).version.digest) for name in "bab"))
     assert pinned in engine.residency.resident
+
+
+def test_reward_models_take_no_slot_when_the_engine_has_started(site: tuple[Engine, Registry]) -> None:
+    """Neither as one of the first versions nor as a pinned one."""
+    engine, registry = site
+    publish_text(registry, "judge", alias="a-judge", kind="reward")
+    load_first_versions(engine, registry, [])
+    drain(engine, {})
+    expected = {registry.find(name).version.digest for name in "ab"}
+    assert expected == set(engine.residency.resident)
+    with pytest.raises(ConfigurationError, match=r"there is no alias 'a-judge'"):
+        load_first_versions(engine, registry, ["a-judge"])
 
 
 def test_start_is_refused_when_a_pinned_alias_does_not_exist(site: tuple[Engine, Registry]) -> None:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adapters.manifest import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, BaseReference, Manifest
-from adapters.records import NumberedVersion
+from adapters.manifest import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    REWARD_HEAD_FILE,
+    BaseReference,
+    Manifest,
+)
+from adapters.records import NumberedVersion, VersionKind
 from adapters.registry import Registry
 
 PLAIN_MANIFEST = Manifest(
@@ -25,8 +31,12 @@ def write_files(folder: Path, content: str) -> Path:
     return folder
 
 
-def publish_text(registry: Registry, content: str, *, alias: str = "legal", promote: bool = True) -> NumberedVersion:
+def publish_text(
+    registry: Registry, content: str, *, alias: str = "legal", promote: bool = True, kind: VersionKind = "chat"
+) -> NumberedVersion:
     """Publish a version that is made of `content`."""
     source = write_files(registry.store.root.parent / "sources" / alias, content)
-    version, _ = registry.publish(source, PLAIN_MANIFEST, alias=alias, promote=promote)
+    (source / REWARD_HEAD_FILE).write_text(content)  # which is taken with a reward version alone
+    manifest = PLAIN_MANIFEST.model_copy(update={"kind": kind})
+    version, _ = registry.publish(source, manifest, alias=alias, promote=promote)
     return version

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,9 @@ class World:
         else:
             self.pulse.rest()
 
-    def gate(self, share: float) -> Gate:
+    def gate(self, share: float, *, is_ending: Callable[[], bool] = lambda: False) -> Gate:
         """A gate of this world."""
-        return Gate(self.pulse, share, clock=lambda: self.now, sleep=self.go_on)
+        return Gate(self.pulse, share, is_ending=is_ending, clock=lambda: self.now, sleep=self.go_on)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 1.0])
@@ -57,6 +58,23 @@ def test_gate_opens_when_the_engine_comes_to_rest(tmp_path: Path, share: float) 
     world.go_on(0.4)
     gate.pass_through()
     assert gate.waited_s == pytest.approx(2.1 if share == 0 else 1.2, abs=0.02)
+
+
+def test_gate_opens_for_good_when_the_job_is_told_to_end(tmp_path: Path) -> None:
+    """A step that is waited for is not held up, at no further layer; it is asked once a second, not at every nap."""
+    world = World(tmp_path)
+    asked: list[float] = []
+
+    def is_ending() -> bool:
+        asked.append(world.now)
+        return world.now >= 4
+
+    gate = world.gate(0.0, is_ending=is_ending)
+    for _ in range(3):
+        world.go_on(0.1)
+        gate.pass_through()
+    assert [1.5, 2.5, 3.5, 4.5] == pytest.approx(asked, abs=0.05)
+    assert asked[-1] + 0.2 == pytest.approx(world.now)
 
 
 def test_gate_is_open_when_the_engine_rests(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from adapters.errors import (
     BaseModelError,
     ConfigurationError,
     DataError,
+    FingerprintMismatchError,
+    HotswapError,
     InvalidInputError,
     NotFoundError,
     RankTooHighError,
@@ -277,6 +279,31 @@ def test_failures_tell_no_path_when_they_are_described() -> None:
     assert described["trainer_crashed"] == JobError(
         "trainer_crashed", "the trainer failed with RuntimeError; the job's log on the server says why"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            ConfigurationError("setting train.targets: the base model has no linear layer 'x'; it has q_proj"),
+            "setting train.targets: the base model has no linear layer 'x'; it has q_proj",
+        ),
+        (
+            ConfigurationError(
+                "/secret/home/hotswap.toml: setting train.rank: expected and/or; found file:///secret/x"
+            ),
+            "[a path of the server]: setting train.rank: expected and/or; found file://[a path of the server]",
+        ),
+        (NotFoundError("there is no adapter 'tone'; known: base"), "there is no adapter 'tone'; known: base"),
+        (
+            FingerprintMismatchError(adapter="a1", base="b2"),
+            "the adapter was made for the base model with fingerprint a1, but this base model has b2",
+        ),
+    ],
+)
+def test_failure_says_what_to_do_when_the_error_does(error: HotswapError, message: str) -> None:
+    """The words of the error itself, without paths."""
+    assert JobError("training_failed", message) == describe_failure(error)
 
 
 def test_failure_is_told_in_words_when_a_library_runs_out_of_memory_or_disk() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from adapters.errors import NotFoundError
-from adapters.jobs import MAX_ATTEMPTS, JobOrder
+from adapters.errors import DatabaseBusyError, NotFoundError
+from adapters.jobs import MAX_ATTEMPTS, Claim, JobOrder, JobService
 from tests.support.conversations import easy_rows, make_messages
 from tests.support.jobs import HYPERPARAMETERS, JobPlace, supervised
 from training.job import checkpoints_folder
@@ -45,6 +45,33 @@ process.wait()
 """
 
 
+_NOTING = "import os, pathlib, sys, time\npathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\ntime.sleep(600)"
+
+
+class _CountingJobs(JobService):
+    """Counts the renewals that the database did not take, and those that it took since."""
+
+    num_refused = num_renewed = 0
+
+    def renew(self, claim: Claim, *, lease_s: float) -> bool:
+        """As ever."""
+        try:
+            renewed = super().renew(claim, lease_s=lease_s)
+        except DatabaseBusyError:
+            self.num_refused, self.num_renewed = self.num_refused + 1, 0
+            raise
+        self.num_renewed += 1
+        return renewed
+
+
+@pytest.fixture
+def hasty_place(tmp_path: Path, tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> JobPlace:
+    """A home whose database is waited for no longer than 20 ms, and a supervisor's next try comes soon."""
+    monkeypatch.setattr("adapters.database._BUSY_TIMEOUT_MS", 20)
+    monkeypatch.setattr("training.supervisor._INSIST_EVERY_S", 0.05)
+    return JobPlace.make(tmp_path, tiny_folders["llama"])
+
+
 @pytest.fixture
 def place(tmp_path: Path, tiny_folders: dict[str, Path]) -> JobPlace:
     """An empty home over a tiny Llama."""
@@ -66,6 +93,14 @@ def _running(supervisor: Supervisor) -> Iterator[None]:
     finally:
         supervisor.stopping.set()
         thread.join()
+
+
+@contextmanager
+def _held(place: JobPlace) -> Iterator[None]:
+    """Let nobody else write for the length of the block."""
+    with place.database.write() as session:
+        session.connection()  # which begins the transaction
+        yield
 
 
 @pytest.mark.parametrize(("point", "steps"), [("checkpoint", ["3", "4", "5", "6"]), ("publish", [])])
@@ -266,6 +301,22 @@ def test_sweep_deletes_checkpoints_when_their_job_is_at_its_end(place: JobPlace)
     assert folders[0].exists()
 
 
+def test_checkpoints_are_swept_when_their_job_is_cancelled_while_it_is_paused(place: JobPlace) -> None:
+    """No process works on it whose end would be the moment to delete them; a supervisor that runs does it later."""
+    job = place.create()
+    place.jobs.pause(job.id)
+    folder = checkpoints_folder(place.core.home, job.id)
+    unknown = checkpoints_folder(place.core.home, "ftjob-unknown")
+    for path in (folder, unknown):
+        path.mkdir(parents=True)
+    with _running(_supervisor(place, sweep_every_s=0.1)):
+        place.wait(lambda: not unknown.exists())
+        assert folder.exists()
+        place.jobs.cancel(job.id)
+        place.wait(lambda: not folder.exists())
+    assert folder.parent.exists()
+
+
 def test_importing_the_supervisor_is_cheap_when_the_server_starts_it() -> None:
     """It holds no model: neither torch nor the training libraries are imported."""
     code = (
@@ -274,3 +325,55 @@ def test_importing_the_supervisor_is_cheap_when_the_server_starts_it() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (0, "") == (result.returncode, result.stderr)
+
+
+def test_no_job_is_taken_and_none_lost_when_the_database_is_held(hasty_place: JobPlace) -> None:
+    """The supervisor lives on and takes the job once the database is free."""
+    job = hasty_place.create()
+    supervisor = _supervisor(hasty_place, ("-c", "pass"))
+    with _held(hasty_place):
+        assert not supervisor.run_one()
+    assert supervisor.run_one()
+    assert "queued" == hasty_place.jobs.get(job.id).status
+
+
+def test_trainer_runs_on_when_the_claim_can_not_be_renewed_for_a_while(hasty_place: JobPlace) -> None:
+    """A database that others hold for less than the lease costs the job nothing."""
+    job = hasty_place.create()
+    jobs = _CountingJobs(hasty_place.database)
+    supervisor = Supervisor(
+        hasty_place.core, jobs, trainer=(sys.executable, "-c", _HANGING), lease_s=5.0, poll_s=0.02, grace_s=0.1
+    )
+    with _running(supervisor):
+        hasty_place.wait(lambda: jobs.num_renewed > 0)
+        with _held(hasty_place):
+            hasty_place.wait(lambda: jobs.num_refused > 1)
+        hasty_place.wait(lambda: jobs.num_renewed > 0)
+        assert not supervisor.stopping.is_set()
+        assert "running" == hasty_place.jobs.get(job.id).status
+    assert 1 == hasty_place.messages(job.id).count("The job is running")
+
+
+def test_trainer_is_killed_and_no_attempt_counted_when_its_lease_has_run_out(
+    hasty_place: JobPlace, tmp_path: Path
+) -> None:
+    """Another supervisor may have the job by then; the job itself has done nothing wrong."""
+    job = hasty_place.create()
+    noted = tmp_path / "pid"
+    with _running(_supervisor(hasty_place, ("-c", _NOTING, str(noted)), lease_s=1.0, grace_s=0.1)):
+        hasty_place.wait(lambda: noted.exists() and bool(noted.read_text()))
+        trainer = Path(f"/proc/{noted.read_text()}")
+        with _held(hasty_place):
+            hasty_place.wait(lambda: not trainer.exists())
+        hasty_place.wait(lambda: hasty_place.messages(job.id).count("The job is running") > 1)
+    assert [] == hasty_place.jobs.events(job.id, limit=9, level="warn")[0]
+
+
+def test_lost_trainer_counts_as_no_attempt_when_the_parent_is_gone(place: JobPlace) -> None:
+    """Whatever ends the server may end trainers with it; the supervisor then stops by itself."""
+    job = place.create()
+    supervisor = _supervisor(place, ("-c", "import os; os.kill(os.getpid(), 9)"))
+    supervisor._parent = -1
+    assert supervisor.run_one()
+    assert supervisor.stopping.is_set()
+    assert [] == place.jobs.events(job.id, limit=9, level="warn")[0]

@@ -22,6 +22,11 @@ def upgrade() -> None:
     op.add_column('files', sa.Column('owner', sa.String(length=64), nullable=True))
     op.add_column('files', sa.Column('alias', sa.String(length=63), nullable=True))
     op.execute("UPDATE files SET kind = 'chat' WHERE purpose = 'fine-tune'")
+    # Whoever is limited to an alias sees the results of its jobs from before, too.
+    op.execute(
+        'UPDATE files SET alias = (SELECT MIN(jobs.alias) FROM jobs WHERE jobs.result_file = files.id) '
+        "WHERE purpose = 'fine-tune-results'"
+    )
 
     op.add_column('jobs', sa.Column('device', sa.String(length=120), nullable=True))
     # Jobs from before were queued at once.
