@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from adapters.chat_template import end_of_turn_id
+from adapters.chat_template import stop_token_ids
 from training.log_probs import eval_mode
 from training.losses import Evaluation
 from training.methods.run import (
@@ -122,10 +122,7 @@ def _train(run: TrainingRun[RenderedPrompt], trainer_class: Any, config_class: A
 
 def _ends(run: TrainingRun[Any]) -> list[int]:
     """The tokens that end an answer: those at which the server stops."""
-    configured = run.base.model.generation_config.eos_token_id
-    listed = configured if isinstance(configured, list) else [configured]
-    known = {*listed, run.base.tokenizer.eos_token_id, end_of_turn_id(run.base.tokenizer)}
-    return sorted(known - {None})
+    return sorted(stop_token_ids(run.base.tokenizer, run.base.model.generation_config.eos_token_id))
 
 
 class _AnsweringTrainer(MethodTrainer):
