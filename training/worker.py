@@ -267,6 +267,7 @@ def train_and_publish(
     """
     if settings.rank > core.max_rank:
         raise RankTooHighError(rank=settings.rank, max_rank=core.max_rank)
+    settings.check_validation(is_given=validation_file is not None)
     # A job's data was inspected before it was queued.
     inspect = job is None
     function = load_function(settings, is_job=job is not None)
