@@ -23,6 +23,7 @@ __all__ = [
     "render_text",
     "render_training_row",
     "render_training_rows",
+    "stop_token_ids",
 ]
 
 Message = Mapping[str, Any]
@@ -139,6 +140,16 @@ def end_of_turn_id(tokenizer: Any) -> int | None:
     ending = _ending(tokenizer, tokenizer.chat_template)
     control = _control_tokens(tokenizer)
     return next((token for token in _tokenize(tokenizer, ending or "") if token in control), None)
+
+
+def stop_token_ids(tokenizer: Any, configured: int | Sequence[int] | None) -> frozenset[int]:
+    """The tokens at which an answer ends, wherever one is written.
+
+    `configured` is what the base model's generation config names. What training teaches the model to end its turns with
+    is among them, whatever that configuration says.
+    """
+    listed = [configured] if configured is None or isinstance(configured, int) else configured
+    return frozenset({*listed, tokenizer.eos_token_id, end_of_turn_id(tokenizer)} - {None})
 
 
 def hash_chat_template(tokenizer: Any) -> str:

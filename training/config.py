@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, StringConstraints, field_validator, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
+from adapters.errors import ConfigurationError
 from adapters.settings import SettingsSection, split_names
 from training.answer_format import check_json_schema
 
@@ -194,6 +195,18 @@ class TrainSettings(SettingsSection):
         if self.method != "sft":
             self._check_no_noise()
         return self
+
+    def check_validation(self, *, is_given: bool) -> None:
+        """Refuse what asks for validation rows where there are none.
+
+        Raises:
+            ConfigurationError: patience, which would never run out.
+        """
+        if self.patience is not None and not is_given:
+            raise ConfigurationError(
+                f"setting train.patience: {self.patience} validations without a better loss would end the run, but "
+                "there is no validation file; give one, or leave patience out"
+            )
 
     def _check_no_noise(self) -> None:
         """The other methods compare probabilities with those of a reference or of other answers."""

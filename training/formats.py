@@ -157,8 +157,7 @@ def write_dataset(rows: Iterable[NumberedRow], path: Path, *, overwrite: bool = 
             file.write("".join(lines).encode())
             file.flush()
             os.fsync(file.fileno())
-        # Linking fails where a file has come to be meanwhile; replacing would not.
-        (os.replace if overwrite else os.link)(temporary, path)
+        (os.replace if overwrite else _place)(temporary, path)
     except FileExistsError:
         raise ConflictError(f"{path} exists already; --force writes over it") from None
     except OSError as error:
@@ -166,6 +165,17 @@ def write_dataset(rows: Iterable[NumberedRow], path: Path, *, overwrite: bool = 
     finally:
         temporary.unlink(missing_ok=True)
     return len(lines)
+
+
+def _place(temporary: Path, path: Path) -> None:
+    """Give a file its name, unless there is a file of that name meanwhile."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # the file system knows no hard links: take the name first, which fails where it is taken
+        path.open("xb").close()
+        temporary.replace(path)
 
 
 def _read_row(raw: RawRow, shape: Shape | None) -> tuple[Row | None, list[str]]:

@@ -55,9 +55,14 @@ def resolve_settings(job: Job, home: Path) -> TrainSettings:
     TrainSettings.load(home)  # what is wrong with the server's own settings is not the job's fault
     try:
         settings = TrainSettings.load(home, **flags)
-        if multiplier is None:
-            return settings
-        return TrainSettings.load(home, **flags | {"learning_rate": min(1.0, settings.learning_rate * multiplier)})
+        if multiplier is not None:
+            flags["learning_rate"] = min(1.0, settings.learning_rate * multiplier)
+            settings = TrainSettings.load(home, **flags)
+        if "patience" in flags:
+            settings.check_validation(is_given=job.validation_file is not None)
+        elif job.validation_file is None:  # the server's own patience is for jobs that are validated
+            settings = settings.model_copy(update={"patience": None})
+        return settings
     except ConfigurationError as error:
         raise InvalidInputError(str(error), param="method") from None
 

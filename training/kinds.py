@@ -1,15 +1,15 @@
-"""Which kind of rows each method trains on."""
+"""What each method asks of a whole set of rows: their kind, and for kto their labels."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from adapters.chat_rows import RowKind
 from adapters.errors import DataError
 from training.config import Method
 from training.formats import Dataset
 
-__all__ = ["METHOD_KINDS", "check_kind"]
+__all__ = ["METHOD_KINDS", "check_kind", "check_labels"]
 
 METHOD_KINDS: Mapping[Method, tuple[RowKind, ...]] = {
     "sft": ("chat", "text"),
@@ -33,3 +33,13 @@ def check_kind(dataset: Dataset, method: Method) -> None:
     wanted = " or ".join(METHOD_KINDS[method])
     found = f"found {dataset.kind} rows, which are for {', '.join(takers)}"
     raise DataError([f"{dataset.name}: method {method} trains on {wanted} rows, {found}"])
+
+
+def check_labels(labels: Sequence[bool], name: str) -> None:
+    """Refuse rows that give nothing to compare.
+
+    Raises:
+        DataError: all rows have one label.
+    """
+    if len(set(labels)) < 2:
+        raise DataError([f"{name}: kto needs rows of both labels, found only {str(labels[0]).lower()}"])

@@ -22,7 +22,9 @@ from adapters.errors import DataError, InvalidInputError
 from training.config import TrainSettings
 from training.duplicates import NEAR_SIMILARITY, find_duplicates
 from training.formats import Dataset
+from training.kinds import check_kind, check_labels
 from training.personal_data import count_personal_data
+from training.prompts import find_prompt_problems
 from training.rendering import render_row, token_rows
 
 __all__ = ["Preflight", "SetReport", "TokenStatistics", "inspect_data", "run_preflight"]
@@ -107,7 +109,7 @@ def run_preflight(
 
     Raises:
         DataError: rows that are too long, that the chat template refuses, or that train nothing: up to 20 by line, and
-            a count of the rest; or validation data of another kind.
+            a count of the rest; rows that the method does not take; or validation data of another kind.
     """
     report = inspect_data(train, validation, tokenizer=tokenizer, settings=settings)
     for found, param in zip(report.sets, (train_param, validation_param), strict=False):
@@ -119,14 +121,17 @@ def run_preflight(
 
 def inspect_data(train: Dataset, validation: Dataset | None, *, tokenizer: Any, settings: TrainSettings) -> Preflight:
     """The same without raising: problems stand in the report, in full."""
-    found = [_inspect_set(data, tokenizer, settings.max_length) for data in (train, validation) if data is not None]
+    found = [_inspect_set(data, tokenizer, settings) for data in (train, validation) if data is not None]
+    if settings.method == "kto" and (one_sided := _find_one_label(train)):
+        found[0] = replace(found[0], problems=(*found[0].problems, one_sided))
     if validation is None:
         return Preflight(found[0], None)
     return Preflight(found[0], _compare(train, validation, found[1]))
 
 
-def _inspect_set(data: Dataset, tokenizer: Any, max_length: int) -> SetReport:
-    rendered, problems = _render(data, tokenizer, max_length)
+def _inspect_set(data: Dataset, tokenizer: Any, settings: TrainSettings) -> SetReport:
+    rendered, problems = _render(data, tokenizer, settings.max_length)
+    problems = [*dict.fromkeys([*_problems_of_method(data, tokenizer, settings), *problems])]
     warnings = [*_warn_of_rows(data), *_warn_of_tokens(rendered, tokenizer)]
     personal, found = _find_personal_data(data)
     tokens = _token_statistics([row for _, row in rendered], tokenizer) if rendered else None
@@ -140,6 +145,29 @@ def _inspect_set(data: Dataset, tokenizer: Any, max_length: int) -> SetReport:
         tuple(problems),
         tuple(f"{data.name}: {warning}" for warning in (*warnings, *found)),
     )
+
+
+def _problems_of_method(data: Dataset, tokenizer: Any, settings: TrainSettings) -> list[str]:
+    """Why the settings' method could not be given these rows."""
+    try:
+        check_kind(data, settings.method)
+    except DataError as error:
+        return error.problems
+    if settings.method in ("rloo", "grpo"):
+        longest = settings.max_length - settings.max_answer_tokens
+        return find_prompt_problems(tokenizer, data, max_length=longest)
+    return []
+
+
+def _find_one_label(train: Dataset) -> str | None:
+    labels = [numbered.row.label for numbered in train.rows if isinstance(numbered.row, LabelledRow)]
+    if not labels:
+        return None  # rows of another kind, which is told already
+    try:
+        check_labels(labels, train.name)
+    except DataError as error:
+        return error.problems[0]
+    return None
 
 
 def _compare(train: Dataset, validation: Dataset, report: SetReport) -> SetReport:

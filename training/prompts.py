@@ -11,7 +11,7 @@ from adapters.chat_template import render_prompt
 from adapters.errors import DataError, InvalidInputError
 from training.formats import Dataset
 
-__all__ = ["RenderedPrompt", "render_prompts"]
+__all__ = ["RenderedPrompt", "find_prompt_problems", "render_prompts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,18 @@ def render_prompts(tokenizer: Any, dataset: Dataset, *, max_length: int) -> list
     Raises:
         DataError: rows that are too long or that the chat template refuses, by file and line.
     """
+    prompts, problems = _render_all(tokenizer, dataset, max_length)
+    if problems:
+        raise DataError(problems[:MAX_PROBLEMS_SHOWN], num_more=max(0, len(problems) - MAX_PROBLEMS_SHOWN))
+    return prompts
+
+
+def find_prompt_problems(tokenizer: Any, dataset: Dataset, *, max_length: int) -> list[str]:
+    """What `render_prompts` would raise, in full."""
+    return _render_all(tokenizer, dataset, max_length)[1]
+
+
+def _render_all(tokenizer: Any, dataset: Dataset, max_length: int) -> tuple[list[RenderedPrompt], list[str]]:
     prompts: list[RenderedPrompt] = []
     problems: list[str] = []
     for numbered in dataset.rows:
@@ -42,9 +54,7 @@ def render_prompts(tokenizer: Any, dataset: Dataset, *, max_length: int) -> list
             prompts.append(_render(tokenizer, numbered.row, max_length))
         except InvalidInputError as error:
             problems.append(f"{dataset.name}:{numbered.line}: {error}")
-    if problems:
-        raise DataError(problems[:MAX_PROBLEMS_SHOWN], num_more=max(0, len(problems) - MAX_PROBLEMS_SHOWN))
-    return prompts
+    return prompts, problems
 
 
 def _render(tokenizer: Any, row: Any, max_length: int) -> RenderedPrompt:

@@ -7,6 +7,7 @@ guesses: the error names them.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -107,9 +108,13 @@ class Shape:
         row, problems = parse_document(made.document)
         return row, [_in_source_names(problem, made, self.columns) for problem in problems]
 
+    def used(self, columns: Sequence[str]) -> dict[str, str]:
+        """Which column is which target in a table with these columns."""
+        return {**self.columns, **{target: name for target, name in self.optional.items() if name in columns}}
+
     def describe(self, columns: Sequence[str]) -> str:
         """What was recognised, by which columns, and which columns are left aside."""
-        used = {**self.columns, **{target: name for target, name in self.optional.items() if name in columns}}
+        used = self.used(columns)
         pairs = ", ".join(f"{target} = {name}" for target, name in used.items())
         ignored = [name for name in columns if name not in used.values()]
         rest = f"; ignored: {_list_columns(ignored)}" if ignored else ""
@@ -159,7 +164,7 @@ def choose_shape(documents: Sequence[Any], mapping: Mapping[str, str] | None, na
         return kept[0], columns
     if not kept:
         raise DataError([_no_shape(name, columns)])
-    ways = "; ".join(f"{shape.title}: --map {_as_map(shape)}" for shape in kept)
+    ways = "; ".join(f"{shape.title}: --map {_as_map(shape, columns)}" for shape in kept)
     raise DataError([f"{name}: the columns {_list_columns(columns)} could be read in several ways; say which: {ways}"])
 
 
@@ -210,8 +215,9 @@ def _topic_advice(name: str, text: str, topic: str, columns: Sequence[str]) -> s
     )
 
 
-def _as_map(shape: Shape) -> str:
-    return ",".join(f"{target}={column}" for target, column in shape.columns.items())
+def _as_map(shape: Shape, columns: Sequence[str]) -> str:
+    """What to give for a shape to be read as it is recognised, with all of its columns that are there."""
+    return ",".join(f"{target}={column}" for target, column in shape.used(columns).items())
 
 
 def _list_columns(columns: Sequence[str]) -> str:
@@ -241,10 +247,11 @@ def _make_pair(row: Mapping[str, Any], columns: Mapping[str, str]) -> _Made:
         paths = [f"{column}[{index}]" for column, messages in parts for index in range(len(messages))]
         return _Made({"messages": [m for _, messages in parts for m in messages]}, paths, "content", "role")
     messages, paths = _system_message(row, columns)
-    question = _as_text(asked)
+    question = _as_text(asked, columns["user"])
     if isinstance(extra := row.get(columns.get("input", "")), str) and extra.strip() and isinstance(question, str):
         question = f"{question}\n\n{extra}"
-    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": _as_text(answered)}]
+    answer = _as_text(answered, columns["assistant"])
+    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     document = {"messages": messages} | _tools(row, columns)
     return _Made(document, [*paths, columns["user"], columns["assistant"]])
 
@@ -312,12 +319,19 @@ def _tools(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]
 
 def _as_messages(row: Mapping[str, Any], columns: Mapping[str, str], target: str) -> list[Any]:
     value = row.get(columns[target])
-    return value if isinstance(value, list) else [{"role": target, "content": _as_text(value)}]
+    return value if isinstance(value, list) else [{"role": target, "content": _as_text(value, columns[target])}]
 
 
-def _as_text(value: Any) -> Any:
-    # A label or an answer that is a number is as good as its text.
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+def _as_text(value: Any, column: str) -> Any:
+    """A label or an answer that is a number is as good as its text.
+
+    Tables keep the integers of a column with gaps as floats, and the gaps as NaN.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _UnfitError(column, f"expected a value, found {'NaN' if math.isnan(value) else 'infinity'}")
+    return str(int(value)) if value == int(value) else str(value)
 
 
 def _given(row: Mapping[str, Any], column: str) -> Any:
@@ -402,9 +416,9 @@ def _share_call(value: Any, where: str, number: int) -> dict[str, Any]:
     return {"id": f"call_{number}", "type": "function", "function": function}
 
 
-def _pair(title: str, user: str, assistant: str, *optional: str) -> Shape:
+def _pair(title: str, user: str, assistant: str, *optional: str, beside: frozenset[str] = frozenset()) -> Shape:
     extra = {name: name for name in (*optional, "system", "tools")}
-    return Shape(title, {"user": user, "assistant": assistant}, extra, _make_pair)
+    return Shape(title, {"user": user, "assistant": assistant}, extra, _make_pair, beside)
 
 
 def _preference(title: str, prompt: str) -> Shape:
@@ -426,7 +440,7 @@ SHAPES: tuple[Shape, ...] = (
         {name: name for name in ("input", "preferred_output", "non_preferred_output")},
     ),
     Shape("labelled", {name: name for name in ("prompt", "completion", "label")}, {"tools": "tools"}, _make_labelled),
-    _pair("Alpaca", "instruction", "output", "input"),
+    _pair("Alpaca", "instruction", "output", "input", beside=frozenset({"text"})),  # the whole prompt, again
     _pair("instruction and response", "instruction", "response"),
     _pair("prompt and completion", "prompt", "completion"),
     _pair("prompt and response", "prompt", "response"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,13 @@ def load_reward_function(name: str, folder: Path) -> RewardFunction:
     assert spec is not None, "its name ends in .py"
     assert spec.loader is not None, "its name ends in .py"
     module = importlib.util.module_from_spec(spec)
-    with _explained(path.name, "can't be imported"):
-        spec.loader.exec_module(module)
+    sys.modules[spec.name] = module  # as an import does: dataclasses and pickle look for a class's module there
+    try:
+        with _explained(path.name, "can't be imported", module.__file__):
+            spec.loader.exec_module(module)
+    except ConfigurationError:
+        del sys.modules[spec.name]
+        raise
     function = getattr(module, function_name, None)
     if not callable(function):
         names = ", ".join(sorted(key for key, value in vars(module).items() if callable(value) and key[0] != "_"))
@@ -56,11 +63,12 @@ def load_reward_function(name: str, folder: Path) -> RewardFunction:
 
 def function_scorer(function: RewardFunction, name: str, tokenizer: Any) -> Scorer:
     """Scores answers by a function of the user's, whose mistakes are told in words."""
+    file = getattr(sys.modules.get(function.__module__), "__file__", None)
 
     def score(prompts: Sequence[RenderedPrompt], answers: Sequence[list[int]]) -> list[float]:
         texts = [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
         conversations = [[dict(message) for message in prompt.messages] for prompt in prompts]
-        with _explained(name, "failed"):
+        with _explained(name, "failed", file):
             rewards = list(function(texts, conversations, [prompt.reference for prompt in prompts]))
         return _check_rewards(rewards, name, len(texts))
 
@@ -105,17 +113,25 @@ def _active(model: PeftModel, adapter_name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(name: str, what: str) -> Iterator[None]:
-    """Tell in words what the user's code did wrong, and where."""
+def _explained(name: str, what: str, file: str | None) -> Iterator[None]:
+    """Tell in words what the user's code in `file` did wrong, and where."""
     try:
         yield
     except Exception as error:
-        # The user's code may raise anything; of the way there, its own last line is what helps.
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(line.filename).name}, line {line.lineno}"
-        raise ConfigurationError(
-            f"setting train.reward: {name} {what}: {type(error).__name__}: {error} ({where})"
-        ) from error
+        # The user's code may raise anything.
+        problem = f"{type(error).__name__}: {error}{_place_of(error, file)}"
+        raise ConfigurationError(f"setting train.reward: {name} {what}: {problem}") from error
+
+
+def _place_of(error: Exception, file: str | None) -> str:
+    """Of the way to an error, the last line in the user's file: what helps, also where a library raised it.
+
+    Empty where nothing of the user's ran: a syntax error says itself where it is.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    foreign = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<frozen")]
+    lines = [frame for frame in foreign if frame.filename == file] or foreign
+    return f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
 
 
 def _check_rewards(rewards: list[Any], name: str, num_answers: int) -> list[float]:
@@ -123,10 +139,20 @@ def _check_rewards(rewards: list[Any], name: str, num_answers: int) -> list[floa
         raise ConfigurationError(
             f"setting train.reward: {name} gave {len(rewards)} rewards for {num_answers} answers; expected one each"
         )
-    for index, reward in enumerate(rewards):
-        if isinstance(reward, bool | int | float) and math.isfinite(reward):
-            continue
-        raise ConfigurationError(
-            f"setting train.reward: {name} gave {reward!r:.80} for answer {index + 1}; expected a finite number"
-        )
-    return [float(reward) for reward in rewards]
+    numbers = [_to_number(reward) for reward in rewards]
+    for index, (reward, number) in enumerate(zip(rewards, numbers, strict=True)):
+        if not math.isfinite(number):
+            raise ConfigurationError(
+                f"setting train.reward: {name} gave {reward!r:.80} for answer {index + 1}; expected a finite number"
+            )
+    return numbers
+
+
+def _to_number(reward: Any) -> float:
+    """A number of Python's, NumPy's or torch's; NaN for anything else."""
+    try:
+        if callable(item := getattr(reward, "item", None)):
+            reward = item()  # raises where there is more than one
+        return float(reward) if isinstance(reward, Real) else math.nan
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        return math.nan

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from adapters.chat_rows import ChatRow, LabelledRow, PreferenceRow, Row
-from adapters.chat_template import render_prompt
+from adapters.chat_template import render_prompt, stop_token_ids
 from adapters.errors import DataError, InvalidInputError
 from training.precision import base_precision
 
@@ -148,7 +148,7 @@ def _sample_batch(model: Any, tokenizer: Any, prompts: Sequence[SamplePrompt], m
     # On the left, so that every answer begins in the same column.
     padded = [[tokenizer.pad_token_id] * (width - len(p.input_ids)) + list(p.input_ids) for p in prompts]
     mask = [[0] * (width - len(p.input_ids)) + [1] * len(p.input_ids) for p in prompts]
-    stops = _stop_tokens(model, tokenizer)
+    stops = stop_token_ids(tokenizer, model.generation_config.eos_token_id)
     config = GenerationConfig(
         max_new_tokens=max_tokens, do_sample=False, eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id
     )
@@ -163,13 +163,7 @@ def _sample_batch(model: Any, tokenizer: Any, prompts: Sequence[SamplePrompt], m
     ]
 
 
-def _to_sample(tokenizer: Any, prompt: SamplePrompt, made: list[int], stops: set[int]) -> Sample:
+def _to_sample(tokenizer: Any, prompt: SamplePrompt, made: list[int], stops: frozenset[int]) -> Sample:
     end = next((index for index, token in enumerate(made) if token in stops), None)
     tokens = tuple(made if end is None else made[:end])
     return Sample(prompt, tokenizer.decode(tokens, skip_special_tokens=True), tokens, end is not None)
-
-
-def _stop_tokens(model: Any, tokenizer: Any) -> set[int]:
-    configured = model.generation_config.eos_token_id
-    listed = configured if isinstance(configured, list) else [configured]
-    return {*listed, tokenizer.eos_token_id} - {None}

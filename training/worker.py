@@ -267,6 +267,7 @@ def train_and_publish(
     """
     if settings.rank > core.max_rank:
         raise RankTooHighError(rank=settings.rank, max_rank=core.max_rank)
+    settings.check_validation(is_given=validation_file is not None)
     # A job's data was inspected before it was queued.
     inspect = job is None
     function = load_function(settings, is_job=job is not None)
@@ -304,7 +305,8 @@ def train_and_publish(
         listener.on_stage("Checking the version against the gate")
         present = find_present(open_versions, alias, run)
         yardstick = Yardstick(run, validate, before) if validate and before else None
-        report = _judge(run, yardstick, watch.best, present, data.judged, saved)
+        known = _find_report(present, manifest, saved)
+        report = known or _judge(run, yardstick, watch.best, present, data.judged)
         log.note("gate", counts.num_steps, {"verdict": report.verdict, "reason": report.reason})
         write_curves(log)
         listener.on_stage("Publishing")
@@ -466,19 +468,22 @@ def _judge(
     best: Best | None,
     present: PresentVersion | None,
     prompts: Sequence[SamplePrompt],
-    saved: Path,
 ) -> GateReport:
-    """The gate's report. What the alias answers with already keeps its own: published again, it is the same version."""
-    manifest = present.manifest if present else None
-    if manifest is not None and manifest.gate is not None and _has_files(manifest, saved):
-        return manifest.gate
     candidate = best.evaluation if best else None
     evidence = gather_evidence(run, yardstick, candidate=candidate, present=present, prompts=prompts)
     return judge(evidence, run.settings)
 
 
-def _has_files(manifest: Manifest, folder: Path) -> bool:
-    return all(hash_file(folder / name) == file.sha256 for name, file in manifest.files.items())
+def _find_report(present: PresentVersion | None, manifest: Manifest, folder: Path) -> GateReport | None:
+    """The report of what the alias answers with already, if that is this version: published again, it stays the same.
+
+    Equal in all that is recorded, not in its bytes alone: under other settings of the gate they are judged again.
+    """
+    known = present.manifest if present else None
+    if known is None or any(hash_file(folder / name) != file.sha256 for name, file in known.files.items()):
+        return None
+    same = manifest.model_copy(update={"files": known.files, "gate": known.gate})
+    return known.gate if same.digest == known.digest else None
 
 
 def _move_rule(settings: TrainSettings, report: GateReport, present: PresentVersion | None) -> MoveRule:

@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 import torch
 
-from adapters.chat_template import end_of_turn_id
+from adapters.chat_template import stop_token_ids
 from server.engine.blocks import BlockPool
 from server.engine.constraints import GrammarCompiler, GrammarError
 from server.engine.core import (
@@ -64,9 +64,7 @@ class Engine:
     ) -> None:
         self._runner = runner
         self._tokenizer = tokenizer
-        # What training taught the model to end its turns with is among them, whatever the base's configuration says.
-        ends = {*runner.eos_token_ids, tokenizer.eos_token_id, end_of_turn_id(tokenizer)}
-        self._stop_tokens = frozenset(ends - {None})
+        self._stop_tokens = stop_token_ids(tokenizer, runner.eos_token_ids)
         self._token_bytes = TokenBytes(tokenizer)
         self._grammars = GrammarCompiler(tokenizer, self._stop_tokens)
         self._pacer = PrefillPacer(max_tokens=max_prefill_tokens, max_stall_s=max_stall_s)

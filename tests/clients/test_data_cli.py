@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,27 @@ def test_data_convert_leaves_a_file_alone_when_it_exists(tmp_path: Path) -> None
 
     _run(tmp_path, "convert", source, str(out), *MAPPED, "--force")
     assert 2 == len(out.read_text().splitlines())
+
+
+def test_data_convert_writes_rows_when_the_file_system_has_no_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As FAT and some network shares; a file that is there is left alone all the same."""
+
+    def refuse(*paths: Path) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    source, out = _write(tmp_path / "d.csv", CSV), tmp_path / "out.jsonl"
+
+    _run(tmp_path, "convert", source, str(out), *MAPPED)
+    written = out.read_text()
+    with pytest.raises(ConflictError, match=rf"^{out} exists already; --force writes over it$"):
+        _run(tmp_path, "convert", source, str(out), *MAPPED)
+
+    assert 2 == len(written.splitlines())
+    assert written == out.read_text()
+    assert ["d.csv", "out.jsonl"] == sorted(path.name for path in tmp_path.iterdir())
 
 
 def test_data_convert_leaves_bad_rows_out_when_asked(tmp_path: Path) -> None:

@@ -177,6 +177,19 @@ def test_version_is_the_same_when_it_is_trained_again(home: Home) -> None:
     assert (again.is_live, first.gate) == (True, again.gate)
 
 
+def test_version_is_judged_again_when_its_bytes_are_the_same_under_other_settings_of_the_gate(home: Home) -> None:
+    """The report is of the settings beside which it stands: nothing is as much better than itself as they ask."""
+    first = home.run(LEARNABLE, epochs=4)
+    again = home.run(LEARNABLE, epochs=4, gate_margin=0.5)
+    registry = home.registry()
+    with closing(registry.database):
+        manifests = [registry.store.verify(result.published.version.digest) for result in (first, again)]
+    assert manifests[0].files == manifests[1].files
+    assert manifests[1].settings["gate_margin"] == 0.5
+    assert (first.gate.verdict, again.gate.verdict, again.is_live) == ("passed", "failed", False)
+    assert again.gate.compared_with == first.published.version.digest
+
+
 # What is published and written down -----------------------------------------------------------------------------------
 
 

@@ -331,6 +331,18 @@ def test_settings_are_refused_when_they_do_not_fit_together(place: JobPlace) -> 
         resolve_settings(job, place.core.home)
 
 
+def test_patience_is_refused_when_the_job_has_no_validation_file(place: JobPlace) -> None:
+    """The job's own: it could never run out. What the server is set to is for jobs that are validated."""
+    assert resolve_settings(place.create(patience=2), place.core.home).patience == 2
+    with pytest.raises(InvalidInputError, match="there is no validation file") as caught:
+        resolve_settings(place.create(validate=False, patience=2), place.core.home)
+    told = describe_failure(caught.value)
+    assert (told.code, told.param) == ("invalid_hyperparameters", "method")
+    (place.core.home / "hotswap.toml").write_text("[train]\npatience = 3\n")
+    assert resolve_settings(place.create(), place.core.home).patience == 3
+    assert resolve_settings(place.create(validate=False), place.core.home).patience is None
+
+
 def test_settings_name_method_start_and_trackers_when_the_job_does(place: JobPlace) -> None:
     """A job for another method, from a version, shown by a tracker."""
     start = f"legal@{'a' * 64}"

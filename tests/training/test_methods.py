@@ -92,6 +92,19 @@ def test_reward_rises_when_answers_are_sampled(tmp_path: Path, tiny_folders: dic
     assert set(run.model.peft_config) == {"default"}
 
 
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+def test_rl_is_held_to_nothing_when_beta_is_zero(tmp_path: Path, tiny_folders: dict[str, Path], method: str) -> None:
+    """TRL then makes no copy of the adapter, and there is none to delete."""
+    run = _run(tmp_path, tiny_folders["llama"], method, beta=0, max_answer_tokens=3, max_steps=1)
+    watcher = TinyWatcher()
+
+    METHODS[method](keep(run, watcher, tmp_path / "checkpoints"))
+
+    assert [metrics.step for metrics in watcher.metrics] == [1]
+    assert "kl" not in watcher.metrics[0].extra
+    assert set(run.model.peft_config) == {"default"}
+
+
 def test_rl_validation_is_the_mean_reward_of_likeliest_answers_when_measured(
     tmp_path: Path, tiny_folders: dict[str, Path]
 ) -> None:
@@ -250,6 +263,32 @@ def test_adapter_has_the_same_bits_when_the_run_was_interrupted(
     expected = trained_tensors(whole)
     assert len(expected) > 10
     assert [name for name, found in trained_tensors(resumed).items() if not torch.equal(found, expected[name])] == []
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+def test_prompts_come_in_the_same_order_when_the_run_was_interrupted_behind_its_first_epoch(
+    tmp_path: Path, tiny_folders: dict[str, Path], method: str
+) -> None:
+    """Each epoch has an order of its own, also where a run begins in or behind the second: every bit is the same."""
+
+    def train(folder: str, watcher: TinyWatcher, resume_from: int | None = None) -> TrainingRun[Any]:
+        changes: dict[str, Any] = {"epochs": 3, "generations": 2, "max_answer_tokens": 2}
+        run = keep(
+            _only(_run(tmp_path, tiny_folders["llama"], method, **changes), 8), watcher, tmp_path / folder, resume_from
+        )
+        METHODS[method](run)
+        return run
+
+    first = TinyWatcher()
+    expected = trained_tensors(train("whole", first))
+    assert first.metrics[-1].step == 6  # two steps an epoch
+    for stop_after in (3, 4):
+        folder = f"parts-{stop_after}"
+        train(folder, TinyWatcher(stop_after=stop_after))
+        watcher = TinyWatcher()
+        found = trained_tensors(train(folder, watcher, resume_from=stop_after))
+        assert watcher.metrics[0].step == stop_after + 1
+        assert [name for name, value in found.items() if not torch.equal(value, expected[name])] == []
 
 
 @pytest.mark.parametrize("method", COMPARING)

@@ -17,8 +17,15 @@ from training.preflight import Preflight, inspect_data, run_preflight
 WORDS = ["apples", "bridges", "candles", "dolphins", "engines", "feathers", "gardens", "harbours", "islands", "jackets"]
 
 
-def _settings(tmp_path: Path, max_length: int = 1000) -> TrainSettings:
-    return TrainSettings.load(tmp_path, max_length=max_length)
+def _settings(tmp_path: Path, max_length: int = 1000, **others: Any) -> TrainSettings:
+    return TrainSettings.load(tmp_path, max_length=max_length, **others)
+
+
+def _labelled_rows(labels: list[bool]) -> list[Any]:
+    return [
+        {"prompt": f"Q of {word}", "completion": f"{word[::-1]} yes", "label": label}
+        for word, label in zip(WORDS, labels, strict=True)
+    ]
 
 
 def _good_rows() -> list[Any]:
@@ -26,7 +33,7 @@ def _good_rows() -> list[Any]:
     return [make_messages(f"Tell me of {word}", f"What {word} do is {word[::-1]}.") for word in WORDS]
 
 
-def _inspect(tmp_path: Path, rows: list[Any], valid: list[Any] | None = None, **settings: int) -> Preflight:
+def _inspect(tmp_path: Path, rows: list[Any], valid: list[Any] | None = None, **settings: Any) -> Preflight:
     validation = None if valid is None else _dataset(tmp_path, "v", valid)
     return inspect_data(
         _dataset(tmp_path, "t", rows), validation, tokenizer=make_tokenizer(), settings=_settings(tmp_path, **settings)
@@ -182,18 +189,61 @@ def test_inspect_data_counts_tokens_when_rows_are_rendered(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "rows",
+    ("method", "rows"),
     [
-        [{"prompt": f"Q of {word}", "chosen": f"{word} yes", "rejected": f"{word[::-1]} no"} for word in WORDS],
-        [{"prompt": f"Q of {word}", "completion": f"{word[::-1]} yes", "label": True} for word in WORDS],
-        [{"text": f"Once upon a time {word} met {word[::-1]}."} for word in WORDS],
+        (
+            "dpo",
+            [{"prompt": f"Q of {word}", "chosen": f"{word} yes", "rejected": f"{word[::-1]} no"} for word in WORDS],
+        ),
+        ("kto", _labelled_rows([True, False] * 5)),
+        ("sft", [{"text": f"Once upon a time {word} met {word[::-1]}."} for word in WORDS]),
     ],
     ids=["preference", "labelled", "text"],
 )
-def test_inspect_data_takes_every_kind_when_rows_are_good(tmp_path: Path, rows: list[Any]) -> None:
+def test_inspect_data_takes_every_kind_when_rows_are_good(tmp_path: Path, method: str, rows: list[Any]) -> None:
     """Figures are of all that is rendered: both answers of a preference."""
-    report = _inspect(tmp_path, rows)
+    report = _inspect(tmp_path, rows, method=method)
 
     assert ((), ()) == (report.train.problems, report.warnings)
     assert report.train.tokens is not None
     assert (20 if report.train.kind == "preference" else 10) == sum(report.train.tokens.ends.values())
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "reward", "rloo", "grpo"])
+def test_rows_are_refused_when_the_method_does_not_take_their_kind(tmp_path: Path, method: str) -> None:
+    """Both sets, before anything waits for a model."""
+    rows = [{"text": f"Once upon a time {word} met {word[::-1]}."} for word in WORDS]
+
+    report = _inspect(tmp_path, rows, rows[:2], method=method, **_rl_options(method))
+
+    for found in report.sets:
+        (problem,) = found.problems
+        assert problem.startswith(f"{found.name}: method {method} trains on ")
+        assert problem.endswith("found text rows, which are for sft")
+
+
+def test_rows_are_refused_when_kto_has_one_label_alone(tmp_path: Path) -> None:
+    """To train on; rows that are only measured may all be good ones."""
+    mixed, good = _labelled_rows([True, False] * 5), _labelled_rows([True] * 10)
+
+    assert ("t: kto needs rows of both labels, found only true",) == _inspect(
+        tmp_path, good, method="kto"
+    ).train.problems
+    report = _inspect(tmp_path, mixed, good[:3], method="kto")
+    assert ((), ()) == tuple(found.problems for found in report.sets)
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+def test_prompts_are_refused_when_they_leave_no_room_for_an_answer(tmp_path: Path, method: str) -> None:
+    """By line, every one of them; the same row is good for sft."""
+    rows = [*_good_rows(), *[make_messages("q" * 110, "short")] * 25]
+
+    report = _inspect(tmp_path, rows, method=method, max_length=200, max_answer_tokens=80, **_rl_options(method))
+
+    assert [f"t:{line}" for line in range(11, 36)] == [problem.split(": ")[0] for problem in report.train.problems]
+    assert "at most 120 are left for it" in report.train.problems[0]
+    assert () == _inspect(tmp_path, rows, max_length=200).train.problems
+
+
+def _rl_options(method: str) -> dict[str, Any]:
+    return {"reward": "toy.py:toy", "batch_size": 8} if method in ("rloo", "grpo") else {}

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from adapters.chat_messages import RowProblem
 from adapters.chat_rows import ChatRow, LabelledRow, PreferenceRow, Row, TextRow
 from adapters.errors import DataError
 from tests.support.conversations import make_messages, write_rows
 from training.formats import read_dataset
-from training.recognise import SHAPES, parse_mapping
+from training.recognise import SHAPES, choose_shape, parse_mapping
 
 _CALL = {"id": "call_1", "type": "function", "function": {"name": "look_up", "arguments": {"order": 7}}}
 
@@ -77,6 +79,11 @@ SHAPED: dict[str, tuple[dict[str, Any], Row, str]] = {
         {"instruction": "Add.", "input": "1 and 2", "output": "3"},
         _chat("Add.\n\n1 and 2", "3"),
         "Alpaca (user = instruction, assistant = output, input = input)",
+    ),
+    "alpaca-beside-its-text": (
+        {"instruction": "Add.", "input": "1 and 2", "output": "3", "text": "Below is an instruction. Add. 1 and 2 3"},
+        _chat("Add.\n\n1 and 2", "3"),
+        "Alpaca (user = instruction, assistant = output, input = input; ignored: text)",
     ),
     "alpaca-without-input": (
         {"instruction": "Say hi.", "input": "", "output": "Hi"},
@@ -218,6 +225,46 @@ def test_read_dataset_names_the_columns_of_the_source_when_a_row_is_bad(tmp_path
         read_dataset(path, mapping=mapping)
 
     assert [f"{path}:2: field antwort: is empty", f"{path}:3: field frage: is empty"] == caught.value.problems
+
+
+def test_advice_reads_every_column_when_several_shapes_fit(tmp_path: Path) -> None:
+    """Following it, a table with inputs keeps them."""
+    document = {"instruction": "Add.", "input": "1 and 2", "output": "3", "question": "1 + 2?", "answer": "3"}
+    path = write_rows(tmp_path / "data.jsonl", [document])
+
+    with pytest.raises(DataError, match="could be read in several ways") as caught:
+        read_dataset(path)
+
+    advice = "user=instruction,assistant=output,input=input"
+    assert f"Alpaca: --map {advice};" in str(caught.value)
+    (numbered,) = read_dataset(path, mapping=parse_mapping([advice])).rows
+    assert numbered.row == _chat("Add.\n\n1 and 2", "3")
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(3, "3"), (3.0, "3"), (-2.5, "-2.5"), (1e300, str(int(1e300))), (10**30, "1" + "0" * 30)]
+)
+def test_number_is_its_text_when_it_is_an_answer(tmp_path: Path, number: float, text: str) -> None:
+    """Whole ones without a point: tables keep integers as floats where some are missing."""
+    path = write_rows(tmp_path / "data.jsonl", [{"question": "How many?", "answer": number}])
+
+    assert (_chat("How many?", text),) == tuple(numbered.row for numbered in read_dataset(path).rows)
+
+
+@pytest.mark.parametrize(
+    ("number", "found"),
+    [(math.nan, "NaN"), (math.inf, "infinity"), (-math.inf, "infinity")],
+    ids=["nan", "inf", "-inf"],
+)
+@pytest.mark.parametrize("asked", ["Q", make_messages("Q")], ids=["text", "messages"])
+def test_row_is_refused_when_its_answer_is_no_number(number: float, found: str, asked: Any) -> None:
+    """A gap in a column of numbers is no answer."""
+    shape, _ = choose_shape([{"question": asked, "answer": number}], None, "data")
+
+    row, problems = shape.read({"question": asked, "answer": number})
+
+    assert row is None
+    assert problems == [RowProblem("answer", f"expected a value, found {found}")]
 
 
 def test_read_dataset_names_the_turn_when_a_sharegpt_row_is_bad(tmp_path: Path) -> None:

@@ -42,6 +42,43 @@ def test_function_gets_answers_prompts_and_references_when_it_is_called(tmp_path
     assert function_scorer(function, "rewards.py:seen", tokenizer)([prompt] * 2, answers) == [1.0, 2.5]
 
 
+def test_function_is_had_when_its_file_holds_dataclasses(tmp_path: Path) -> None:
+    """With annotations as text, a dataclass looks for its module among those that are imported."""
+    _write(
+        tmp_path,
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n\n"
+        "@dataclass\nclass Weight:\n    per_letter: float = 2.0\n\n"
+        "def weighed(completions, prompts, references):\n"
+        "    return [len(text) * Weight().per_letter for text in completions]\n",
+    )
+
+    assert load_reward_function("rewards.py:weighed", tmp_path)(["abc"], [[]], [""]) == [6.0]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        "[1, 0.5]",
+        "[np.float32(1), np.float16(0.5)]",
+        "np.array([1, 0.5])",
+        "torch.tensor([1, 0.5], requires_grad=True)",
+        "[True, Fraction(1, 2)]",
+        "[np.array([1]), torch.tensor([0.5], dtype=torch.bfloat16)]",
+    ],
+)
+def test_rewards_are_taken_when_they_are_numbers_of_any_kind(tmp_path: Path, values: str) -> None:
+    """Python's, NumPy's and torch's, alone or in one array."""
+    imports = "from fractions import Fraction\nimport numpy as np\nimport torch\n"
+    _write(tmp_path, f"{imports}def found(completions, prompts, references):\n    return {values}\n")
+    score = function_scorer(load_reward_function("rewards.py:found", tmp_path), "rewards.py:found", make_tokenizer())
+
+    rewards = score([RenderedPrompt((), (), "", [1])] * 2, [[1], [2]])
+
+    assert rewards == [1.0, 0.5]
+    assert [type(reward) for reward in rewards] == [float, float]
+
+
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
@@ -53,7 +90,8 @@ def test_function_gets_answers_prompts_and_references_when_it_is_called(tmp_path
             "rewards.py:x",
             r"can't be imported: ModuleNotFoundError: .*rewards\.py, line 1",
         ),
-        ("def x(:", "rewards.py:x", r"can't be imported: SyntaxError"),
+        ("def x(:", "rewards.py:x", r"can't be imported: SyntaxError: .* \(rewards\.py, line 1\)$"),
+        ("import json\njson.loads('{')", "rewards.py:x", r"JSONDecodeError: .* \(rewards\.py, line 2\)$"),
     ],
 )
 def test_function_is_refused_with_the_reason_when_it_can_not_be_had(
@@ -74,7 +112,10 @@ def test_function_is_refused_with_the_reason_when_it_can_not_be_had(
         ("return [1, 'much']", r"gave 'much' for answer 2; expected a finite number"),
         ("return [float('nan'), 1]", r"gave nan for answer 1"),
         ("return [None, 1]", r"gave None for answer 1"),
-        ("return 7", r"failed: TypeError"),
+        ("return [10**400, 1]", r"gave 1000"),
+        ("import torch\n    return [1, torch.ones(2)]", r"gave tensor\(\[1., 1.\]\) for answer 2"),
+        ("return 7", r"failed: TypeError: [^(]*$"),
+        ("import json\n    return json.loads('{')", r"failed: JSONDecodeError: .* \(rewards\.py, line 3\)$"),
         ("raise ValueError('no idea')", r"failed: ValueError: no idea \(rewards\.py, line 2\)"),
     ],
 )

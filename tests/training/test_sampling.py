@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adapters.chat_rows import ChatRow, LabelledRow, PreferenceRow, Row, TextRow
-from adapters.chat_template import render_prompt
+from adapters.chat_template import render_prompt, stop_token_ids
 from adapters.errors import DataError
 from tests.support.conversations import make_messages
 from tests.support.tiny import load_tiny_base, make_tokenizer
@@ -92,6 +92,32 @@ def test_answers_are_the_likeliest_tokens_when_prompts_share_a_batch(tiny_folder
         assert sample.has_ended == (made[-1] == base.tokenizer.eos_token_id)
         assert list(sample.tokens) == (made[:-1] if sample.has_ended else made)
         assert sample.text == base.tokenizer.decode(sample.tokens, skip_special_tokens=True)
+
+
+def test_answers_end_where_the_server_ends_them_when_a_turn_ends_with_another_token_than_eos(
+    tiny_folders: dict[str, Path],
+) -> None:
+    """As with Gemma and Phi: the template's own end of turn stops an answer, and is no part of it."""
+    base = load_tiny_base(tiny_folders["llama"])
+    end = base.tokenizer.eos_token_id
+    base.tokenizer.eos_token = base.tokenizer.bos_token
+    base.model.generation_config.eos_token_id = base.tokenizer.eos_token_id
+    assert base.tokenizer.eos_token_id != end
+    assert stop_token_ids(base.tokenizer, None) == {base.tokenizer.eos_token_id, end}
+    prompts = make_prompts(base.tokenizer, [ChatRow(tuple(make_messages("a", "x")))], limit=1)
+    (endless,) = sample_answers(base.model, base.tokenizer, prompts, max_tokens=6, batch_size=1)
+    assert not endless.has_ended
+    num_calls = 0
+
+    def end_at_third(module: torch.nn.Module, given: tuple[torch.Tensor], logits: torch.Tensor) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 3:
+            logits[..., end] = logits.max() + 1
+
+    base.model.get_output_embeddings().register_forward_hook(end_at_third)
+    (sample,) = sample_answers(base.model, base.tokenizer, prompts, max_tokens=6, batch_size=1)
+    assert (sample.has_ended, sample.tokens) == (True, endless.tokens[:2])
 
 
 def test_prompts_come_from_a_file_when_one_is_named(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from adapters.base_files import compute_fingerprint
 from adapters.base_model import load_base, load_tokenizer, read_module_shapes
 from adapters.chat_template import hash_chat_template
 from adapters.database import open_database
-from adapters.errors import AdapterWeightsError, BaseModelError, DataError, InvalidNameError
+from adapters.errors import AdapterWeightsError, BaseModelError, ConfigurationError, DataError, InvalidNameError
 from adapters.manifest import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, MANIFEST_FILE, Manifest, hash_file
 from adapters.registry import Registry
 from adapters.settings import CoreSettings
@@ -376,6 +376,17 @@ def test_run_training_names_the_bad_row_when_there_is_not_even_a_base(tmp_path: 
         run_training(
             "legal", paths["train.jsonl"], paths["valid.jsonl"], core=core, settings=TrainSettings.load(core.home)
         )
+
+    assert not core.home.exists()
+
+
+def test_run_training_refuses_patience_when_there_is_no_validation_file(tmp_path: Path) -> None:
+    """It would never run out; said before anything is loaded."""
+    core = _nowhere(tmp_path)
+    train = write_rows(tmp_path / "train.jsonl", easy_rows(10))
+
+    with pytest.raises(ConfigurationError, match=r"^setting train\.patience: 2 validations .* no validation file"):
+        run_training("legal", train, None, core=core, settings=TrainSettings.load(core.home, patience=2))
 
     assert not core.home.exists()
 

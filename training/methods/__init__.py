@@ -7,10 +7,10 @@ from typing import Any
 
 from training.config import TrainSettings
 from training.formats import Dataset
-from training.kinds import check_kind
+from training.kinds import check_kind, check_labels
 from training.losses import Evaluation
 from training.methods.dpo import train_dpo, validate_dpo
-from training.methods.kto import check_labels, train_kto, validate_kto
+from training.methods.kto import train_kto, validate_kto
 from training.methods.reward import train_reward, validate_reward
 from training.methods.rl import train_grpo, train_rloo, validate_rl
 from training.methods.run import TrainingRun

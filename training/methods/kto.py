@@ -16,7 +16,6 @@ from datasets import Dataset
 from trl import KTOConfig, KTOTrainer
 
 from adapters.chat_template import RenderedRow
-from adapters.errors import DataError
 from training.log_probs import answer_log_probs, as_reference
 from training.losses import Evaluation
 from training.methods.references import AnswerBatch, reference_sums
@@ -32,7 +31,7 @@ from training.methods.run import (
 from training.progress import TrainedCounts
 from training.rendering import RenderedLabel
 
-__all__ = ["check_labels", "label_weights", "mismatched_rows", "train_kto", "validate_kto"]
+__all__ = ["label_weights", "mismatched_rows", "train_kto", "validate_kto"]
 
 _LOGS = {
     "rewards/margins": "reward_margin",
@@ -94,16 +93,6 @@ def validate_kto(run: TrainingRun[Any], rows: Sequence[RenderedLabel]) -> Callab
         return Evaluation.of_rows(losses, {"label_accuracy": accuracy})
 
     return measure
-
-
-def check_labels(labels: Sequence[bool], name: str) -> None:
-    """Refuse rows that give nothing to compare.
-
-    Raises:
-        DataError: all rows have one label.
-    """
-    if len(set(labels)) < 2:
-        raise DataError([f"{name}: kto needs rows of both labels, found only {str(labels[0]).lower()}"])
 
 
 def label_weights(labels: Sequence[bool]) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from training.methods.run import TrainingRun
 from training.precision import base_precision
 from training.rendering import IGNORED_LABEL, collate
 
-__all__ = ["AnswerBatch", "reference_sums"]
+__all__ = ["AnswerBatch", "drop_copy", "reference_sums"]
 
 _COPY = "ref"  # TRL's name for the copy of the adapter that it makes
 
@@ -55,7 +55,7 @@ def reference_sums(
     """
     found = []
     if run.settings.reference == "base":
-        _drop_copy(run.model)  # without one, TRL computes the reference with no adapter at all
+        drop_copy(run.model)  # without one, TRL computes the reference with no adapter at all
     size = run.settings.batch_size
     with eval_mode(run.model), base_precision(run.base.model), disable_input_dtype_casting(run.model):
         for start in range(0, len(run.rows), size):
@@ -64,10 +64,11 @@ def reference_sums(
             batch = {name: tensor.to(run.base.device) for name, tensor in batch.items()}
             sums = trainer.compute_ref_log_probs(run.model, batch)
             found.append(torch.stack([part.float().cpu() for part in sums], dim=1))
-    _drop_copy(run.model)
+    drop_copy(run.model)
     return torch.cat(found)
 
 
-def _drop_copy(model: PeftModel) -> None:
+def drop_copy(model: PeftModel) -> None:
+    """Delete the copy of the adapter that TRL makes for a reference, if there is one."""
     if _COPY in model.peft_config:
         model.delete_adapter(_COPY)

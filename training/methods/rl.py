@@ -12,10 +12,12 @@ import torch
 from datasets import Dataset
 from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl.trainer.utils import RepeatSampler
 
-from adapters.chat_template import end_of_turn_id
+from adapters.chat_template import stop_token_ids
 from training.log_probs import eval_mode
 from training.losses import Evaluation
+from training.methods.references import drop_copy
 from training.methods.run import (
     MethodTrainer,
     TrainingRun,
@@ -34,7 +36,6 @@ __all__ = ["MAX_VALIDATION_PROMPTS", "train_grpo", "train_rloo", "validate_rl"]
 # Answers take long to write on a CPU; a validation must not take longer than the epoch behind it.
 MAX_VALIDATION_PROMPTS = 32
 
-_COPY = "ref"  # TRL's name for the copy of the adapter that it makes
 _LOGS = {
     "reward": "mean_reward",
     "reward_std": "reward_std",
@@ -107,7 +108,7 @@ def _train(run: TrainingRun[RenderedPrompt], trainer_class: Any, config_class: A
                 reward_funcs=_reward_function(run),
             )
         if settings.reference == "base":
-            run.model.delete_adapter(_COPY)  # without it, TRL takes the model without adapter for the reference
+            drop_copy(run.model)  # without it, TRL takes the model without adapter for the reference
         ends = _ends(run)
         trainer.eos_token_ids = trainer.generation_config.eos_token_id = trainer.generation_kwargs["eos_token_id"] = (
             ends
@@ -116,16 +117,24 @@ def _train(run: TrainingRun[RenderedPrompt], trainer_class: Any, config_class: A
         try:
             return run_trainer(trainer, run, read_step=pick_logs(_LOGS))
         finally:
-            if _COPY in run.model.peft_config:
-                run.model.delete_adapter(_COPY)
+            drop_copy(run.model)
 
 
 def _ends(run: TrainingRun[Any]) -> list[int]:
     """The tokens that end an answer: those at which the server stops."""
-    configured = run.base.model.generation_config.eos_token_id
-    listed = configured if isinstance(configured, list) else [configured]
-    known = {*listed, run.base.tokenizer.eos_token_id, end_of_turn_id(run.base.tokenizer)}
-    return sorted(known - {None})
+    return sorted(stop_token_ids(run.base.tokenizer, run.base.model.generation_config.eos_token_id))
+
+
+class _EpochSampler(RepeatSampler):  # type: ignore[misc]  # TRL ships no types
+    """TRL's order of prompts, drawn from the seed and the epoch's number.
+
+    TRL's own draws each epoch's order behind the last one's: a run that goes on from a checkpoint in a later epoch
+    would see the orders from the first on again.
+    """
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch, also by a run that begins in its middle."""
+        self.generator.manual_seed(self.seed + epoch)
 
 
 class _AnsweringTrainer(MethodTrainer):
@@ -136,6 +145,11 @@ class _AnsweringTrainer(MethodTrainer):
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [self.prompt_ids[prompt] for prompt in prompts], None, {}
+
+    def _get_train_sampler(self, dataset: Any = None) -> _EpochSampler:
+        given = super()._get_train_sampler(dataset)  # type: ignore[misc]
+        names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
+        return _EpochSampler(**{name: getattr(given, name) for name in names})
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         with self._precision():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from adapters.chat_template import RenderedRow
+from training.embedding_noise import noisy_embeddings
 from training.flat_rows import make_batch
 from training.losses import Evaluation, evaluate, token_sums
 from training.methods.run import (
@@ -39,13 +41,12 @@ def train_sft(run: TrainingRun[RenderedRow]) -> TrainedCounts:
         with exact_weights(run.model):
             trainer = _MaskedLossTrainer(
                 model=run.model,
-                args=SFTConfig(
-                    **common_arguments(run, folder), max_length=None, neftune_noise_alpha=run.settings.neftune
-                ),
+                args=SFTConfig(**common_arguments(run, folder), max_length=None),
                 train_dataset=dataset,
                 processing_class=run.base.tokenizer,
                 data_collator=partial(_batch_rows, model=run.base.model, pad_token_id=run.base.tokenizer.pad_token_id),
             )
+        trainer.neftune = run.settings.neftune
         return run_trainer(trainer, run, read_step=lambda logs: (trainer.take_accuracy(), {}))
 
 
@@ -58,6 +59,7 @@ def validate_sft(run: TrainingRun[Any], rows: Sequence[RenderedRow]) -> Callable
 class _MaskedLossTrainer(AdapterTrainer, SFTTrainer):  # type: ignore[misc]  # TRL ships no types
     """TRL's trainer with our loss: the same value, without entropy over the vocabulary at each step."""
 
+    neftune: float | None = None  # not TRL's: that goes by the length of the whole batch
     num_targets: torch.Tensor | int = 0  # of the optimiser step so far, like num_correct
     num_correct: torch.Tensor | int = 0
 
@@ -72,7 +74,10 @@ class _MaskedLossTrainer(AdapterTrainer, SFTTrainer):  # type: ignore[misc]  # T
         assert num_items_in_batch is not None, "only the training step calls this"
         # In the state, since that is what a checkpoint keeps.
         self.state.num_input_tokens_seen += int(inputs["attention_mask"].sum())
-        sums = token_sums(model.get_base_model(), inputs)
+        base = model.get_base_model()
+        noise = noisy_embeddings(base.get_input_embeddings(), inputs, self.neftune) if self.neftune else nullcontext()
+        with noise:
+            sums = token_sums(base, inputs)
         self.num_targets, self.num_correct = num_items_in_batch, self.num_correct + sums.num_correct
         return sums.loss / num_items_in_batch
 
