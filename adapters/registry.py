@@ -141,8 +141,8 @@ class Registry:
         """Move an alias to what `choose` finds, whose files are hashed before: a transaction makes all writers wait."""
         with self.store.held():  # nobody removes them meanwhile
             with self.database.read() as session:
-                _movable_alias(session, alias)
                 chosen = choose(session)
+                _movable_alias(session, alias)
             self.store.verify(chosen.version.digest)
             with self.database.write() as session:
                 row = _movable_alias(session, alias)
@@ -326,6 +326,7 @@ def _trail(session: Session, alias: str) -> list[int]:
 
 def _find_earlier(session: Session, alias: str) -> NumberedVersion:
     """Where an alias was before its last publish or promotion."""
+    _get_alias(session, alias)
     trail = _trail(session, alias)
     if len(trail) < 2:
         raise ConflictError(f"{alias!r} has no earlier version to roll back to")

@@ -55,6 +55,8 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
     stored = files.upload(io.BytesIO(rows), "rows.jsonl")
     jobs = JobService(registry.database)
     job = jobs.create(JobOrder("tiny", stored.id, {}, 0, alias="legal"))
+    jobs.pause(job.id)
+    jobs.resume(job.id)
     jobs.cancel(job.id)
     files.delete(stored.id)
     keys = KeyService(registry.database)
@@ -73,6 +75,8 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
         ("unload", "legal@v2"),
         ("remove", "legal@v2"),
         ("create_job", job.id),
+        ("pause_job", job.id),
+        ("resume_job", job.id),
         ("cancel_job", job.id),
         ("delete_file", stored.id),
         ("create_key", key.id),
