@@ -25,9 +25,7 @@ __all__ = [
     "check_head_is_plain",
     "evaluate",
     "head_sums",
-    "mean_loss",
     "row_sums",
-    "summed_loss",
     "token_sums",
 ]
 
@@ -93,11 +91,6 @@ def check_head_is_plain(model: Any) -> None:
     if not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3):
         kind = model.config.model_type
         raise BaseModelError(f"training on models of type {kind!r} is not supported: they change logits after the head")
-
-
-def summed_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The loss of `token_sums` alone."""
-    return token_sums(model, batch).loss
 
 
 def token_sums(model: Any, batch: dict[str, torch.Tensor]) -> TokenSums:
@@ -205,11 +198,6 @@ class _FrozenHeadLoss(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         # One over the number of tokens, rounded to bfloat16, would be off by up to half a percent.
         return (gradient.float() * grads[0]).to(gradient.dtype), None, None, None, None
-
-
-def mean_loss(model: Any, rows: Sequence[RenderedRow], *, batch_size: int, pad_token_id: int) -> float:
-    """The loss of `evaluate` alone."""
-    return evaluate(model, rows, batch_size=batch_size, pad_token_id=pad_token_id).loss
 
 
 @torch.no_grad()

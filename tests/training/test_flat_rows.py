@@ -13,7 +13,7 @@ from adapters.chat_template import RenderedRow
 from tests.support.tiny import load_tiny_base
 from training import flat_rows
 from training.flat_rows import RowLayout, flatten, has_row_attention, install_row_attention, make_batch
-from training.losses import summed_loss
+from training.losses import token_sums
 from training.rendering import IGNORED_LABEL
 
 # Longer and shorter than the windows of the tiny models that have one.
@@ -125,12 +125,12 @@ def test_install_leaves_a_model_alone_when_rows_would_not_stay_apart(
 def test_loss_is_the_same_when_a_batch_is_flat_or_padded(tiny_base: LoadedBase, dropout: float) -> None:
     """And attention's own dropout, where a model has it, acts on flat rows too."""
     rows = _rows((30, 7, 18))
-    padded = summed_loss(tiny_base.model, make_batch(tiny_base.model, rows, pad_token_id=0))
+    padded = token_sums(tiny_base.model, make_batch(tiny_base.model, rows, pad_token_id=0)).loss
     assert install_row_attention(tiny_base.model)
     for layer in tiny_base.model.get_decoder().layers:
         layer.self_attn.attention_dropout = dropout
     tiny_base.model.train()
 
-    flat = summed_loss(tiny_base.model, make_batch(tiny_base.model, rows, pad_token_id=0))
+    flat = token_sums(tiny_base.model, make_batch(tiny_base.model, rows, pad_token_id=0)).loss
 
     assert torch.allclose(flat, padded, rtol=1e-5) == (dropout == 0)

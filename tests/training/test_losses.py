@@ -25,7 +25,7 @@ from tests.support.tiny import FAMILIES, load_tiny_base
 from training.config import TrainSettings
 from training.flat_rows import flatten
 from training.lora import add_adapter
-from training.losses import check_head_is_plain, head_sums, mean_loss, summed_loss
+from training.losses import check_head_is_plain, evaluate, head_sums, token_sums
 from training.rendering import IGNORED_LABEL, collate, render_dataset
 
 CONVERSATIONS = [
@@ -85,7 +85,7 @@ def test_summed_loss_equals_transformers_loss_when_an_adapter_is_trained(
     batch = _batch(base, _render(tmp_path, base))
 
     expected = model(**batch).loss * _count(batch)
-    actual = summed_loss(model.get_base_model(), flatten(_render(tmp_path, base)) if is_flat else batch)
+    actual = token_sums(model.get_base_model(), flatten(_render(tmp_path, base)) if is_flat else batch).loss
 
     torch.testing.assert_close(actual, expected)
     gradients = _gradients(actual, trained)
@@ -114,8 +114,8 @@ def test_summed_loss_is_added_up_when_rows_are_split_into_batches(tmp_path: Path
     """A row's loss does not depend on what it is padded or batched with."""
     rows = _render(tmp_path, tiny_base)
 
-    together = summed_loss(tiny_base.model, _batch(tiny_base, rows))
-    apart = [summed_loss(tiny_base.model, _batch(tiny_base, [row])) for row in rows]
+    together = token_sums(tiny_base.model, _batch(tiny_base, rows)).loss
+    apart = [token_sums(tiny_base.model, _batch(tiny_base, [row])).loss for row in rows]
 
     torch.testing.assert_close(torch.stack(apart).sum(), together)
 
@@ -127,14 +127,14 @@ def test_summed_loss_is_float32_when_the_base_computes_in_any_precision(
     """A sum over thousands of tokens is no bfloat16, whatever the model's own precision."""
     base = load_tiny_base(tiny_folders["llama"], quantisation=quantisation)
 
-    assert torch.float32 == summed_loss(base.model, _batch(base, _render(tmp_path, base))).dtype
+    assert torch.float32 == token_sums(base.model, _batch(base, _render(tmp_path, base))).loss.dtype
 
 
 def test_summed_loss_is_zero_when_no_token_carries_loss(tiny_base: LoadedBase) -> None:
     """A batch without answers adds nothing, not a NaN."""
     batch = _batch(tiny_base, [RenderedRow([1, 2, 3], [False] * 3)])
 
-    assert summed_loss(tiny_base.model, batch).item() == 0.0
+    assert token_sums(tiny_base.model, batch).loss.item() == 0.0
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 100])
@@ -150,7 +150,7 @@ def test_mean_loss_weighs_every_token_the_same_when_batches_differ_in_size(
     by_token, by_row = (losses * counts).sum() / counts.sum(), losses.mean()
 
     pad_token_id = tiny_base.tokenizer.pad_token_id
-    actual = mean_loss(tiny_base.model, rows, batch_size=batch_size, pad_token_id=pad_token_id)
+    actual = evaluate(tiny_base.model, rows, batch_size=batch_size, pad_token_id=pad_token_id).loss
 
     assert pytest.approx(by_token.item(), rel=1e-5) == actual
     assert pytest.approx(by_row.item(), rel=1e-2) != by_token.item(), "the rows must be ones that tell the two apart"
@@ -166,10 +166,10 @@ def test_mean_loss_leaves_the_mode_as_it_was_when_it_is_done(
     rows = _render(tmp_path, tiny_base)
     pad_token_id = tiny_base.tokenizer.pad_token_id
     model.eval()
-    expected = mean_loss(tiny_base.model, rows, batch_size=2, pad_token_id=pad_token_id)
+    expected = evaluate(tiny_base.model, rows, batch_size=2, pad_token_id=pad_token_id).loss
     model.train(is_training)
 
-    actual = mean_loss(tiny_base.model, rows, batch_size=2, pad_token_id=pad_token_id)
+    actual = evaluate(tiny_base.model, rows, batch_size=2, pad_token_id=pad_token_id).loss
 
     assert expected == actual
     assert {is_training} == {module.training for module in tiny_base.model.modules()}

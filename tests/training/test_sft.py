@@ -18,7 +18,7 @@ from tests.support.conversations import easy_rows, make_dataset, make_messages
 from tests.support.tiny import load_tiny_base, save_tiny_base
 from training.config import TrainSettings
 from training.lora import add_adapter, disable_packed_kernels
-from training.losses import mean_loss, summed_loss
+from training.losses import evaluate, token_sums
 from training.methods import TrainingRun
 from training.methods.sft import train_sft
 from training.rendering import collate, render_dataset
@@ -97,7 +97,7 @@ def _has_fast_path() -> bool:
 
 def _gradient(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     model.train()
-    loss = summed_loss(model.get_base_model(), batch)
+    loss = token_sums(model.get_base_model(), batch).loss
     gradients = torch.autograd.grad(loss, [parameter for _, parameter in _trained(model)])
     return torch.cat([gradient.flatten() for gradient in gradients])
 
@@ -110,7 +110,7 @@ def _cosine_across_an_evaluation(base: LoadedBase, model: Any, rows: list[Render
     pad_token_id = base.tokenizer.pad_token_id
     batch = collate(rows, pad_token_id=pad_token_id)
     before = _gradient(model, batch)
-    mean_loss(base.model, rows, batch_size=4, pad_token_id=pad_token_id)
+    evaluate(base.model, rows, batch_size=4, pad_token_id=pad_token_id)
     return torch.cosine_similarity(before, _gradient(model, batch), dim=0).item()
 
 
@@ -280,7 +280,7 @@ def test_train_sft_weighs_every_token_the_same_when_a_step_is_split(
     rows = render_dataset(tiny_base.tokenizer, dataset, max_length=512)
     settings = _settings(tmp_path, max_steps=1, batch_size=batch_size, gradient_accumulation=gradient_accumulation)
     model = add_adapter(tiny_base, settings)
-    expected = mean_loss(tiny_base.model, rows, batch_size=6, pad_token_id=tiny_base.tokenizer.pad_token_id)
+    expected = evaluate(tiny_base.model, rows, batch_size=6, pad_token_id=tiny_base.tokenizer.pad_token_id).loss
     recorder = Recorder()
 
     train_sft(TrainingRun(model, tiny_base, rows, settings, recorder))
@@ -370,7 +370,7 @@ def test_train_sft_learns_the_same_when_the_base_was_evaluated_before(tmp_path: 
         model = add_adapter(base, settings)
         rows = _rows(tmp_path, base)
         if is_evaluated:
-            mean_loss(base.model, rows, batch_size=4, pad_token_id=base.tokenizer.pad_token_id)
+            evaluate(base.model, rows, batch_size=4, pad_token_id=base.tokenizer.pad_token_id)
         train_sft(TrainingRun(model, base, rows, settings, Recorder()))
         adapters.append(_adapter(model))
 

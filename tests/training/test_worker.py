@@ -30,7 +30,7 @@ from training.config import TrainSettings
 from training.flat_rows import install_row_attention
 from training.formats import read_dataset
 from training.lora import add_adapter, disable_packed_kernels
-from training.losses import Evaluation, mean_loss
+from training.losses import Evaluation, evaluate
 from training.methods import TrainingRun
 from training.methods.sft import train_sft
 from training.progress import StepMetrics
@@ -287,7 +287,7 @@ def test_published_version_has_the_recorded_loss_when_plain_peft_loads_it(run: R
     loaded = PeftModel.from_pretrained(base.model, run.folder).get_base_model()
     rows = render_dataset(base.tokenizer, read_dataset(run.place.validation_path), max_length=64)
 
-    loss = mean_loss(loaded, rows, batch_size=4, pad_token_id=base.tokenizer.pad_token_id)
+    loss = evaluate(loaded, rows, batch_size=4, pad_token_id=base.tokenizer.pad_token_id).loss
 
     assert pytest.approx(run.result.validation_loss_after, rel=1e-5) == loss
 
