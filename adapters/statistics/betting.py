@@ -30,6 +30,7 @@ _MAX_BET = 1.9
 _MAX_BLOCK = 10
 _NUM_HALVINGS = 40
 _TINY = 1e-9
+_LEAST = -700.0  # the log of a fortune that counts as nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +109,12 @@ def share_evidence(
     in_control = 1 + second * (values[:, None] - bets.levels + share * difference)
     # Who could lose more than he has may not bet; he keeps nothing, which errs to the safe side.
     solvent = _worst(first, bets.levels + (1 - share) * difference) & _worst(second, bets.levels - share * difference)
-    logs = [np.log(np.where(solvent, factors, 1.0)) for factors in (in_treatment, in_control)]
-    fortunes = treatment @ logs[0] + control @ logs[1]  # [..., gamblers]
-    fortunes = np.where(solvent, fortunes, -np.inf)
-    return np.asarray(special.logsumexp(fortunes, axis=-1) - math.log(len(bets.sizes)))
+    logs = np.log(np.where(solvent, np.concatenate([in_treatment, in_control]), 1.0))
+    fortunes = np.concatenate([treatment, control], axis=-1) @ logs  # [..., gamblers]
+    fortunes[..., ~solvent] = -np.inf
+    richest = np.maximum(fortunes.max(axis=-1), _LEAST)
+    fortunes -= richest[..., None]
+    return np.asarray(richest + np.log(np.maximum(np.exp(fortunes, out=fortunes).mean(axis=-1), math.exp(_LEAST))))
 
 
 def mean_share_bounds(num_ones: int, count: int, *, confidence: float, planned_units: float) -> tuple[float, float]:

@@ -180,8 +180,10 @@ def _skewness(treatment: ArmMoments, control: ArmMoments) -> tuple[_Array, _Arra
     """
     known = _is_known(treatment, control)
     (n1, v1, k1), (n0, v0, k0) = _safe(treatment, known), _safe(control, known)
-    scale = (v1 / n1 + v0 / n0) ** 1.5
+    spread = v1 / n1 + v0 / n0
+    scale = spread * np.sqrt(spread)
     own = (k1 / n1**2 - k0 / n0**2) / scale
-    shape = (n1 * k1 + n0 * k0) / (n1 * v1**1.5 + n0 * v0**1.5)
-    pooled = shape * (v1**1.5 / n1**2 - v0**1.5 / n0**2) / scale
+    cube1, cube0 = v1 * np.sqrt(v1), v0 * np.sqrt(v0)  # of the standard deviations; ** 1.5 is slow
+    shape = (n1 * k1 + n0 * k0) / (n1 * cube1 + n0 * cube0)
+    pooled = shape * (cube1 / n1**2 - cube0 / n0**2) / scale
     return np.minimum(own, pooled), np.maximum(own, pooled)
