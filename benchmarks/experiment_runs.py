@@ -165,7 +165,7 @@ def family_errors(
     found = evidence[-1] >= level + math.log(num_treatments)
     holm_level = np.where(found & bool(effect), math.log(num_treatments - 1), math.log(num_treatments)) + level
     return {
-        "none": (idle >= level).any(axis=(0, 2)),
+        "uncorrected": (idle >= level).any(axis=(0, 2)),
         "Bonferroni": (idle >= level + math.log(num_treatments)).any(axis=(0, 2)),
         "Holm": (idle >= holm_level).any(axis=(0, 2)),
     }
