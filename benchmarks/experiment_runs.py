@@ -165,9 +165,9 @@ def family_errors(
     found = evidence[-1] >= level + math.log(num_treatments)
     holm_level = np.where(found & bool(effect), math.log(num_treatments - 1), math.log(num_treatments)) + level
     return {
-        "uncorrected": (idle >= level).any(axis=(0, 2)),
-        "Bonferroni": (idle >= level + math.log(num_treatments)).any(axis=(0, 2)),
-        "Holm": (idle >= holm_level).any(axis=(0, 2)),
+        "uncorrected": np.asarray((idle >= level).any(axis=(0, 2))),
+        "Bonferroni": np.asarray((idle >= level + math.log(num_treatments)).any(axis=(0, 2))),
+        "Holm": np.asarray((idle >= holm_level).any(axis=(0, 2))),
     }
 
 
@@ -252,13 +252,13 @@ def _outside_exactly(looks: Looks, difference: float, plan: Plan, confidence: fl
         used = np.take_along_axis(ones, blocks * size, axis=1)
         counts.append(np.stack([blocks * size - used, used], axis=-1))
     threshold = math.log(2 / (1 - confidence))
-    sides = [share_evidence(np.array([0.0, 1.0]), *counts, difference, bets, side=side) for side in (1, -1)]
+    sides = [share_evidence(np.array([0.0, 1.0]), counts[0], counts[1], difference, bets, side=side) for side in (1, -1)]
     return np.asarray(np.maximum(*sides) >= threshold)
 
 
 def _in_order(values: _Array, mask: _Flags) -> _Array:
     """[runs, units + 1] the sum of the first n masked values, at place n."""
     sums: Any = np.zeros((values.shape[0], values.shape[1] + 1))
-    places = np.cumsum(mask, axis=1)
+    places = np.cumsum(mask, axis=1, dtype=np.int64)
     np.put_along_axis(sums, places, np.cumsum(np.where(mask, values, 0.0), axis=1), axis=1)
     return np.asarray(sums)
