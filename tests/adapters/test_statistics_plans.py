@@ -139,7 +139,7 @@ def test_cuped_narrows_the_interval_as_much_as_it_says_when_the_covariate_forete
     assert 0.6 < removed < 0.8
     ratio = (adjusted.high - adjusted.low) / (plain.high - plain.low)
     assert ratio == pytest.approx(math.sqrt(1 - removed), rel=0.02)
-    assert plain == cuped_interval(*values, [1.0] * 300, [1.0] * 200)
+    assert plain == cuped_interval(values[0], values[1], [1.0] * 300, [1.0] * 200)
 
 
 def test_cuped_refuses_a_covariate_of_other_units_when_numbers_differ() -> None:
