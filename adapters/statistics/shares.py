@@ -24,7 +24,8 @@ _ENOUGH = 10
 # ... and with so many the exact one is the wider by far, and is not computed.
 _PLENTY = 50
 _PRIOR = 0.5  # Jeffreys' Beta(1/2, 1/2)
-_NUM_HALVINGS = 50
+_NUM_HALVINGS = 30
+_TINY = 1e-300
 
 
 def share_difference_sequence(
@@ -97,7 +98,7 @@ class _Share:
         return float(special.xlogy(self.total, mean) + special.xlogy(self.count - self.total, 1 - mean))
 
     def slope(self, mean: float) -> float:
-        return self.total / mean - (self.count - self.total) / (1 - mean)
+        return self.total / max(mean, _TINY) - (self.count - self.total) / max(1 - mean, _TINY)
 
 
 def _reach(first: _Share, second: _Share, estimate: float, end: float, level: float) -> float:
@@ -118,8 +119,6 @@ def _best_likelihood(first: _Share, second: _Share, difference: float) -> float:
     low, high = max(0.0, -difference), min(1.0, 1 - difference)
     for _ in range(_NUM_HALVINGS):
         middle = (low + high) / 2
-        if not low < middle < high:
-            break
         if first.slope(middle + difference) + second.slope(middle) > 0:
             low = middle
         else:
