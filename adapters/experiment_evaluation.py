@@ -1,13 +1,13 @@
 """Reads experiments, writes a verdict down when it changes, and acts on it where the experiment asks for that.
 
-Any number of processes may evaluate: what is written, and what is done, is decided in one transaction that looks at the
-experiment again, so that nothing is done twice or on a stage that is over.
+Any number of processes may evaluate: each write looks at the experiment again in its own transaction, so that nothing
+is done twice, or on a stage that is over.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import datetime
 from typing import Any, Literal
 
 import structlog
@@ -15,7 +15,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from adapters.audit import record_act
-from adapters.errors import ConflictError, HotswapError, InvalidInputError
+from adapters.errors import ConflictError, HotswapError
+from adapters.experiment_acts import conclude
 from adapters.experiment_report import ExperimentReport, make_report
 from adapters.experiment_rows import (
     find_experiment_row,
@@ -26,10 +27,9 @@ from adapters.experiment_rows import (
     to_experiment,
 )
 from adapters.exposures import read_outcomes
-from adapters.records import Actor, Arm, Experiment
-from adapters.registry import Registry, point_alias
+from adapters.records import Actor
+from adapters.registry import Registry
 from adapters.tables import ExperimentRow, utc_now
-from adapters.verdicts import Comparison
 
 __all__ = ["EVALUATOR", "ExperimentEvaluation"]
 
@@ -54,8 +54,7 @@ class ExperimentEvaluation:
         Raises:
             NotFoundError: there is none.
         """
-        with self.registry.database.read() as session:
-            return _read(session, find_experiment_row(session, name), utc_now())
+        return self._report(name, with_history=True)
 
     def evaluate_all(self) -> None:
         """Evaluate what runs, and what has ended at its time since the last evaluation.
@@ -70,52 +69,35 @@ class ExperimentEvaluation:
             except HotswapError as error:
                 _log.warning("experiment_not_evaluated", experiment=experiment_id, reason=str(error))
 
-    def evaluate(self, experiment_id: str) -> ExperimentReport:
+    def evaluate(self, experiment_id: str) -> None:
         """Judge an experiment, write the verdict down if it is another than before, and act if that was asked for.
 
         Raises:
             NotFoundError: there is none.
+            ConflictError: somebody ended it, or changed its weights, at the same time; nothing was done.
             IntegrityError: the files of the version to be promoted are damaged; the alias stays where it is.
         """
-        report = self.report(experiment_id)
-        if (act := _wanted_act(report)) is None:
-            with self.registry.database.write() as session:
-                if (row := _same_stage(session, report.experiment)) is not None:
-                    _note_verdict(session, row, report)
-                    settle_row(session, row, utc_now())
-            return report
-        arm = report.experiment.arms[0] if act == "roll_back" else _arm(report.experiment, report.verdict.arm or "")
-        self._conclude(report, act, arm, reason=report.verdict.sentence)
-        return report
-
-    def conclude(self, name: str, act: _Act, *, arm: str | None = None, reason: str | None = None) -> Experiment:
-        """End an experiment by hand, whatever the verdict is: everybody gets one arm's version.
-
-        Args:
-            name: Its id or its alias.
-            act: `promote` a treatment, or `roll_back` to the control.
-            arm: The treatment to promote; None is the one that the verdict names.
-            reason: Why; the verdict's sentence if not given.
-
-        Raises:
-            NotFoundError: no such experiment.
-            InvalidInputError: no such arm, or the control is to be promoted, or nobody says which arm.
-            ConflictError: it does not run any more.
-            IntegrityError: the version's files are damaged; the alias stays where it is.
-        """
-        report = self.report(name)
-        experiment = report.experiment
-        if act == "roll_back":
-            chosen = experiment.arms[0]
-        else:
-            chosen = _arm(experiment, arm or (report.verdict.arm if report.verdict.kind == "promote" else None) or "")
-            if chosen == experiment.arms[0]:
-                raise InvalidInputError(
-                    f"{chosen.name} is the control: roll back to it instead of promoting it", param="arm"
-                )
-        if not self._conclude(report, act, chosen, reason=reason or report.verdict.sentence):
-            raise ConflictError(f"experiment {experiment.id} does not run any more, or its weights were just changed")
-        return self.report(experiment.id).experiment
+        report = self._report(experiment_id, with_history=False)
+        experiment, verdict = report.experiment, report.verdict
+        with self.registry.database.write() as session:
+            row = session.get_one(ExperimentRow, experiment.id)
+            if row.state != "running" or row.stage != experiment.stage:
+                return  # others were faster
+            _note_verdict(session, row, report)
+            settle_row(session, row, utc_now())
+        if experiment.state == "running" and (act := _wanted_act(report)) is not None:
+            arm = experiment.arms[0].name if act == "roll_back" else verdict.arm
+            assert arm is not None  # a promotion names its arm
+            # In one transaction that looks again whether the experiment runs in this stage: nothing is done twice.
+            conclude(
+                self.registry,
+                experiment.id,
+                arm,
+                action=act,
+                reason=verdict.sentence,
+                stage=experiment.stage,
+                numbers=_numbers(report),
+            )
 
     def accept_feedback(self, name: str, reason: str) -> None:
         """Let an experiment's arms differ in how often outcomes are known, for the present stage: a person's word.
@@ -131,27 +113,14 @@ class ExperimentEvaluation:
             record_decision(session, row, "accept_feedback", reason)
             record_act(session, "accept_feedback", row.id, alias=row.alias, reason=reason)
 
-    def _conclude(self, report: ExperimentReport, act: _Act, arm: Arm, *, reason: str) -> bool:
-        """Point the alias to an arm's version and end the experiment; False if somebody else has ended it."""
-        registry, experiment = self.registry, report.experiment
-        with registry.store.held():  # nobody removes the files meanwhile
-            registry.store.verify(arm.digest)
-            with registry.database.write() as session:
-                if (row := _same_stage(session, experiment)) is None:
-                    return False
-                _note_verdict(session, row, report)
-                came_from = point_alias(session, experiment.alias, arm.number, "promote" if act == "promote" else "rollback")
-                row.state, row.stopped_at = "decided", utc_now()
-                moved = {"arm": arm.name, "from_number": came_from, "to_number": arm.number}
-                record_decision(session, row, act, reason, numbers=_numbers(report) | moved)
-                record_act(session, "decide_experiment", row.id, alias=row.alias, act=act, **moved)
-                return True
-
-
-def _read(session: Session, row: ExperimentRow, now: datetime) -> ExperimentReport:
-    experiment = to_experiment(session, row, now)
-    outcomes = read_outcomes(session, row.id, row.stage)
-    return make_report(experiment, outcomes, now=now, decisions=load_decisions(session, row.id))
+    def _report(self, name: str, *, with_history: bool) -> ExperimentReport:
+        with self.registry.database.read() as session:
+            now = utc_now()
+            row = find_experiment_row(session, name)
+            experiment = to_experiment(session, row, now)
+            outcomes = read_outcomes(session, row.id, row.stage)
+            decisions = load_decisions(session, row.id)
+        return make_report(experiment, outcomes, now=now, decisions=decisions, with_history=with_history)
 
 
 def _wanted_act(report: ExperimentReport) -> _Act | None:
@@ -161,27 +130,20 @@ def _wanted_act(report: ExperimentReport) -> _Act | None:
     return "roll_back" if kind == "roll_back" and experiment.auto_rollback else None
 
 
-def _same_stage(session: Session, experiment: Experiment) -> ExperimentRow | None:
-    """The experiment's row, if nobody has ended it or changed its weights since it was read."""
-    row = session.get_one(ExperimentRow, experiment.id)
-    return row if row.state == "running" and row.stage == experiment.stage else None
-
-
-def _arm(experiment: Experiment, name: str) -> Arm:
-    for arm in experiment.arms:
-        if arm.name == name:
-            return arm
-    known = ", ".join(arm.name for arm in experiment.arms[1:])
-    raise InvalidInputError(f"say which arm to promote: expected one of {known}, found {name!r}", param="arm")
-
-
 def _note_verdict(session: Session, row: ExperimentRow, report: ExperimentReport) -> None:
     """Add a decision row if the verdict is another than the last one of this stage; the first is to go on."""
-    verdicts = [item for item in load_decisions(session, row.id) if item.action == "verdict" and item.stage == row.stage]
-    last = (verdicts[-1].numbers["kind"], verdicts[-1].numbers["arm"]) if verdicts else ("continue", None)
-    found = report.verdict
-    if last != (found.kind, found.arm):
-        record_decision(session, row, "verdict", found.sentence, numbers=_numbers(report))
+    verdicts = [
+        item for item in load_decisions(session, row.id) if item.action == "verdict" and item.stage == row.stage
+    ]
+    last = _gist(verdicts[-1].numbers) if verdicts else ("continue", None, False)
+    numbers = _numbers(report)
+    if last != _gist(numbers):
+        record_decision(session, row, "verdict", report.verdict.sentence, numbers=numbers)
+
+
+def _gist(numbers: Mapping[str, Any]) -> tuple[Any, ...]:
+    """By what two verdicts are told apart; the numbers behind them are others at every look."""
+    return numbers["kind"], numbers["arm"], numbers["split"]["fired"]
 
 
 def _numbers(report: ExperimentReport) -> dict[str, Any]:
@@ -195,17 +157,13 @@ def _numbers(report: ExperimentReport) -> dict[str, Any]:
         "treatments": [
             {
                 "arm": treatment.name,
-                "primary": treatment.primary and _plain(treatment.primary),
+                "primary": treatment.primary and asdict(treatment.primary),
                 "guardrails": [
-                    {**_plain(guard.comparison), "margin": guard.margin, "state": guard.state}
+                    {**asdict(guard.comparison), "margin": guard.margin, "state": guard.state}
                     for guard in treatment.guards
                 ],
-                "gaps": [_plain(gap) for gap in treatment.gaps],
+                "gaps": [asdict(gap) for gap in treatment.gaps],
             }
             for treatment in report.treatments
         ],
     }
-
-
-def _plain(comparison: Comparison) -> dict[str, Any]:
-    return asdict(comparison)

@@ -1,7 +1,7 @@
 """The metrics of experiments: one number for each unit, from its exposures or from feedback.
 
-A unit is a user with any number of requests, which are not independent of each other: its value is made over all of them
-first. None stands for a unit that has no value, which is never taken for a good one or a bad one.
+A unit is a user with any number of requests, which are not independent of each other: its value is made over all of
+them first. None stands for a unit that has no value, which is never taken for a good one or a bad one.
 """
 
 from __future__ import annotations
@@ -83,8 +83,10 @@ def plain_value(unit: UnitOutcomes, metric: str) -> float | None:
 
 
 def value_of(unit: UnitOutcomes, metric: str) -> float | None:
-    """A unit's value as it is analysed: of a metric with the scale `ratio` the logarithm, whose mean one slow user
-    can't carry off; a difference of such means is a ratio of geometric means.
+    """A unit's value as it is analysed: of a metric with the scale `ratio` its logarithm.
+
+    Times are heavy-tailed: one slow user carries a mean of them off, but not a mean of logarithms, whose difference is
+    a ratio of geometric means.
     """
     value = plain_value(unit, metric)
     return math.log(max(value, _LEAST[metric])) if value is not None and metric in _LEAST else value

@@ -1,7 +1,7 @@
 """What came of an experiment: its arms, effects with their intervals over time, guardrails, split, and the verdict.
 
-Pure: outcomes by unit go in, a report comes out; docs/experiments.md says how to read it. Of an experiment whose weights
-were changed only the present stage is read: earlier units came by other odds, at other times.
+Pure: outcomes by unit go in, a report comes out; docs/experiments.md says how to read it. Of an experiment whose
+weights were changed only the present stage is read: earlier units came by other odds, at other times.
 """
 
 from __future__ import annotations

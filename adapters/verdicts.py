@@ -39,7 +39,7 @@ GuardState = Literal["held", "breached", "open", "no_data"]
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One arm's share in a comparison: the users that have a value, those that have none, and the mean of the values."""
+    """One arm's part in a comparison: users that have a value, users that have none, and the mean of the values."""
 
     num_units: int
     num_missing: int
@@ -243,10 +243,10 @@ def format_margin(guard: Guard) -> str:
 def _open_gaps(treatment: Treatment) -> list[str]:
     """Metrics of which one arm's requests have a value more often, in words."""
     return [
-        f"{gap.metric} is known of {'more' if gap.interval.low > 0 else 'fewer'} of {treatment.name}'s requests than of "
-        f"the control's: {format_interval(gap)}"
+        f"{gap.metric} is known of {more} of {treatment.name}'s requests than of the control's: {format_interval(gap)}"
         for gap in treatment.gaps
         if gap.interval is not None and not gap.interval.low <= 0 <= gap.interval.high
+        for more in ["more" if gap.interval.low > 0 else "fewer"]
     ]
 
 
@@ -268,7 +268,7 @@ def _mismatch(evidence: Evidence) -> Verdict:
     weights = " to ".join(f"{weight:g}" for weight in evidence.split.weights)
     chance = "" if evidence.split.p_value is None else f" (p = {evidence.split.p_value:.2g})"
     notes = [
-        f"The guardrail {guard.comparison.metric} of {treatment.name} looks breached, too: stop the experiment if in doubt."
+        f"The guardrail {guard.comparison.metric} of {treatment.name} looks breached, too: if in doubt, stop."
         for treatment in evidence.treatments
         for guard in treatment.guards
         if guard.state == "breached"
@@ -279,8 +279,8 @@ def _mismatch(evidence: Evidence) -> Verdict:
         f"No verdict: users are split {counts}, where {weights} was meant; chance doesn't explain that{chance}, "
         "so the arms can't be compared.",
         tuple(notes),
-        "Look for users whose id changes, clients that retry or give up with one arm alone, requests that one arm loses "
-        "before they are counted, robots, or weights changed elsewhere; mend it and start a new experiment.",
+        "Look for users whose id changes, clients that retry or give up with one arm alone, and robots; mend it and "
+        "start a new experiment.",
     )
 
 
@@ -290,8 +290,8 @@ def _breach(evidence: Evidence, treatment: Treatment, breached: list[Guard]) -> 
     return Verdict(
         "roll_back",
         treatment.name,
-        f"{treatment.label} breaks the guardrail {first.comparison.metric}: {format_interval(first.comparison)} against "
-        f"{evidence.control}, where {format_margin(first)} is allowed.",
+        f"{treatment.label} breaks the guardrail {first.comparison.metric}: {format_interval(first.comparison)} "
+        f"against {evidence.control}, where {format_margin(first)} is allowed.",
         others,
         f"Stop the experiment, so that everybody is answered by {evidence.control} again.",
     )
@@ -305,7 +305,9 @@ def _early(evidence: Evidence) -> Verdict:
         None,
         f"{evidence.num_units:,} of {evidence.planned_units:,} planned users are there; the plan was to judge once, "
         "when all of them are.",
-        ("Until then there are means and no intervals: an interval for one look would promise too much at the second.",),
+        (
+            "Until then there are means and no interval: one made for one look would promise too much at the second.",
+        ),
         f"No more are to come ({evidence.over}): start again with a plan that can be reached." if is_over else "Wait.",
     )
 
@@ -333,8 +335,8 @@ def _loss(evidence: Evidence) -> Verdict:
     return Verdict(
         "roll_back",
         worst.name,
-        f"{worst.label} is worse than {evidence.control}: {worst.primary.metric} {format_interval(worst.primary)}, with "
-        f"{_confidence(worst)} confidence.",
+        f"{worst.label} is worse than {evidence.control}: {worst.primary.metric} {format_interval(worst.primary)}, "
+        f"with {_confidence(worst)} confidence.",
         tuple(f"{other.label}: {_describe_outcome(other)}." for other in evidence.treatments if other != worst),
         f"Stop the experiment, so that everybody is answered by {evidence.control} again.",
     )

@@ -105,8 +105,8 @@ def power(
     table = [(row["analysis"], looks[str(row["analysis"])], f"{row['planned_units']:,}", row["days"]) for row in rows]
     print_table(["analysis", "you may look", "users in all arms", "days"], table, whole=["analysis"])
     console.print(
-        f"With so many users a true difference of {effect:+g} is found with a probability of {chance:.0%}. A sequential "
-        "experiment mostly ends earlier than that if the difference is larger, and can't fool you if you look.",
+        f"With so many users a true difference of {effect:+g} is found with a probability of {chance:.0%}. A "
+        "sequential experiment mostly ends earlier than that if the difference is larger, and can't fool you if you look.",
         style="dim",
     )
 
@@ -117,8 +117,8 @@ def _write_plot(report: ExperimentReport, path: Path) -> None:
     effects = {arm: points for arm in report.history if (points := _points(report, arm))}
     if not effects or report.experiment.metric is None:
         raise InvalidInputError(
-            f"experiment {report.experiment.id} has no effect to draw: it needs a primary metric, a sequential analysis, "
-            "and a few users with outcomes in each arm"
+            f"experiment {report.experiment.id} has no effect to draw: it needs a primary metric, a sequential "
+            "analysis, and a few users with outcomes in each arm"
         )
     control = report.experiment.arms[0].name
     title = f"{report.experiment.metric.name}: difference to {control} by users, {_percent(report.confidence)} interval"
@@ -135,7 +135,9 @@ def _points(report: ExperimentReport, arm: str) -> list[EffectPoint]:
 def _print_report(report: ExperimentReport) -> None:
     experiment = report.experiment
     since = f" since {format_moment(experiment.starts_at or experiment.created_at)}"
-    stage = "" if experiment.stage == 1 else f", stage {experiment.stage} (weights were changed; only this stage counts)"
+    stage = (
+        "" if experiment.stage == 1 else f", stage {experiment.stage} (weights were changed; only this stage counts)"
+    )
     console.print(f"{experiment.id} on {experiment.alias}, {experiment.state}{since} UTC{stage}\n", soft_wrap=True)
     _print_verdict(report.verdict)
     _print_arms(report)
@@ -259,9 +261,7 @@ def _print_others(report: ExperimentReport) -> None:
     if names:
         rows = [(name, *(_mean_of(arm.metrics, name) for arm in report.arms)) for name in names]
         console.print()
-        print_table(
-            ["measured besides", *(arm.arm.name for arm in report.arms)], rows, whole=["measured besides"]
-        )
+        print_table(["measured besides", *(arm.arm.name for arm in report.arms)], rows, whole=["measured besides"])
 
 
 def _print_decisions(report: ExperimentReport) -> None:

@@ -85,9 +85,7 @@ def test_share_sequence_holds_the_estimate_and_turns_round_when_the_arms_do(
 
 @pytest.mark.parametrize("rate", [0.01, 0.1])
 def test_share_sequence_rarely_excludes_the_truth_when_looked_at_again_and_again(rate: float) -> None:
-    """Experiments without a difference, eight looks each, an error of 0.2 allowed: at most that and four standard
-    errors.
-    """
+    """No difference, eight looks each, an error of 0.2 allowed: at most that and four standard errors."""
     random = np.random.default_rng(SEED)
     looks, runs, alpha = [5, 10, 20, 40, 70, 110, 160, 250], 60, 0.2
     wrong = 0

@@ -161,8 +161,11 @@ def test_best_arm_is_promoted_when_several_are_better() -> None:
 def test_accepted_gap_is_told_when_it_no_longer_holds_back() -> None:
     """Whoever reads the verdict later sees what a person took on."""
     verdict = judge(_evidence(_treatment(BETTER, HELD, gap=(0.1, 0.2)), accepts_feedback_gap=True))
-    assert ("Accepted by hand: solved is known of more of B's requests than of the control's: "
-            "+15.0 points (between +10.0 points and +20.0 points).",) == verdict.notes  # fmt: skip
+    (note,) = verdict.notes
+    assert note == (
+        "Accepted by hand: solved is known of more of B's requests than of the control's: "
+        "+15.0 points (between +10.0 points and +20.0 points)."
+    )
 
 
 def test_breach_is_told_when_the_split_is_wrong() -> None:
@@ -248,9 +251,9 @@ def _any_treatment(draw: st.DrawFn) -> Treatment:
 def test_promotion_takes_everything_when_given_any_evidence(
     treatments: list[Treatment], fired: bool, is_early: bool, accepts: bool, over: str | None
 ) -> None:
-    """Whatever the numbers: no promotion without a shown gain, with a guardrail that is not shown to hold, with a
-    wrong split, before the plan is reached, or with a difference in feedback that nobody accepted; and once nothing
-    more is to come, nobody is told to wait.
+    """Whatever the numbers: a shown gain, guardrails shown to hold, a right split, the plan reached, and feedback.
+
+    And once nothing more is to come, nobody is told to wait.
     """
     split = replace(SKEWED, fired=fired)
     evidence = _evidence(*treatments, split=split, is_early=is_early, accepts_feedback_gap=accepts, over=over)
