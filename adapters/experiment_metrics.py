@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from adapters.records import BUILT_IN_METRICS, Direction, UnitOutcomes
 from adapters.verdicts import Scale
 
-__all__ = ["BuiltInMetric", "built_in", "can_be_missing", "coverage_of", "plain_value", "scale_of", "value_of"]
+__all__ = ["BuiltInMetric", "built_in", "can_be_missing", "num_outcomes_of", "plain_value", "scale_of", "value_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +97,8 @@ def can_be_missing(metric: str) -> bool:
     return metric not in _BUILT_IN or metric == "ttft_ms"
 
 
-def coverage_of(unit: UnitOutcomes, metric: str) -> float:
-    """The share of a unit's requests that have a value of the metric."""
+def num_outcomes_of(unit: UnitOutcomes, metric: str) -> int:
+    """How many of a unit's requests have a value of the metric."""
     if metric == "ttft_ms":
-        return unit.num_ttft / unit.num_exposures
-    _, count = unit.feedback.get(metric, (0.0, 0))
-    return count / unit.num_exposures
+        return unit.num_ttft
+    return unit.num_exposures if metric in _BUILT_IN else unit.feedback.get(metric, (0.0, 0))[1]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-from adapters.experiment_metrics import built_in, can_be_missing, coverage_of, scale_of, value_of
+from adapters.experiment_metrics import built_in, can_be_missing, num_outcomes_of, scale_of, value_of
 from adapters.records import BUILT_IN_METRICS, Arm, Decision, Direction, Experiment, Guardrail, Metric, UnitOutcomes
 from adapters.statistics import (
     DEFAULT_PLANNED_UNITS,
@@ -61,6 +61,7 @@ class MetricReport:
     metric: str
     role: _Role
     scale: Scale
+    num_outcomes: int
     num_units: int
     num_missing: int
     mean: float
@@ -238,7 +239,8 @@ class _Reader:
         points = []
         for count in sorted({len(arrivals) * step // _HISTORY_POINTS for step in range(1, _HISTORY_POINTS + 1)} - {0}):
             until = arrivals[count - 1]
-            compared = self._compare(*(side.until(until) for side in sides), metric)
+            treatment, control = (side.until(until) for side in sides)
+            compared = self._compare(treatment, control, metric)
             if compared.interval is not None:
                 points.append(EffectPoint(count, until, compared.interval))
         return tuple(points)
@@ -270,10 +272,11 @@ class _Reader:
     def _gap(self, arm: Arm, metric: str) -> Comparison:
         """How much more often the treatment's requests have a value of a metric at all."""
         treatment, control = (
-            [coverage_of(unit, metric) for unit in self.units(name)] for name in (arm.name, self.control)
+            [num_outcomes_of(unit, metric) / unit.num_exposures for unit in self.units(name)]
+            for name in (arm.name, self.control)
         )
-        sides = (Side(len(v), 0, sum(v) / len(v) if v else None) for v in (treatment, control))
-        return Comparison(metric, "increase", "share", *sides, self._sequence(treatment, control))
+        first, second = (Side(len(v), 0, math.fsum(v) / len(v) if v else None) for v in (treatment, control))
+        return Comparison(metric, "increase", "share", first, second, self._sequence(treatment, control))
 
     def _compare(self, treatment: _Column, control: _Column, metric: Metric) -> Comparison:
         return _comparison(treatment, control, metric, self._sequence(treatment.values, control.values))
@@ -306,6 +309,7 @@ class _Reader:
             metric=name,
             role=role,
             scale=scale_of(name),
+            num_outcomes=sum(num_outcomes_of(unit, name) for unit in self.units(arm.name)),
             num_units=side.num_units,
             num_missing=side.num_missing,
             mean=side.mean,
@@ -373,8 +377,7 @@ def _over(experiment: Experiment, num_units: int, now: datetime) -> str | None:
 
 def _comparison(treatment: _Column, control: _Column, metric: Metric, interval: Interval | None) -> Comparison:
     if interval is not None and treatment.scale == "ratio":
-        ends = (math.expm1(end) for end in (interval.estimate, interval.low, interval.high))
-        interval = Interval(*ends, interval.confidence)
+        interval = _map_interval(math.expm1, interval)
     return Comparison(metric.name, metric.direction, treatment.scale, treatment.side(), control.side(), interval)
 
 
@@ -382,8 +385,12 @@ def _own_interval(interval: Interval | None, metric: str) -> Interval | None:
     """An interval of a mean in the metric's own unit."""
     if interval is None or scale_of(metric) != "ratio":
         return interval
-    ends = (math.exp(end) for end in (interval.estimate, interval.low, interval.high))
-    return Interval(*ends, interval.confidence)
+    return _map_interval(math.exp, interval)
+
+
+def _map_interval(function: Callable[[float], float], interval: Interval) -> Interval:
+    """An interval on another scale; the function increases."""
+    return Interval(function(interval.estimate), function(interval.low), function(interval.high), interval.confidence)
 
 
 def _margin_on_scale(guardrail: Guardrail, comparison: Comparison) -> float | None:

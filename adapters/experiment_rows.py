@@ -30,7 +30,7 @@ from adapters.records import (
     Metric,
     Stretch,
 )
-from adapters.tables import ArmRow, DecisionRow, ExperimentRow, utc_now
+from adapters.tables import AliasRow, ArmRow, DecisionRow, ExperimentRow, utc_now
 
 __all__ = [
     "add_arms",
@@ -41,6 +41,7 @@ __all__ = [
     "find_unfinished",
     "load_arms",
     "load_decisions",
+    "lock_alias",
     "record_decision",
     "settle_row",
     "shares_of",
@@ -109,6 +110,18 @@ def _rows_of(session: Session, alias: str) -> Iterator[ExperimentRow]:
     """The newest first."""
     statement = select(ExperimentRow).where(ExperimentRow.alias == alias)
     yield from session.scalars(statement.order_by(ExperimentRow.created_at.desc(), ExperimentRow.id))
+
+
+def lock_alias(session: Session, alias: str) -> AliasRow:
+    """An alias's row, held to the end of the transaction: nobody else starts or moves anything on it meanwhile.
+
+    Raises:
+        NotFoundError: there is none that the actor may see.
+    """
+    row = session.get(AliasRow, alias, with_for_update=True)
+    if row is None or not actor_of(session).can_see(alias):
+        raise NotFoundError(f"there is no adapter {alias!r}")
+    return row
 
 
 def load_arms(session: Session, experiment_id: str, stage: int) -> tuple[Arm, ...]:

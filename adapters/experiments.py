@@ -28,6 +28,7 @@ from adapters.experiment_rows import (
     find_open_row,
     load_arms,
     load_decisions,
+    lock_alias,
     record_decision,
     settle_row,
     shares_of,
@@ -61,6 +62,7 @@ from adapters.tables import (
 
 __all__ = [
     "ExperimentService",
+    "find_room",
     "parse_arm",
 ]
 
@@ -125,7 +127,7 @@ class ExperimentService:
             plan=asdict(plan),
         )
         with self.database.write() as session:
-            alias_row = _lock_alias(session, alias)
+            alias_row = lock_alias(session, alias)
             session.add(row)
             session.flush()
             owned = shift_weights({}, {name: weight for name, _, weight in arms})
@@ -154,7 +156,7 @@ class ExperimentService:
             if row.state != "draft":
                 found = "to start at its time already" if state_of(row, now) == "draft" else state_of(row, now)
                 raise ConflictError(f"experiment {row.id} is {found}; only a draft can be started")
-            _start(session, row, _lock_alias(session, row.alias))
+            _start(session, row, lock_alias(session, row.alias))
             return to_experiment(session, row, utc_now())
 
     def stop(self, name: str) -> Experiment:
@@ -209,7 +211,7 @@ class ExperimentService:
         with self.database.write() as session:
             now = utc_now()
             row = find_open_row(session, name, now)
-            _lock_alias(session, row.alias)
+            lock_alias(session, row.alias)
             if state_of(row, now) != "running":
                 raise ConflictError(f"experiment {row.id} is {state_of(row, now)}; weights change while it runs")
             before = load_arms(session, row.id, row.stage)
@@ -217,7 +219,7 @@ class ExperimentService:
             traffic = row.traffic if traffic is None else traffic
             if after == before and traffic == row.traffic:
                 raise ConflictError(f"experiment {row.id} has these weights already")
-            stretches = _find_room(session, row, traffic, now, start=stretches_of(row.stretches)[-1][1] % 100)
+            stretches = find_room(session, row, traffic, now)
             begin_stage(session, row, after, stretches, "change_weights", reason, traffic=traffic, numbers=numbers)
             return to_experiment(session, row, now)
 
@@ -234,7 +236,7 @@ class ExperimentService:
                 f"a holdout is 0 to {_MAX_HOLDOUT:g} percent of the units, found {percent:g}", param="percent"
             )
         with self.database.write() as session:
-            alias_row = _lock_alias(session, alias)
+            alias_row = lock_alias(session, alias)
             if started := _started_rows(session, alias, utc_now()):
                 raise ConflictError(f"experiment {started[0].id} runs on {alias!r}, or is to; stop it first")
             record_act(session, "set_holdout", alias, before=alias_row.holdout, after=percent)
@@ -348,7 +350,7 @@ def _start(session: Session, row: ExperimentRow, alias_row: AliasRow) -> None:
             f"{row.alias!r} points to no version, which users outside of the experiment need; promote one first"
         )
     row.starts_at = max(now, row.starts_at or now)
-    stretches = _find_room(session, row, row.traffic, now, start=unit_position(row.salt, "start"))
+    stretches = find_room(session, row, row.traffic, now)
     row.state, row.stretches = "running", [list(stretch) for stretch in stretches]
     session.flush()
     shares = shares_of(load_arms(session, row.id, row.stage))
@@ -358,10 +360,10 @@ def _start(session: Session, row: ExperimentRow, alias_row: AliasRow) -> None:
     record_act(session, "start_experiment", row.id, alias=row.alias, arms=shares)
 
 
-def _find_room(
-    session: Session, row: ExperimentRow, percent: float, now: datetime, *, start: float
-) -> tuple[Stretch, ...]:
-    """The experiment's positions on its alias: no other experiment has them at the same time.
+def find_room(session: Session, row: ExperimentRow, percent: float, now: datetime) -> tuple[Stretch, ...]:
+    """The experiment's positions on its alias for a share of its traffic: those that it has, and more or fewer.
+
+    No other experiment has them at the same time. The first one begins where the salt says.
 
     Raises:
         ConflictError: the others leave too few.
@@ -370,7 +372,9 @@ def _find_room(
         other for other in _started_rows(session, row.alias, now) if other.id != row.id and _overlap_in_time(other, row)
     ]
     taken = [stretch for other in others for stretch in stretches_of(other.stretches)]
-    found = allot_traffic(stretches_of(row.stretches), taken, percent, start=start)
+    own = stretches_of(row.stretches)
+    start = own[-1][1] % 100 if own else unit_position(row.salt, "start")
+    found = allot_traffic(own, taken, percent, start=start)
     if found is None:
         listed = ", ".join(f"{other.id} with {other.traffic:g} %" for other in others)
         raise ConflictError(
@@ -425,14 +429,6 @@ def _next_arm(session: Session, alias: str, known: Arm | None, name: str, versio
             param="arms",
         )
     return Arm(name, number, digest, weight)
-
-
-def _lock_alias(session: Session, alias: str) -> AliasRow:
-    """An alias's row, held to the end of the transaction: nobody else starts or moves anything on it meanwhile."""
-    row = session.get(AliasRow, alias, with_for_update=True)
-    if row is None or not actor_of(session).can_see(alias):
-        raise NotFoundError(f"there is no adapter {alias!r}")
-    return row
 
 
 def _find_pinned(session: Session, alias: str, version: str) -> tuple[int, str]:

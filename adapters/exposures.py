@@ -113,10 +113,22 @@ def read_outcomes(session: Session, experiment_id: str, stage: int) -> dict[str,
         .group_by(ExposureRow.arm, ExposureRow.unit)
         .order_by(first_at, ExposureRow.unit)
     )
-    for arm, *sums in session.execute(statement):
-        key = (arm, sums[0])
-        outcomes[arm].append(
-            UnitOutcomes(*sums, num_with_feedback=num_with_feedback.get(key, 0), feedback=feedback.get(key, {}))
+    for arm, unit, first, exposures, errors, length, with_ttft, ttft_ms, total_ms, tokens in session.execute(statement):
+        key = (arm or "", unit)
+        outcomes[arm or ""].append(
+            UnitOutcomes(
+                unit=unit,
+                first_at=first,
+                num_exposures=exposures,
+                num_errors=errors,
+                num_length=length,
+                num_ttft=with_ttft,
+                sum_ttft_ms=ttft_ms,
+                sum_total_ms=total_ms,
+                sum_completion_tokens=tokens,
+                num_with_feedback=num_with_feedback.get(key, 0),
+                feedback=feedback.get(key, {}),
+            )
         )
     return dict(outcomes)
 

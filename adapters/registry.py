@@ -42,7 +42,7 @@ from adapters.records import (
 from adapters.store import ArtifactStore
 from adapters.tables import KIND_KEY, AliasChangeRow, AliasRow, AliasVersionRow, PinRow, VersionRow, utc_now
 
-__all__ = ["ARM_HEADER", "Registry", "check_can_chat", "find_version"]
+__all__ = ["ARM_HEADER", "Registry", "check_can_chat", "find_version", "has_been_at", "move_alias"]
 
 ARM_HEADER = "x-hotswap-arm"
 _MAX_NAMES_SHOWN = 20
@@ -108,7 +108,7 @@ class Registry:
                 may_move = promote(row.number) if callable(promote) else promote
                 is_fit = _is_of_same_kind(session, row, manifest.kind)
                 if may_move and is_fit and not find_running(session, alias):
-                    _move(session, row, number, "publish")
+                    move_alias(session, row, number, "publish")
                 published, is_live = _load_numbered(session, alias, number), row.number == number
                 record_act(session, action, published.label, digest=digest, is_live=is_live)
                 if also is not None:
@@ -154,7 +154,7 @@ class Registry:
                     raise ConflictError(f"{alias!r} was moved by somebody else at the same time; look where it is")
                 _check_kind(session, row, chosen)
                 record_act(session, action, alias, from_number=row.number, to_number=chosen.number)
-                _move(session, row, chosen.number, action)
+                move_alias(session, row, chosen.number, action)
                 return _load_alias(session, alias)
 
     def remove(self, name: str) -> list[str]:
@@ -328,7 +328,13 @@ def _append_version(session: Session, alias: str, digest: str) -> int:
     return row.last_number
 
 
-def _move(session: Session, row: AliasRow, number: int, action: ChangeAction) -> None:
+def has_been_at(session: Session, alias: str, number: int) -> bool:
+    """Whether an alias pointed to a version before it came to where it is, so that going there is going back."""
+    return number in _trail(session, alias)[:-1]
+
+
+def move_alias(session: Session, row: AliasRow, number: int, action: ChangeAction) -> None:
+    """Point an alias to a version and write it into its history; nothing if it points there already."""
     if row.number == number:
         return
     moved_at = utc_now()

@@ -305,9 +305,7 @@ def _early(evidence: Evidence) -> Verdict:
         None,
         f"{evidence.num_units:,} of {evidence.planned_units:,} planned users are there; the plan was to judge once, "
         "when all of them are.",
-        (
-            "Until then there are means and no interval: one made for one look would promise too much at the second.",
-        ),
+        ("Until then there are means and no interval: one made for one look would promise too much at the second.",),
         f"No more are to come ({evidence.over}): start again with a plan that can be reached." if is_over else "Wait.",
     )
 

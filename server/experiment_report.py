@@ -32,6 +32,7 @@ class MetricObject(BaseModel):
     metric: str
     role: Literal["primary", "guardrail", "other"] = Field(description="`other` takes no part in the verdict.")
     scale: _Scale
+    num_outcomes: int = Field(description="Requests that have a value.")
     num_units: int = Field(description="Users that have a value.")
     num_missing: int = Field(description="Users that have none.")
     mean: float
@@ -159,6 +160,7 @@ def _metric(report: MetricReport) -> MetricObject:
         metric=report.metric,
         role=report.role,
         scale=report.scale,
+        num_outcomes=report.num_outcomes,
         num_units=report.num_units,
         num_missing=report.num_missing,
         mean=report.mean,

@@ -25,17 +25,13 @@ __all__ = [
     "AliasPath",
     "ArmBody",
     "ArmObject",
-    "ArmReportObject",
     "ChangeObject",
     "DeletedObject",
-    "ExperimentDetail",
     "ExperimentObject",
     "ExperimentPath",
     "ExperimentRequest",
     "FeedbackObject",
     "ImportedObject",
-    "IntervalObject",
-    "MetricObject",
     "Page",
     "PageLimit",
     "PinObject",
@@ -259,38 +255,3 @@ class ExperimentObject(BaseModel):
     arms: list[ArmObject]
     created_at: int
     stopped_at: int | None
-
-
-class IntervalObject(BaseModel):
-    """An estimate with its two-sided confidence interval, for one look planned in advance."""
-
-    estimate: float
-    low: float
-    high: float
-    confidence: float
-
-
-class MetricObject(BaseModel):
-    """One metric in one arm; the mean is over users."""
-
-    metric: str
-    num_outcomes: int
-    num_units: int
-    mean: float
-    interval: IntervalObject | None
-    difference: IntervalObject | None = Field(description="Against the first arm.")
-
-
-class ArmReportObject(ArmObject):
-    """One arm and what came of it."""
-
-    num_exposures: int
-    num_units: int
-    num_errors: int
-    metrics: list[MetricObject]
-
-
-class ExperimentDetail(ExperimentObject):
-    """An experiment with its counts and outcomes by arm."""
-
-    report: list[ArmReportObject]

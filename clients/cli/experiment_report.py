@@ -105,8 +105,8 @@ def power(
     table = [(row["analysis"], looks[str(row["analysis"])], f"{row['planned_units']:,}", row["days"]) for row in rows]
     print_table(["analysis", "you may look", "users in all arms", "days"], table, whole=["analysis"])
     console.print(
-        f"With so many users a true difference of {effect:+g} is found with a probability of {chance:.0%}. A "
-        "sequential experiment mostly ends earlier than that if the difference is larger, and can't fool you if you look.",
+        f"With so many users a true difference of {effect:+g} is found with a probability of {chance:.0%}. "
+        "A sequential experiment mostly ends earlier if the difference is larger, and looking can't fool you.",
         style="dim",
     )
 

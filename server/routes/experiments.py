@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 
-from adapters.experiments import ArmReport, ExperimentReport, MetricReport
 from adapters.records import Arm, Experiment, Feedback
-from adapters.statistics import Interval
 from server.auth import needs
+from server.experiment_report import ReportObject, report_object
 from server.resources import (
     EXPERIMENT_PATTERN,
     ArmObject,
-    ArmReportObject,
-    ExperimentDetail,
     ExperimentObject,
     ExperimentPath,
     ExperimentRequest,
     FeedbackObject,
-    IntervalObject,
-    MetricObject,
     Page,
     PageLimit,
     make_page,
@@ -33,6 +27,12 @@ from server.services import CurrentServices
 __all__ = ["router"]
 
 router = APIRouter()
+
+
+class ExperimentDetail(ExperimentObject, ReportObject):
+    """An experiment and what came of its present stage."""
+
+
 _EXPERIMENTS = [needs("experiments")]
 
 
@@ -68,9 +68,9 @@ async def start_experiment(body: ExperimentRequest, services: CurrentServices) -
 
 @router.get("/v1/experiments/{experiment}", dependencies=_EXPERIMENTS)
 async def show_experiment(experiment: ExperimentPath, services: CurrentServices) -> ExperimentDetail:
-    """One experiment with counts, means and 95 % intervals by arm; the intervals hold for one look."""
-    report = await asyncio.to_thread(services.experiments.report, experiment)
-    return _detail(report)
+    """One experiment with its verdict, effects with intervals that hold at every look, guardrails and counts."""
+    report = await asyncio.to_thread(services.evaluation.report, experiment)
+    return ExperimentDetail(**_experiment_fields(report.experiment), **dict(report_object(report)))
 
 
 @router.post("/v1/experiments/{experiment}/stop", dependencies=_EXPERIMENTS)
@@ -93,35 +93,3 @@ def _experiment_fields(experiment: Experiment) -> dict[str, Any]:
 
 def _arm_fields(alias: str, arm: Arm) -> dict[str, Any]:
     return {"name": arm.name, "version": f"{alias}@v{arm.number}", "digest": arm.digest, "weight": arm.weight}
-
-
-def _detail(report: ExperimentReport) -> ExperimentDetail:
-    alias = report.experiment.alias
-    return ExperimentDetail(
-        **_experiment_fields(report.experiment), report=[_arm_report(alias, arm) for arm in report.arms]
-    )
-
-
-def _arm_report(alias: str, report: ArmReport) -> ArmReportObject:
-    return ArmReportObject(
-        **_arm_fields(alias, report.arm),
-        num_exposures=report.num_exposures,
-        num_units=report.num_units,
-        num_errors=report.num_errors,
-        metrics=[_metric(metric) for metric in report.metrics],
-    )
-
-
-def _metric(report: MetricReport) -> MetricObject:
-    return MetricObject(
-        metric=report.metric,
-        num_outcomes=report.num_outcomes,
-        num_units=report.estimate.num_units,
-        mean=report.estimate.mean,
-        interval=_interval(report.estimate.interval),
-        difference=_interval(report.difference),
-    )
-
-
-def _interval(interval: Interval | None) -> IntervalObject | None:
-    return None if interval is None else IntervalObject(**asdict(interval))
