@@ -23,7 +23,6 @@ from adapters.statistics import (
     difference_sequence,
     mean_sequence,
     sample_ratio,
-    share_difference_sequence,
 )
 from adapters.verdicts import (
     Comparison,
@@ -240,7 +239,7 @@ class _Reader:
         for count in sorted({len(arrivals) * step // _HISTORY_POINTS for step in range(1, _HISTORY_POINTS + 1)} - {0}):
             until = arrivals[count - 1]
             treatment, control = (side.until(until) for side in sides)
-            compared = self._compare(treatment, control, metric)
+            compared = self._compare(arm, treatment, control, metric)
             if compared.interval is not None:
                 points.append(EffectPoint(count, until, compared.interval))
         return tuple(points)
@@ -249,7 +248,7 @@ class _Reader:
         """The primary metric's comparison: by sequence, or at the end of a plan with a fixed sample for one look."""
         sides = self.column(arm.name, metric.name), self.column(self.control, metric.name)
         if self.experiment.analysis == "sequential":
-            return self._compare(*sides, metric)
+            return self._compare(arm, *sides, metric)
         if self.is_early:
             return _comparison(*sides, metric, None)
         last = self._last_planned()
@@ -265,29 +264,34 @@ class _Reader:
 
     def _guard(self, arm: Arm, guardrail: Guardrail) -> Guard:
         metric = Metric(guardrail.metric, guardrail.direction)
-        compared = self._compare(self.column(arm.name, metric.name), self.column(self.control, metric.name), metric)
+        sides = self.column(arm.name, metric.name), self.column(self.control, metric.name)
+        compared = self._compare(arm, *sides, metric)
         margin = _margin_on_scale(guardrail, compared)
         return Guard(compared, margin, "no_data" if margin is None else guard_state(compared, margin))
 
     def _gap(self, arm: Arm, metric: str) -> Comparison:
         """How much more often the treatment's requests have a value of a metric at all."""
-        treatment, control = (
-            [num_outcomes_of(unit, metric) / unit.num_exposures for unit in self.units(name)]
-            for name in (arm.name, self.control)
-        )
+        treatment, control = ([_coverage(unit, metric) for unit in self.units(n)] for n in (arm.name, self.control))
         first, second = (Side(len(v), 0, math.fsum(v) / len(v) if v else None) for v in (treatment, control))
-        return Comparison(metric, "increase", "share", first, second, self._sequence(treatment, control))
+        return Comparison(metric, "increase", "share", first, second, self._sequence(arm, treatment, control, is_share=True))
 
-    def _compare(self, treatment: _Column, control: _Column, metric: Metric) -> Comparison:
-        return _comparison(treatment, control, metric, self._sequence(treatment.values, control.values))
+    def _compare(self, arm: Arm, treatment: _Column, control: _Column, metric: Metric) -> Comparison:
+        # Rates are shares by their nature; of what clients report it shows: yes and no are.
+        is_share = True if treatment.scale == "share" else None
+        interval = self._sequence(arm, treatment.values, control.values, is_share=is_share)
+        return _comparison(treatment, control, metric, interval)
 
-    def _sequence(self, treatment: Sequence[float], control: Sequence[float]) -> Interval | None:
-        """The sequence for what is bounded, if it looks bounded: yes and no, shares of requests, scores up to 1."""
-        if not treatment or not control:
-            return None
-        bounded = min(min(treatment), min(control)) >= 0 and max(max(treatment), max(control)) <= 1
-        by = share_difference_sequence if bounded else difference_sequence
-        return by(treatment, control, confidence=self.confidence, planned_units=self.tuned_for)
+    def _sequence(
+        self, arm: Arm, treatment: Sequence[float], control: Sequence[float], *, is_share: bool | None
+    ) -> Interval | None:
+        return difference_sequence(
+            treatment,
+            control,
+            confidence=self.confidence,
+            planned_units=self.tuned_for,
+            treatment_share=arm.weight / (arm.weight + self.experiment.arms[0].weight),
+            is_share=is_share,
+        )
 
     def _metric(self, arm: Arm, name: str) -> MetricReport | None:
         column = self.column(arm.name, name)
@@ -302,7 +306,7 @@ class _Reader:
             compared = (
                 self._primary(arm, metric)
                 if role == "primary"
-                else self._compare(column, self.column(self.control, name), metric)
+                else self._compare(arm, column, self.column(self.control, name), metric)
             )
             difference = compared.interval
         return MetricReport(
@@ -354,6 +358,11 @@ class _Column:
         """The units that had come by then. Those without a value are not counted."""
         count = bisect_right(self.arrivals, moment)
         return _Column(self.scale, self.values[:count], self.arrivals[:count], 0)
+
+
+def _coverage(unit: UnitOutcomes, metric: str) -> float:
+    """The share of a unit's requests that have a value of a metric."""
+    return num_outcomes_of(unit, metric) / unit.num_exposures
 
 
 def _read_column(units: Sequence[UnitOutcomes], metric: str) -> _Column:

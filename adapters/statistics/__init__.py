@@ -19,7 +19,6 @@ from adapters.statistics.sequences import (
     difference_sequence,
     mean_sequence,
 )
-from adapters.statistics.shares import share_difference_sequence
 
 __all__ = [
     "DEFAULT_PLANNED_UNITS",
@@ -45,6 +44,5 @@ __all__ = [
     "reached_power",
     "required_units",
     "sample_ratio",
-    "share_difference_sequence",
     "thompson_weights",
 ]
