@@ -273,7 +273,8 @@ class _Reader:
         """How much more often the treatment's requests have a value of a metric at all."""
         treatment, control = ([_coverage(unit, metric) for unit in self.units(n)] for n in (arm.name, self.control))
         first, second = (Side(len(v), 0, math.fsum(v) / len(v) if v else None) for v in (treatment, control))
-        return Comparison(metric, "increase", "share", first, second, self._sequence(arm, treatment, control, is_share=True))
+        interval = self._sequence(arm, treatment, control, is_share=True)
+        return Comparison(metric, "increase", "share", first, second, interval)
 
     def _compare(self, arm: Arm, treatment: _Column, control: _Column, metric: Metric) -> Comparison:
         # Rates are shares by their nature; of what clients report it shows: yes and no are.

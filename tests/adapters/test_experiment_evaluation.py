@@ -39,7 +39,8 @@ def start(registry: Registry) -> Start:
         publish_text(registry, content, promote=content == "one")
 
     def create(arms: list[tuple[str, str, float]] = HALVES, **plan: Any) -> Experiment:
-        wanted = AnalysisPlan(**{"metric": SOLVED, "guardrails": (ERRORS,), "planned_units": 1000} | plan)
+        usual: dict[str, Any] = {"metric": SOLVED, "guardrails": (ERRORS,), "planned_units": 1000}
+        wanted = AnalysisPlan(**usual | plan)
         return ExperimentService(registry.database).create("legal", arms, salt="s", plan=wanted)
 
     return create
@@ -105,10 +106,8 @@ def test_alias_goes_back_when_it_points_to_the_candidate_that_breaks(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:
     """The experiment was begun after the candidate had been promoted: ending it alone would leave everybody to it."""
-    registry_at_two = start.__closure__ is not None and registry
-    experiment_plan = {"auto_rollback": True}
-    registry_at_two.promote("legal@v2")  # type: ignore[union-attr]
-    experiment = start(**experiment_plan)
+    registry.promote("legal@v2")
+    experiment = start(auto_rollback=True)
     _break(registry, experiment)
     evaluation.evaluate_all()
     assert 1 == _points_to(registry)
@@ -195,7 +194,7 @@ def test_alias_stays_when_the_winner_s_files_are_damaged(
     """It is tried again at the next evaluation, and other experiments are evaluated all the same."""
     experiment = start(auto_promote=True)
     _win(registry, experiment)
-    (registry.store.path(experiment.arms[1].digest) / ADAPTER_WEIGHTS_FILE).write_text("damaged")
+    (registry.store.folder(experiment.arms[1].digest) / ADAPTER_WEIGHTS_FILE).write_text("damaged")
     with pytest.raises(IntegrityError):
         evaluation.evaluate(experiment.id)
     evaluation.evaluate_all()
@@ -284,7 +283,7 @@ def test_only_the_present_stage_is_read_when_weights_were_changed(
     assert ("promote", "continue", [0, 0]) == (
         first.verdict.kind, report.verdict.kind, [arm.num_units for arm in report.arms],
     )  # fmt: skip
-    assert (0.95, 0.975) == (first.confidence, pytest.approx(report.confidence))
+    assert [0.95, 0.975] == pytest.approx([first.confidence, report.confidence])
     add_users(registry, changed, "B", [YES])
     assert 1 == _arm(evaluation, experiment, "B").num_units
 
@@ -295,7 +294,8 @@ def test_several_treatments_share_the_error_when_compared(
     """Two comparisons, half of it each."""
     experiment = start([("A", "v1", 40.0), ("B", "v2", 40.0), ("C", "v3", 20.0)])
     report = evaluation.report(experiment.id)
-    assert (pytest.approx(0.975), ["B", "C"]) == (report.confidence, [t.name for t in report.treatments])
+    assert 0.975 == pytest.approx(report.confidence)
+    assert ["B", "C"] == [treatment.name for treatment in report.treatments]
 
 
 def test_fixed_sample_is_judged_at_its_size_when_it_is_there(
@@ -337,20 +337,21 @@ def test_report_takes_users_once_when_they_ask_often(
 def test_times_are_compared_by_their_logarithms_when_one_user_is_slow(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:
-    """A tenth slower is found as such though one user waited a thousand times as long; a margin in ms is understood."""
-    guardrails = (Guardrail("ttft_ms", "decrease", 0.05, is_relative=True), Guardrail("total_ms", "decrease", 900.0))
+    """A tenth slower is found though one user waited a hundred times as long; a margin in ms is understood."""
+    guardrails = (Guardrail("ttft_ms", "decrease", 0.03, is_relative=True), Guardrail("total_ms", "decrease", 900.0))
     experiment = start(guardrails=guardrails)
     for step in range(100):
         add_users(registry, experiment, "A", [YES] * 4, ttft_ms=100.0 + step % 5)
         add_users(registry, experiment, "B", [YES] * 4, ttft_ms=110.0 + step % 5)
-    add_users(registry, experiment, "A", [YES], ttft_ms=100_000.0)
+    add_users(registry, experiment, "A", [YES], ttft_ms=10_000.0)
     report = evaluation.report(experiment.id)
     first, second = report.treatments[0].guards
     assert first.comparison.interval is not None
     assert first.comparison.interval.estimate == pytest.approx(0.08, abs=0.02)
-    mean = stats.gmean([100.0 + step % 5 for step in range(100) for _ in range(4)] + [100_000.0])
+    mean = stats.gmean([100.0 + step % 5 for step in range(100) for _ in range(4)] + [10_000.0])
     assert first.comparison.control.mean == pytest.approx(mean)
-    assert ("breached", "held", 900 / (3 * mean)) == (first.state, second.state, pytest.approx(second.margin))
+    assert ("breached", "held") == (first.state, second.state)
+    assert 900 / (3 * mean) == pytest.approx(second.margin)
 
 
 def test_first_token_is_missed_when_answers_of_one_arm_never_come(
