@@ -15,7 +15,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from adapters.audit import record_act
-from adapters.errors import ConflictError, HotswapError
+from adapters.errors import ConflictError, HotswapError, InvalidInputError
 from adapters.experiment_acts import conclude
 from adapters.experiment_report import ExperimentReport, make_report
 from adapters.experiment_rows import (
@@ -27,7 +27,7 @@ from adapters.experiment_rows import (
     to_experiment,
 )
 from adapters.exposures import read_outcomes
-from adapters.records import Actor
+from adapters.records import Actor, Experiment
 from adapters.registry import Registry
 from adapters.tables import ExperimentRow, utc_now
 
@@ -86,18 +86,41 @@ class ExperimentEvaluation:
             _note_verdict(session, row, report)
             settle_row(session, row, utc_now())
         if experiment.state == "running" and (act := _wanted_act(report)) is not None:
-            arm = experiment.arms[0].name if act == "roll_back" else verdict.arm
-            assert arm is not None  # a promotion names its arm
-            # In one transaction that looks again whether the experiment runs in this stage: nothing is done twice.
-            conclude(
-                self.registry,
-                experiment.id,
-                arm,
-                action=act,
-                reason=verdict.sentence,
-                stage=experiment.stage,
-                numbers=_numbers(report),
-            )
+            self._act(report, act, verdict.arm, verdict.sentence)
+
+    def promote(self, name: str, arm: str | None = None, *, reason: str | None = None) -> Experiment:
+        """End an experiment by hand for the good of a treatment, whatever the verdict: everybody gets its version.
+
+        Args:
+            name: The experiment's id, or its alias.
+            arm: The treatment; None is the one that the verdict promotes.
+            reason: Why, for the log; None is the verdict's sentence.
+
+        Raises:
+            NotFoundError: no such experiment.
+            InvalidInputError: no arm is given and the verdict promotes none, or the control is given.
+            ConflictError: it isn't running, or has no such arm.
+            IntegrityError: the version's files are damaged; the alias stays where it is.
+        """
+        report = self._report(name, with_history=False)
+        verdict, control = report.verdict, report.experiment.arms[0].name
+        arm = arm or (verdict.arm if verdict.kind == "promote" else None)
+        if arm is None:
+            raise InvalidInputError(f"the verdict is {verdict.kind}; say which arm to promote", param="arm")
+        if arm == control:
+            raise InvalidInputError(f"{arm} is the control; roll back to it instead", param="arm")
+        return self._act(report, "promote", arm, reason or verdict.sentence)
+
+    def roll_back(self, name: str, *, reason: str | None = None) -> Experiment:
+        """End an experiment by hand, whatever the verdict: everybody gets the control's version.
+
+        Raises:
+            NotFoundError: no such experiment.
+            ConflictError: it isn't running.
+            IntegrityError: the version's files are damaged; the alias stays where it is.
+        """
+        report = self._report(name, with_history=False)
+        return self._act(report, "roll_back", None, reason or report.verdict.sentence)
 
     def accept_feedback(self, name: str, reason: str) -> None:
         """Let an experiment's arms differ in how often outcomes are known, for the present stage: a person's word.
@@ -112,6 +135,21 @@ class ExperimentEvaluation:
                 raise ConflictError(f"experiment {row.id} does not run")
             record_decision(session, row, "accept_feedback", reason)
             record_act(session, "accept_feedback", row.id, alias=row.alias, reason=reason)
+
+    def _act(self, report: ExperimentReport, act: _Act, arm: str | None, reason: str) -> Experiment:
+        """In one transaction that looks again whether the experiment runs in this stage: nothing is done twice."""
+        experiment = report.experiment
+        chosen = experiment.arms[0].name if act == "roll_back" else arm
+        assert chosen is not None  # a promotion names its arm
+        return conclude(
+            self.registry,
+            experiment.id,
+            chosen,
+            action=act,
+            reason=reason,
+            stage=experiment.stage,
+            numbers=_numbers(report),
+        )
 
     def _report(self, name: str, *, with_history: bool) -> ExperimentReport:
         with self.registry.database.read() as session:

@@ -162,7 +162,7 @@ class Experiment(_Record):
 
     id: str
     alias: str
-    state: Literal["running", "stopped"]
+    state: Literal["draft", "running", "stopped", "decided"]
     arms: list[Arm]
     created_at: Moment
     stopped_at: Moment | None

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from adapters.manifest import Manifest
 from adapters.paging import cut_page
-from adapters.records import VersionKind
+from adapters.records import ExperimentState, VersionKind
 
 __all__ = [
     "ALIAS_PATTERN",
@@ -251,7 +251,7 @@ class ExperimentObject(BaseModel):
     id: str
     object: Literal["experiment"] = "experiment"
     alias: str
-    state: Literal["running", "stopped"]
+    state: ExperimentState
     arms: list[ArmObject]
     created_at: int
     stopped_at: int | None

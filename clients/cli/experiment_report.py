@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from clients.cli.effect_plot import EffectPoint, draw_effect, draw_effects_svg
 from clients.cli.options import HomeOption, JsonOption, open_registry
@@ -14,6 +15,7 @@ from clients.cli.output import console, format_moment, print_json, print_table
 
 if TYPE_CHECKING:
     from adapters.experiment_report import ExperimentReport, MetricReport
+    from adapters.records import Experiment
     from adapters.verdicts import Guard, Treatment, Verdict
 
 __all__ = ["power", "show"]
@@ -24,6 +26,7 @@ _VERDICTS = {
     "continue": ("cyan", "go on: nothing is decided yet"),
     "inconclusive": ("yellow", "inconclusive"),
 }
+_COMMANDS = {"promote": "promote", "roll_back": "rollback"}
 _GUARD_STATES = {
     "held": "[green]holds[/green]",
     "breached": "[red]breached[/red]",
@@ -139,7 +142,7 @@ def _print_report(report: ExperimentReport) -> None:
         "" if experiment.stage == 1 else f", stage {experiment.stage} (weights were changed; only this stage counts)"
     )
     console.print(f"{experiment.id} on {experiment.alias}, {experiment.state}{since} UTC{stage}\n", soft_wrap=True)
-    _print_verdict(report.verdict)
+    _print_verdict(report.verdict, experiment)
     _print_arms(report)
     for treatment in report.treatments:
         _print_effect(report, treatment)
@@ -151,12 +154,15 @@ def _print_report(report: ExperimentReport) -> None:
     console.print(_footnote(report), style="dim")
 
 
-def _print_verdict(verdict: Verdict) -> None:
+def _print_verdict(verdict: Verdict, experiment: Experiment) -> None:
     colour, words = _VERDICTS[verdict.kind]
     console.print(f"Verdict: {words.format(arm=verdict.arm)}", style=f"bold {colour}")
     for sentence in (verdict.sentence, *verdict.notes):
         console.print(f"  {sentence}", markup=False)
-    console.print(f"  What to do: {verdict.next_step}\n", markup=False)
+    console.print(f"  What to do: {verdict.next_step}", markup=False)
+    if experiment.state == "running" and (command := _COMMANDS.get(verdict.kind)):
+        console.print(f"    hotswap experiments {command} {experiment.id}", markup=False, soft_wrap=True)
+    console.print()
 
 
 def _print_arms(report: ExperimentReport) -> None:
@@ -174,13 +180,13 @@ def _print_arms(report: ExperimentReport) -> None:
     ]
     columns = ["arm", "version", "share", "users", "requests", "errors"]
     if report.experiment.metric:
-        columns += [report.experiment.metric.name, "known of"]
+        columns += [report.experiment.metric.name, "of users"]
     print_table(columns, rows, whole=["arm", "version"])
 
 
 def _primary_mean(metrics: Sequence[MetricReport]) -> tuple[str | None, str | None]:
     found = next((metric for metric in metrics if metric.role == "primary"), None)
-    return (None, None) if found is None else (_format_mean(found), f"{found.num_units:,} users")
+    return (None, None) if found is None else (_format_mean(found), f"{found.num_units:,}")
 
 
 def _format_mean(metric: MetricReport) -> str:
@@ -267,7 +273,7 @@ def _print_others(report: ExperimentReport) -> None:
 def _print_decisions(report: ExperimentReport) -> None:
     if report.decisions:
         rows = [
-            (format_moment(decision.made_at), decision.action.replace("_", " "), decision.by, decision.reason)
+            (format_moment(decision.made_at), decision.action.replace("_", " "), decision.by, escape(decision.reason))
             for decision in report.decisions[-_MAX_DECISIONS:]
         ]
         console.print()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from clients.cli.experiment_acts import accept, promote, rollback
 from clients.cli.experiment_report import power, show
 from clients.cli.options import HomeOption, JsonOption, open_registry
 from clients.cli.output import console, format_moment, print_json, print_table
@@ -20,6 +21,9 @@ __all__ = ["app"]
 app = typer.Typer(help="Experiments: create, list, show, stop; and how long one takes.", no_args_is_help=True)
 app.command("show")(show)
 app.command("power")(power)
+app.command("promote")(promote)
+app.command("rollback")(rollback)
+app.command("accept")(accept)
 _NameArgument = Annotated[str, typer.Argument(help="An experiment's id, or its alias.")]
 
 
