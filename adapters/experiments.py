@@ -72,12 +72,13 @@ _MAX_HOLDOUT = 50.0
 class ExperimentService:
     """Experiments, exposures and feedback over one database."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, feedback_window: timedelta = FEEDBACK_WINDOW) -> None:
         self.database = database
+        self._feedback_window = feedback_window
 
     def acting_for(self, actor: Actor) -> ExperimentService:
         """The same service on somebody's behalf: what the actor may not see does not exist in it."""
-        return ExperimentService(self.database.acting_for(actor))
+        return ExperimentService(self.database.acting_for(actor), feedback_window=self._feedback_window)
 
     def create(
         self,
@@ -315,7 +316,7 @@ class ExperimentService:
         with self.database.write() as session:
             add_exposure(session, exposure, feedback)
 
-    def record_feedback(self, feedback: Feedback, *, window: timedelta = FEEDBACK_WINDOW) -> None:
+    def record_feedback(self, feedback: Feedback) -> None:
         """Write an outcome; the same metric for the same response again replaces the value.
 
         Raises:
@@ -324,7 +325,7 @@ class ExperimentService:
             FeedbackTooLateError: the response is older than the window.
         """
         with self.database.write() as session:
-            add_feedback(session, feedback, window=window)
+            add_feedback(session, feedback, window=self._feedback_window)
 
     def outcomes(self, experiment_id: str, stage: int) -> dict[str, Sequence[UnitOutcomes]]:
         """By arm, in the order of the arms, what came of each unit in one stage, the earliest exposed first.

@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -167,7 +168,7 @@ def join_services(
         settings: Limits.
     """
     database = registry.database
-    experiments = ExperimentService(database)
+    experiments = ExperimentService(database, feedback_window=timedelta(days=settings.feedback_days))
     metrics = Metrics()
     engine = EngineClient(
         transport,
