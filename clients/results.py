@@ -13,10 +13,13 @@ __all__ = [
     "Arm",
     "ArmReport",
     "Change",
+    "Comparison",
     "Deleted",
+    "Effect",
     "Experiment",
     "ExperimentDetail",
     "Feedback",
+    "Guardrail",
     "Health",
     "Imported",
     "Interval",
@@ -26,7 +29,10 @@ __all__ = [
     "Pins",
     "Readiness",
     "Residency",
+    "Split",
+    "Treatment",
     "Unloaded",
+    "Verdict",
     "Version",
     "VersionDetail",
 ]
@@ -156,14 +162,14 @@ class Experiment(_Record):
 
     id: str
     alias: str
-    state: Literal["running", "stopped"]
+    state: Literal["draft", "running", "stopped", "decided"]
     arms: list[Arm]
     created_at: Moment
     stopped_at: Moment | None
 
 
 class Interval(_Record):
-    """An estimate with its two-sided confidence interval, for one look planned in advance."""
+    """An estimate with its two-sided confidence interval; all of a report's hold together at every look."""
 
     estimate: float
     low: float
@@ -172,11 +178,17 @@ class Interval(_Record):
 
 
 class Metric(_Record):
-    """One metric in one arm, over users; `difference` is against the first arm."""
+    """One metric in one arm, over users; `difference` is against the first arm.
+
+    With the scale `ratio` the mean is a geometric one, and differences are relative: 0.1 is 10 % more.
+    """
 
     metric: str
+    role: Literal["primary", "guardrail", "other"]
+    scale: Literal["share", "ratio", "number"]
     num_outcomes: int
     num_units: int
+    num_missing: int
     mean: float
     interval: Interval | None
     difference: Interval | None
@@ -191,10 +203,70 @@ class ArmReport(Arm):
     metrics: list[Metric]
 
 
-class ExperimentDetail(Experiment):
-    """An experiment with its counts and outcomes by arm."""
+class Comparison(_Record):
+    """One metric of a treatment against the control."""
 
+    metric: str
+    direction: Literal["increase", "decrease"]
+    scale: Literal["share", "ratio", "number"]
+    difference: Interval | None
+
+
+class Guardrail(Comparison):
+    """A guardrail: held if worse than the margin is ruled out, breached if anything better is."""
+
+    margin: float | None
+    state: Literal["held", "breached", "open", "no_data"]
+
+
+class Treatment(_Record):
+    """A treatment against the control. `gaps` say how much more often its requests have a value of a metric at all."""
+
+    arm: str
+    version: str
+    outcome: Literal["better", "worse", "equivalent", "open", "no_data"]
+    primary: Comparison | None
+    guardrails: list[Guardrail]
+    gaps: list[Comparison]
+
+
+class Split(_Record):
+    """Users by arm against the weights; `fired`: chance does not explain the difference, and there is no verdict."""
+
+    counts: list[int]
+    weights: list[float]
+    p_value: float | None
+    fired: bool
+
+
+class Verdict(_Record):
+    """What the numbers allow, in one plain sentence; `arm` is the treatment that is meant."""
+
+    kind: Literal["promote", "roll_back", "continue", "inconclusive"]
+    arm: str | None
+    sentence: str
+    notes: list[str]
+    next_step: str
+
+
+class Effect(_Record):
+    """The primary metric's effect after so many users of a treatment and the control."""
+
+    arm: str
+    num_units: int
+    at: Moment
+    interval: Interval
+
+
+class ExperimentDetail(Experiment):
+    """An experiment with what came of its present stage; `confidence` is that of every interval."""
+
+    confidence: float
+    verdict: Verdict
     report: list[ArmReport]
+    treatments: list[Treatment]
+    split: Split
+    history: list[Effect]
 
 
 class Feedback(_Record):

@@ -32,11 +32,9 @@ __all__ = [
     "AfterNumber",
     "AliasPath",
     "ArmObject",
-    "ArmReportObject",
     "ChangeObject",
     "DecisionObject",
     "DeletedObject",
-    "ExperimentDetail",
     "ExperimentObject",
     "ExperimentPath",
     "ExperimentRequest",
@@ -44,8 +42,6 @@ __all__ = [
     "HoldoutObject",
     "HoldoutRequest",
     "ImportedObject",
-    "IntervalObject",
-    "MetricObject",
     "Page",
     "PageLimit",
     "PinObject",
@@ -324,38 +320,3 @@ class HoldoutObject(BaseModel):
     id: str = Field(description="The alias.")
     object: Literal["adapter.holdout"] = "adapter.holdout"
     percent: float
-
-
-class IntervalObject(BaseModel):
-    """An estimate with its two-sided confidence interval, for one look planned in advance."""
-
-    estimate: float
-    low: float
-    high: float
-    confidence: float
-
-
-class MetricObject(BaseModel):
-    """One metric in one arm; the mean is over users."""
-
-    metric: str
-    num_outcomes: int
-    num_units: int
-    mean: float
-    interval: IntervalObject | None
-    difference: IntervalObject | None = Field(description="Against the first arm.")
-
-
-class ArmReportObject(ArmObject):
-    """One arm and what came of it."""
-
-    num_exposures: int
-    num_units: int
-    num_errors: int
-    metrics: list[MetricObject]
-
-
-class ExperimentDetail(ExperimentObject):
-    """An experiment with its counts and outcomes by arm."""
-
-    report: list[ArmReportObject]

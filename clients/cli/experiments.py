@@ -7,17 +7,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from clients.cli.experiment_acts import accept, promote, rollback
+from clients.cli.experiment_report import power, show
 from clients.cli.options import HomeOption, JsonOption, open_registry
 from clients.cli.output import console, format_moment, print_json, print_table
 
 if TYPE_CHECKING:
-    from adapters.experiments import ExperimentReport, ExperimentService, MetricReport
+    from adapters.experiments import ExperimentService
     from adapters.records import Experiment
-    from adapters.statistics import Interval
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Experiments: create, list, show, stop.", no_args_is_help=True)
+app = typer.Typer(help="Experiments: create, list, show, stop; and how long one takes.", no_args_is_help=True)
+app.command("show")(show)
+app.command("power")(power)
+app.command("promote")(promote)
+app.command("rollback")(rollback)
+app.command("accept")(accept)
 _NameArgument = Annotated[str, typer.Argument(help="An experiment's id, or its alias.")]
 
 
@@ -55,16 +61,6 @@ def list_experiments(
     print_table(["experiment", "state", "created", "arms"], rows, whole=["experiment", "created"])
 
 
-@app.command("show")
-def show(name: _NameArgument, home: HomeOption = None, json: JsonOption = False) -> None:
-    """Counts, means and 95 % intervals per arm."""
-    report = _open(home).report(name)
-    if json:
-        print_json(report)
-    else:
-        _print_report(report)
-
-
 @app.command("stop")
 def stop(name: _NameArgument, home: HomeOption = None, json: JsonOption = False) -> None:
     """End an experiment; its alias answers with the version that it points to."""
@@ -83,44 +79,3 @@ def _open(home: Path | None) -> ExperimentService:
 
 def _describe_arms(experiment: Experiment) -> str:
     return ", ".join(f"{arm.name} = {experiment.alias}@v{arm.number} ({arm.weight:g} %)" for arm in experiment.arms)
-
-
-def _print_report(report: ExperimentReport) -> None:
-    experiment = report.experiment
-    console.print(f"{experiment.id} on {experiment.alias}, {experiment.state}", soft_wrap=True)
-    counts = [
-        (
-            entry.arm.name,
-            f"{experiment.alias}@v{entry.arm.number}",
-            f"{entry.arm.weight:g} %",
-            entry.num_exposures,
-            entry.num_units,
-            entry.num_errors,
-        )
-        for entry in report.arms
-    ]
-    print_table(["arm", "version", "share", "requests", "users", "errors"], counts, whole=["arm", "version"])
-    if outcomes := [_outcome(arm.arm.name, metric) for arm in report.arms for metric in arm.metrics]:
-        against = f"against {report.arms[0].arm.name}"
-        print_table(["arm", "metric", "outcomes", "mean", "95 % interval", against], outcomes, whole=["arm"])
-    console.print(
-        "Means are over users: each user's outcomes are averaged first. Intervals hold for one look at a sample size "
-        "fixed beforehand; they don't allow looking again and again until one excludes zero.",
-        style="dim",
-    )
-
-
-def _outcome(arm: str, metric: MetricReport) -> tuple[object, ...]:
-    interval, difference = metric.estimate.interval, metric.difference
-    return (
-        arm,
-        metric.metric,
-        metric.num_outcomes,
-        f"{metric.estimate.mean:.3f}",
-        _format_interval(interval) if interval else metric.estimate.method,
-        f"{difference.estimate:+.3f} {_format_interval(difference)}" if difference else None,
-    )
-
-
-def _format_interval(interval: Interval) -> str:
-    return f"[{interval.low:.3f}, {interval.high:.3f}]".replace("[", "\\[")

@@ -11,27 +11,22 @@ from fastapi import APIRouter, Query, Request
 
 from adapters.experiment_acts import undo
 from adapters.experiment_config import GuardrailConfig, MetricConfig
-from adapters.experiments import ArmReport, ExperimentReport, MetricReport
 from adapters.records import Arm, Decision, Experiment, ExperimentState, Feedback
-from adapters.statistics import Interval
 from server.auth import needs
+from server.experiment_report import ReportObject, report_object
 from server.observe import request_id_of
 from server.resources import (
     EXPERIMENT_PATTERN,
     AfterNumber,
     AliasPath,
     ArmObject,
-    ArmReportObject,
     DecisionObject,
-    ExperimentDetail,
     ExperimentObject,
     ExperimentPath,
     ExperimentRequest,
     FeedbackObject,
     HoldoutObject,
     HoldoutRequest,
-    IntervalObject,
-    MetricObject,
     Page,
     PageLimit,
     WeightsRequest,
@@ -43,6 +38,12 @@ from server.services import CurrentCaller, CurrentServices
 __all__ = ["router"]
 
 router = APIRouter()
+
+
+class ExperimentDetail(ExperimentObject, ReportObject):
+    """An experiment and what came of its present stage."""
+
+
 _EXPERIMENTS = [needs("experiments")]
 _PLAIN_FIELDS = (
     "id",
@@ -111,9 +112,9 @@ async def create_experiment(body: ExperimentRequest, services: CurrentServices) 
 
 @router.get("/v1/experiments/{experiment}", dependencies=_EXPERIMENTS)
 async def show_experiment(experiment: ExperimentPath, services: CurrentServices) -> ExperimentDetail:
-    """One experiment with counts, means and 95 % intervals by arm; the intervals hold for one look."""
-    report = await asyncio.to_thread(services.experiments.report, experiment)
-    return _detail(report)
+    """One experiment with its verdict, effects with intervals that hold at every look, guardrails and counts."""
+    report = await asyncio.to_thread(services.evaluation.report, experiment)
+    return ExperimentDetail(**_experiment_fields(report.experiment), **dict(report_object(report)))
 
 
 @router.post("/v1/experiments/{experiment}/start", dependencies=_EXPERIMENTS)
@@ -202,35 +203,3 @@ def _seconds(moment: datetime | None) -> int | None:
 
 def _arm_fields(alias: str, arm: Arm) -> dict[str, Any]:
     return {"name": arm.name, "version": f"{alias}@v{arm.number}", "digest": arm.digest, "weight": arm.weight}
-
-
-def _detail(report: ExperimentReport) -> ExperimentDetail:
-    alias = report.experiment.alias
-    return ExperimentDetail(
-        **_experiment_fields(report.experiment), report=[_arm_report(alias, arm) for arm in report.arms]
-    )
-
-
-def _arm_report(alias: str, report: ArmReport) -> ArmReportObject:
-    return ArmReportObject(
-        **_arm_fields(alias, report.arm),
-        num_exposures=report.num_exposures,
-        num_units=report.num_units,
-        num_errors=report.num_errors,
-        metrics=[_metric(metric) for metric in report.metrics],
-    )
-
-
-def _metric(report: MetricReport) -> MetricObject:
-    return MetricObject(
-        metric=report.metric,
-        num_outcomes=report.num_outcomes,
-        num_units=report.estimate.num_units,
-        mean=report.estimate.mean,
-        interval=_interval(report.estimate.interval),
-        difference=_interval(report.difference),
-    )
-
-
-def _interval(interval: Interval | None) -> IntervalObject | None:
-    return None if interval is None else IntervalObject(**asdict(interval))

@@ -1,4 +1,4 @@
-"""Experiments: pinned arms, exposures that survive, and reports by unit."""
+"""Experiments: pinned arms, and exposures that survive."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from adapters.database import open_database
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
-from adapters.experiments import ArmReport, ExperimentService, parse_arm
+from adapters.experiments import ExperimentService, parse_arm
 from adapters.records import Binding, Experiment, Exposure, Feedback
 from adapters.registry import Registry
-from adapters.statistics import difference_interval, mean_interval
 from adapters.tables import ExposureRow
 from tests.support.versions import publish_text
 
@@ -52,10 +50,6 @@ def _outcome(
 def _exposures(service: ExperimentService) -> list[ExposureRow]:
     with service.database.read() as session:
         return list(session.query(ExposureRow).all())
-
-
-def _arm(service: ExperimentService, experiment: Experiment, name: str) -> ArmReport:
-    return next(report for report in service.report(experiment.id).arms if report.arm.name == name)
 
 
 def test_create_pins_versions_when_numbers_or_digests_are_given(
@@ -156,7 +150,7 @@ def test_stop_ends_the_experiment_when_named_by_id_or_alias(experiments: Experim
 
 def test_unknown_experiments_raise_when_asked_for(experiments: ExperimentService) -> None:
     """The message holds the name."""
-    for act in (experiments.get, experiments.stop, experiments.report):
+    for act in (experiments.get, experiments.stop):
         with pytest.raises(NotFoundError, match="no experiment 'legal'"):
             act("legal")
 
@@ -193,89 +187,14 @@ def test_feedback_replaces_when_the_metric_is_reported_again(experiments: Experi
     response = _outcome(experiments, experiment, "A", "u", 0.25)
     experiments.record_feedback(Feedback(response, "score", 0.75, "better"))
     experiments.record_feedback(Feedback(response, "length", 3.0))
-    assert [
-        (metric.metric, metric.num_outcomes, metric.estimate.mean)
-        for metric in _arm(experiments, experiment, "A").metrics
-    ] == [("length", 1, 3.0), ("score", 1, 0.75)]
+    (unit,) = experiments.outcomes(experiment.id, 1)["A"]
+    assert {"length": (3.0, 1), "score": (0.75, 1)} == unit.feedback
 
 
 def test_feedback_raises_when_the_response_is_unknown(experiments: ExperimentService) -> None:
     """The id stands in the message, and nothing is stored."""
     with pytest.raises(NotFoundError, match="no response 'nope'"):
         experiments.record_feedback(Feedback("nope", "score", 1.0))
-
-
-def test_report_counts_a_heavy_user_once_when_averaging(experiments: ExperimentService) -> None:
-    """Outcomes of a unit are averaged first: 9 x 1.0 of one user and 0.0 of another are 0.5, not 0.9."""
-    experiment = experiments.create("legal", HALVES)
-    for _ in range(9):
-        _outcome(experiments, experiment, "A", "heavy", 1.0)
-    _outcome(experiments, experiment, "A", "light", 0.0)
-    report = _arm(experiments, experiment, "A")
-    (metric,) = report.metrics
-    assert (report.num_exposures, report.num_units, report.num_errors) == (10, 2, 0)
-    assert (10, mean_interval([1.0, 0.0])) == (metric.num_outcomes, metric.estimate)
-
-
-def test_report_gives_differences_against_the_first_arm_when_there_are_several(
-    experiments: ExperimentService,
-) -> None:
-    """The first arm is the control and has no difference to itself; the interval is that of the unit means."""
-    experiment = experiments.create("legal", [("A", "v1", 40), ("B", "v2", 40), ("C", "v3", 20)])
-    control, treatment = [0.1, 0.4, 0.3, 0.6], [0.9, 0.7, 0.2]
-    for arm, values in (("A", control), ("B", treatment)):
-        for index, value in enumerate(values):
-            _outcome(experiments, experiment, arm, f"u{index}", value - 0.05)
-            _outcome(experiments, experiment, arm, f"u{index}", value + 0.05)
-    report = experiments.report(experiment.id)
-    assert [arm.arm.name for arm in report.arms] == ["A", "B", "C"]
-    (first,), (second,), third = (arm.metrics for arm in report.arms)
-    assert first.difference is None
-    assert second.difference is not None
-    expected = stats.ttest_ind(treatment, control, equal_var=False).confidence_interval(0.95)
-    assert (expected.low, expected.high) == pytest.approx((second.difference.low, second.difference.high))
-    exact = difference_interval(treatment, control)
-    assert exact is not None
-    assert exact.estimate == pytest.approx(second.difference.estimate)
-    assert third == ()
-
-
-def test_report_has_no_difference_when_the_control_has_no_outcome(experiments: ExperimentService) -> None:
-    """A metric that only the treatment has is shown without a comparison."""
-    experiment = experiments.create("legal", HALVES)
-    _outcome(experiments, experiment, "B", "u1", 1.0)
-    _outcome(experiments, experiment, "B", "u2", 0.0)
-    (metric,) = _arm(experiments, experiment, "B").metrics
-    assert (metric.num_outcomes, metric.estimate.mean, metric.difference) == (2, 0.5, None)
-    assert _arm(experiments, experiment, "A").metrics == ()
-
-
-def test_report_counts_errors_when_requests_failed(experiments: ExperimentService) -> None:
-    """A failed request is exposed all the same."""
-    experiment = experiments.create("legal", HALVES)
-    _expose(experiments, experiment, "A", "u1", "r1")
-    _expose(experiments, experiment, "A", "u1", "r2", "engine died")
-    _expose(experiments, experiment, "A", "u2", "r3", "engine died")
-    report = _arm(experiments, experiment, "A")
-    assert (report.num_exposures, report.num_units, report.num_errors, report.metrics) == (3, 2, 2, ())
-    empty = _arm(experiments, experiment, "B")
-    assert (empty.num_exposures, empty.num_units, empty.num_errors) == (0, 0, 0)
-
-
-def test_report_leaves_out_other_requests_when_they_are_not_of_the_experiment(
-    experiments: ExperimentService,
-) -> None:
-    """An earlier experiment's exposures, with arms of the same names, don't count."""
-    first = experiments.create("legal", HALVES)
-    _outcome(experiments, first, "A", "u", 1.0)
-    experiments.stop("legal")
-    second = experiments.create("legal", HALVES)
-    experiments.record_exposure(
-        Exposure("r", Binding("legal", "alias", "a" * 64, 3), "u", "user", 1, 1, 1, 1, "", None)
-    )
-    experiments.record_feedback(Feedback("r", "score", 0.0))
-    assert _arm(experiments, second, "A").num_exposures == 0
-    assert _arm(experiments, first, "A").num_exposures == 1
 
 
 RECORD_AND_DIE = """
