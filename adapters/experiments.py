@@ -20,7 +20,7 @@ from adapters.assignment import allot_traffic, shift_weights, unit_position
 from adapters.audit import record_act
 from adapters.database import Database, actor_of
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
-from adapters.experiment_config import check_arms, check_plan, check_times, check_traffic, parse_arm
+from adapters.experiment_config import check_arms, check_plan, check_times, check_traffic
 from adapters.experiment_rows import (
     add_arms,
     begin_stage,
@@ -63,7 +63,6 @@ from adapters.tables import (
 __all__ = [
     "ExperimentService",
     "find_room",
-    "parse_arm",
 ]
 
 _MAX_HOLDOUT = 50.0

@@ -17,6 +17,7 @@ __all__ = [
     "BASE_MODEL_NAME",
     "BUILT_IN_METRICS",
     "COMMAND_LINE",
+    "EXPERIMENT_STATES",
     "SCOPES",
     "Actor",
     "AdapterVersion",
@@ -76,6 +77,7 @@ JobStatus = Literal["validating_files", "queued", "running", "paused", "succeede
 Scope = Literal["chat", "feedback", "train", "adapters", "experiments", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 ExperimentState = Literal["draft", "running", "stopped", "decided"]
+EXPERIMENT_STATES: tuple[ExperimentState, ...] = get_args(ExperimentState)
 Direction = Literal["increase", "decrease"]
 UnitSource = Literal["user", "header", "conversation", "request"]
 DecisionAction = Literal[

@@ -14,6 +14,7 @@ __all__ = [
     "ArmReport",
     "Change",
     "Comparison",
+    "Decision",
     "Deleted",
     "Effect",
     "Experiment",
@@ -21,12 +22,15 @@ __all__ = [
     "Feedback",
     "Guardrail",
     "Health",
+    "Holdout",
     "Imported",
     "Interval",
+    "Margin",
     "Metric",
     "Moment",
     "Page",
     "Pins",
+    "PrimaryMetric",
     "Readiness",
     "Residency",
     "Split",
@@ -157,6 +161,22 @@ class Arm(_Record):
     weight: float
 
 
+class PrimaryMetric(_Record):
+    """What decides an experiment, and in which direction it gets better."""
+
+    name: str
+    direction: Literal["increase", "decrease"]
+
+
+class Margin(_Record):
+    """By how much a metric may get worse against the control; if `is_relative`, as a share of the control's mean."""
+
+    metric: str
+    direction: Literal["increase", "decrease"]
+    margin: float
+    is_relative: bool
+
+
 class Experiment(_Record):
     """A split of one alias between pinned versions."""
 
@@ -164,8 +184,43 @@ class Experiment(_Record):
     alias: str
     state: Literal["draft", "running", "stopped", "decided"]
     arms: list[Arm]
+    salt: str
+    traffic: float
+    stage: int
+    metric: PrimaryMetric | None
+    guardrails: list[Margin]
+    alpha: float
+    smallest_effect: float | None
+    planned_units: int | None
+    analysis: Literal["sequential", "fixed"]
+    allocation: Literal["fixed", "thompson"]
+    auto_promote: bool
+    auto_rollback: bool
+    starts_at: Moment | None
+    ends_at: Moment | None
     created_at: Moment
     stopped_at: Moment | None
+    config_hash: str
+
+
+class Decision(_Record):
+    """One act on an experiment, with the numbers that led to it."""
+
+    id: int
+    experiment: str
+    stage: int
+    made_at: Moment
+    action: str
+    by: str
+    reason: str
+    numbers: dict[str, Any]
+
+
+class Holdout(_Record):
+    """The percent of an alias's users that no experiment touches."""
+
+    id: str
+    percent: float
 
 
 class Interval(_Record):
