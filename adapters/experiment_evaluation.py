@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import timedelta
 from typing import Any, Literal
 
 import structlog
@@ -17,7 +18,7 @@ from sqlalchemy.orm import Session
 from adapters.audit import record_act
 from adapters.errors import ConflictError, HotswapError, InvalidInputError
 from adapters.experiment_acts import conclude
-from adapters.experiment_report import ExperimentReport, make_report
+from adapters.experiment_report import ExperimentReport, better_shares, make_report
 from adapters.experiment_rows import (
     find_experiment_row,
     load_decisions,
@@ -26,16 +27,20 @@ from adapters.experiment_rows import (
     state_of,
     to_experiment,
 )
+from adapters.experiments import ExperimentService
 from adapters.exposures import read_outcomes
 from adapters.records import Actor, Experiment
 from adapters.registry import Registry
 from adapters.tables import ExperimentRow, utc_now
 
-__all__ = ["EVALUATOR", "ExperimentEvaluation"]
+__all__ = ["EVALUATOR", "REALLOCATION_EVERY", "ExperimentEvaluation"]
 
 _log = structlog.get_logger(__name__)
 EVALUATOR = Actor("evaluator")
+REALLOCATION_EVERY = timedelta(days=1)
 _Act = Literal["promote", "roll_back"]
+_STAGE_BEGINS = ("start", "change_weights", "undo")
+_LEAST_SHIFT = 5.0  # percent: less is not worth a stage
 
 
 class ExperimentEvaluation:
@@ -87,6 +92,8 @@ class ExperimentEvaluation:
             settle_row(session, row, utc_now())
         if experiment.state == "running" and (act := _wanted_act(report)) is not None:
             self._act(report, act, verdict.arm, verdict.sentence)
+        elif experiment.state == "running" and experiment.allocation == "thompson":
+            self._reallocate(report)
 
     def promote(self, name: str, arm: str | None = None, *, reason: str | None = None) -> Experiment:
         """End an experiment by hand for the good of a treatment, whatever the verdict: everybody gets its version.
@@ -149,6 +156,24 @@ class ExperimentEvaluation:
             reason=reason,
             stage=experiment.stage,
             numbers=_numbers(report),
+        )
+
+    def _reallocate(self, report: ExperimentReport) -> None:
+        """Let the weights follow the better arms, once a day: days differ, and a stage takes whole ones."""
+        experiment = report.experiment
+        began = max(item.made_at for item in report.decisions if item.action in _STAGE_BEGINS)
+        if utc_now() - began < REALLOCATION_EVERY:
+            return
+        with self.registry.database.read() as session:
+            outcomes = read_outcomes(session, experiment.id, experiment.stage)
+        shares = better_shares(experiment, outcomes)
+        if max(abs(shares[arm.name] - arm.weight) for arm in experiment.arms) < _LEAST_SHIFT:
+            return
+        ExperimentService(self.registry.database).change_weights(
+            experiment.id,
+            [(arm.name, None, shares[arm.name]) for arm in experiment.arms],
+            reason="weights follow the probability that an arm is the best",
+            numbers={"shares": shares},
         )
 
     def _report(self, name: str, *, in_full: bool) -> ExperimentReport:

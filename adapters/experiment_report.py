@@ -23,6 +23,7 @@ from adapters.statistics import (
     difference_sequence,
     mean_sequence,
     sample_ratio,
+    thompson_weights,
 )
 from adapters.verdicts import (
     Comparison,
@@ -39,18 +40,22 @@ from adapters.verdicts import (
 )
 
 __all__ = [
+    "LEAST_SHARE",
     "ArmReport",
     "EffectPoint",
     "ExperimentReport",
     "MetricReport",
     "Outcomes",
+    "better_shares",
     "make_report",
     "stage_confidence",
 ]
 
 Outcomes = Mapping[str, Sequence[UnitOutcomes]]  # by arm, in the order of the units' first exposures
 _Role = Literal["primary", "guardrail", "other"]
+LEAST_SHARE = 5.0
 _HISTORY_POINTS = 40
+_LEAST_ALPHA = 1e-9  # below it, one less it is one: floats end there
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +152,27 @@ def make_report(
     )
 
 
+def better_shares(experiment: Experiment, outcomes: Outcomes) -> dict[str, float]:
+    """Each arm's share of the units, in whole percent, by how probable it is that it is the best (Thompson).
+
+    No arm gets less than `LEAST_SHARE` percent, so that none is given up for bad luck at the beginning.
+    """
+    assert experiment.metric is not None  # a plan without one can't ask for it
+    columns = [_read_column(outcomes.get(arm.name, ()), experiment.metric.name) for arm in experiment.arms]
+    floor = min(LEAST_SHARE / 100, 1 / len(columns))
+    shares = thompson_weights([column.values for column in columns], direction=experiment.metric.direction, floor=floor)
+    percents = [math.floor(share * 100) for share in shares]
+    percents[shares.index(max(shares))] += 100 - sum(percents)
+    return {arm.name: float(percent) for arm, percent in zip(experiment.arms, percents, strict=True)}
+
+
 def stage_confidence(experiment: Experiment) -> float:
     """The confidence of one interval, so that all comparisons and stages together keep the experiment's alpha.
 
     Several treatments share it (each has its own chance to be taken for better by chance). Each further stage has half
     of the one before: somebody who changes weights again and again gets no new chance at full price.
     """
-    alpha = experiment.alpha / 2 ** (experiment.stage - 1)
+    alpha = max(experiment.alpha * 0.5 ** (experiment.stage - 1), _LEAST_ALPHA)
     return adjusted_confidence(1 - alpha, len(experiment.arms) - 1)
 
 
