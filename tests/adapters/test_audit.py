@@ -9,6 +9,7 @@ import pytest
 
 from adapters.audit import AuditLog
 from adapters.errors import HotswapError
+from adapters.experiment_acts import conclude, undo
 from adapters.experiments import ExperimentService
 from adapters.files import FileService
 from adapters.jobs import JobOrder, JobService
@@ -42,7 +43,12 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
     registry.rollback("legal")
     experiments = ExperimentService(registry.database)
     experiment = experiments.create("legal", HALVES)
+    experiments.change_weights("legal", [("A", None, 90), ("B", None, 10)])
+    conclude(registry, "legal", "B", action="promote", reason="B is better")
+    undo(registry, "legal")
+    draft = experiments.create("legal", HALVES, draft=True)
     experiments.stop("legal")
+    experiments.set_holdout("legal", 5)
     pins = PinService(registry.database)
     pins.pin("legal", max_versions=1)
     pins.pin("legal", max_versions=1)
@@ -69,7 +75,12 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
         ("promote", "legal"),
         ("rollback", "legal"),
         ("start_experiment", experiment.id),
-        ("stop_experiment", experiment.id),
+        ("change_weights", experiment.id),
+        ("decide_experiment", experiment.id),
+        ("undo_decision", experiment.id),
+        ("create_experiment", draft.id),
+        ("stop_experiment", draft.id),
+        ("set_holdout", "legal"),
         ("pin", "legal"),
         ("unpin", "legal"),
         ("unload", "legal@v2"),
