@@ -54,7 +54,7 @@ class ExperimentEvaluation:
         Raises:
             NotFoundError: there is none.
         """
-        return self._report(name, with_history=True)
+        return self._report(name, in_full=True)
 
     def evaluate_all(self) -> None:
         """Evaluate what runs, and what has ended at its time since the last evaluation.
@@ -77,7 +77,7 @@ class ExperimentEvaluation:
             ConflictError: somebody ended it, or changed its weights, at the same time; nothing was done.
             IntegrityError: the files of the version to be promoted are damaged; the alias stays where it is.
         """
-        report = self._report(experiment_id, with_history=False)
+        report = self._report(experiment_id, in_full=False)
         experiment, verdict = report.experiment, report.verdict
         with self.registry.database.write() as session:
             row = session.get_one(ExperimentRow, experiment.id)
@@ -102,7 +102,7 @@ class ExperimentEvaluation:
             ConflictError: it isn't running, or has no such arm.
             IntegrityError: the version's files are damaged; the alias stays where it is.
         """
-        report = self._report(name, with_history=False)
+        report = self._report(name, in_full=False)
         verdict, control = report.verdict, report.experiment.arms[0].name
         arm = arm or (verdict.arm if verdict.kind == "promote" else None)
         if arm is None:
@@ -119,7 +119,7 @@ class ExperimentEvaluation:
             ConflictError: it isn't running.
             IntegrityError: the version's files are damaged; the alias stays where it is.
         """
-        report = self._report(name, with_history=False)
+        report = self._report(name, in_full=False)
         return self._act(report, "roll_back", None, reason or report.verdict.sentence)
 
     def accept_feedback(self, name: str, reason: str) -> None:
@@ -151,14 +151,14 @@ class ExperimentEvaluation:
             numbers=_numbers(report),
         )
 
-    def _report(self, name: str, *, with_history: bool) -> ExperimentReport:
+    def _report(self, name: str, *, in_full: bool) -> ExperimentReport:
         with self.registry.database.read() as session:
             now = utc_now()
             row = find_experiment_row(session, name)
             experiment = to_experiment(session, row, now)
             outcomes = read_outcomes(session, row.id, row.stage)
             decisions = load_decisions(session, row.id)
-        return make_report(experiment, outcomes, now=now, decisions=decisions, with_history=with_history)
+        return make_report(experiment, outcomes, now=now, decisions=decisions, in_full=in_full)
 
 
 def _wanted_act(report: ExperimentReport) -> _Act | None:

@@ -1,6 +1,6 @@
 """What came of an experiment: its arms, effects with their intervals over time, guardrails, split, and the verdict.
 
-Pure: outcomes by unit go in, a report comes out; docs/experiments.md says how to read it. Of an experiment whose
+Pure: outcomes by unit go in, a report comes out; docs/verdicts.md says how to read it. Of an experiment whose
 weights were changed only the present stage is read: earlier units came by other odds, at other times.
 """
 
@@ -108,7 +108,7 @@ def make_report(
     *,
     now: datetime,
     decisions: Sequence[Decision] = (),
-    with_history: bool = True,
+    in_full: bool = True,
 ) -> ExperimentReport:
     """Read one stage of an experiment.
 
@@ -117,7 +117,8 @@ def make_report(
         outcomes: What came of that stage's units, by arm.
         now: The moment of reading, against which its end is held.
         decisions: Everything that was decided; a person's word that feedback may differ is among them.
-        with_history: Whether to compute the effect over time, which takes as long as all the rest.
+        in_full: Whether to compute what the verdict doesn't need, too: every metric of every arm, and the effect over
+            time. Both take far longer than the rest.
     """
     reader = _Reader(experiment, outcomes)
     treatments = tuple(reader.treatment(arm) for arm in experiment.arms[1:])
@@ -137,10 +138,10 @@ def make_report(
     return ExperimentReport(
         experiment=experiment,
         confidence=reader.confidence,
-        arms=tuple(reader.arm(arm) for arm in experiment.arms),
+        arms=tuple(reader.arm(arm, in_full=in_full) for arm in experiment.arms),
         treatments=treatments,
         split=split,
-        history={arm.name: reader.history(arm) for arm in experiment.arms[1:]} if with_history else {},
+        history={arm.name: reader.history(arm) for arm in experiment.arms[1:]} if in_full else {},
         verdict=judge(evidence),
         decisions=tuple(decisions),
     )
@@ -214,9 +215,9 @@ class _Reader:
             gaps=tuple(self._gap(arm, name) for name in watched if can_be_missing(name)),
         )
 
-    def arm(self, arm: Arm) -> ArmReport:
+    def arm(self, arm: Arm, *, in_full: bool) -> ArmReport:
         units = self.units(arm.name)
-        found = [self._metric(arm, name) for name in self._metric_names()]
+        found = [self._metric(arm, name) for name in self._metric_names()] if in_full else []
         return ArmReport(
             arm=arm,
             num_exposures=sum(unit.num_exposures for unit in units),
@@ -376,13 +377,11 @@ def _over(experiment: Experiment, num_units: int, now: datetime) -> str | None:
     """Why nothing more is to come, if so."""
     if experiment.state == "decided":
         return "it was decided"
-    if experiment.ends_at is not None and experiment.ends_at <= now:
-        return "its end date has passed"
-    if experiment.state == "stopped":
-        return "it was stopped"
     if experiment.planned_units is not None and num_units >= experiment.planned_units:
         return f"the planned {experiment.planned_units:,} users are there"
-    return None
+    if experiment.ends_at is not None and experiment.ends_at <= now:
+        return "its end date has passed"
+    return "it was stopped" if experiment.state == "stopped" else None
 
 
 def _comparison(treatment: _Column, control: _Column, metric: Metric, interval: Interval | None) -> Comparison:
