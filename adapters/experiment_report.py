@@ -305,12 +305,13 @@ class _Reader:
     def _sequence(
         self, arm: Arm, treatment: Sequence[float], control: Sequence[float], *, is_share: bool | None
     ) -> Interval | None:
+        both = arm.weight + self.experiment.arms[0].weight
         return difference_sequence(
             treatment,
             control,
             confidence=self.confidence,
-            planned_units=self.tuned_for,
-            treatment_share=arm.weight / (arm.weight + self.experiment.arms[0].weight),
+            planned_units=self.tuned_for * both / 100,
+            treatment_share=arm.weight / both,
             is_share=is_share,
         )
 
@@ -321,7 +322,7 @@ class _Reader:
             return None
         role = self._role(name)
         metric = Metric(name, self._direction(name))
-        own = mean_sequence(column.values, confidence=self.confidence, planned_units=self.tuned_for)
+        own = mean_sequence(column.values, confidence=self.confidence, planned_units=self.tuned_for * arm.weight / 100)
         difference = None
         if arm.name != self.control:
             compared = (
