@@ -129,7 +129,7 @@ class ExperimentEvaluation:
         report = self._report(name, in_full=False)
         return self._act(report, "roll_back", None, reason or report.verdict.sentence)
 
-    def accept_feedback(self, name: str, reason: str) -> None:
+    def accept_feedback(self, name: str, reason: str) -> Experiment:
         """Let an experiment's arms differ in how often outcomes are known, for the present stage: a person's word.
 
         Raises:
@@ -137,11 +137,12 @@ class ExperimentEvaluation:
             ConflictError: it does not run any more.
         """
         with self.registry.database.write() as session:
-            row = find_experiment_row(session, name)
-            if state_of(row, utc_now()) != "running":
-                raise ConflictError(f"experiment {row.id} does not run")
+            row, now = find_experiment_row(session, name), utc_now()
+            if state_of(row, now) != "running":
+                raise ConflictError(f"experiment {row.id} is {state_of(row, now)}, not running")
             record_decision(session, row, "accept_feedback", reason)
             record_act(session, "accept_feedback", row.id, alias=row.alias, reason=reason)
+            return to_experiment(session, row, now)
 
     def _act(self, report: ExperimentReport, act: _Act, arm: str | None, reason: str) -> Experiment:
         """In one transaction that looks again whether the experiment runs in this stage: nothing is done twice."""

@@ -253,7 +253,7 @@ def test_difference_in_feedback_holds_back_until_somebody_accepts_it(
     evaluation.evaluate_all()
     assert 2 == _points_to(registry)
     assert ["start", "verdict", "accept_feedback", "verdict", "promote"] == _actions(registry, experiment)
-    with pytest.raises(ConflictError, match="does not run"):
+    with pytest.raises(ConflictError, match="decided, not running"):
         evaluation.accept_feedback(experiment.id, "again")
 
 

@@ -178,6 +178,11 @@ def test_experiment_is_run_and_judged_when_driven_by_the_async_client(url: str, 
             assert 3 == (await experiments.undo(draft.id)).stage
             assert 4 == len((await experiments.decisions(draft.id)).data)
             await experiments.stop(draft.id)
+            judged = [(await experiments.create("legal", arms)).id]
+            assert "running" == (await experiments.accept_feedback(judged[0], "known")).state
+            assert "decided" == (await experiments.promote(judged[0], "B")).state
+            judged.append((await experiments.create("legal", arms)).id)
+            assert "decided" == (await experiments.rollback(judged[1], reason="cold feet")).state
             assert (5, 5) == (
                 (await experiments.set_holdout("legal", 5)).percent,
                 (await experiments.holdout("legal")).percent,
@@ -222,6 +227,11 @@ def test_experiment_is_planned_and_changed_when_driven_by_the_client(url: str, s
         assert (3, 20) == (experiments.undo(draft.id).stage, experiments.get(draft.id).traffic)
         assert ["create", "start"] == [item.action for item in experiments.decisions(draft.id, limit=2).data]
         assert "stopped" == experiments.stop(draft.id).state
+        judged = [experiments.create("legal", [ArmSpec("A", "v1", 50), ArmSpec("B", "v2", 50)]).id]
+        assert "running" == experiments.accept_feedback(judged[0], "known").state
+        assert "decided" == experiments.promote(judged[0], "B", reason="users say so").state
+        judged.append(experiments.create("legal", [ArmSpec("A", "v1", 50), ArmSpec("B", "v2", 50)]).id)
+        assert "decided" == experiments.rollback(judged[1]).state
         assert (5, 5) == (experiments.set_holdout("legal", 5).percent, experiments.holdout("legal").percent)
 
 
