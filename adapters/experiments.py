@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
-from adapters.assignment import allot_traffic, shift_weights, unit_position
+from adapters.assignment import allot_traffic, overlaps, shift_weights, unit_position
 from adapters.audit import record_act
 from adapters.database import Database, actor_of
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
@@ -360,10 +360,13 @@ def _start(session: Session, row: ExperimentRow, alias_row: AliasRow) -> None:
     record_act(session, "start_experiment", row.id, alias=row.alias, arms=shares)
 
 
-def find_room(session: Session, row: ExperimentRow, percent: float, now: datetime) -> tuple[Stretch, ...]:
+def find_room(
+    session: Session, row: ExperimentRow, percent: float, now: datetime, *, former: Sequence[Stretch] = ()
+) -> tuple[Stretch, ...]:
     """The experiment's positions on its alias for a share of its traffic: those that it has, and more or fewer.
 
-    No other experiment has them at the same time. The first one begins where the salt says.
+    No other experiment has them at the same time. The first one begins where the salt says. Those that it had
+    before, `former`, are taken if nobody has them by now.
 
     Raises:
         ConflictError: the others leave too few.
@@ -372,6 +375,8 @@ def find_room(session: Session, row: ExperimentRow, percent: float, now: datetim
         other for other in _started_rows(session, row.alias, now) if other.id != row.id and _overlap_in_time(other, row)
     ]
     taken = [stretch for other in others for stretch in stretches_of(other.stretches)]
+    if former and not overlaps(former, taken):
+        return tuple(former)
     own = stretches_of(row.stretches)
     start = own[-1][1] % 100 if own else unit_position(row.salt, "start")
     found = allot_traffic(own, taken, percent, start=start)
