@@ -202,6 +202,14 @@ def test_unit_is_the_user_the_header_or_the_conversation_when_asked(site: Site) 
     assert 5 == len({ann, first, system, text, tokens})
 
 
+def test_unit_is_the_same_when_a_name_is_not_ascii(site: Site) -> None:
+    """A header is bytes: those of UTF-8 are the name's, as in the body."""
+    body = {"model": "base", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    _chat(site, model="base", user="用户")
+    _call(site, "POST", CHAT, json=body, headers={b"x-hotswap-unit": "用户".encode()})
+    assert ["0d0e1a86b3aa787709b00329fcd32b5b"] * 2 == [row.unit for row in site.exposures()]
+
+
 @pytest.mark.parametrize("name", ["x-hotswap-unit", "x-hotswap-arm"])
 def test_chat_is_refused_when_a_header_is_too_long(name: str, site: Site) -> None:
     """The header is named."""
@@ -279,6 +287,9 @@ def test_feedback_is_taken_when_the_answer_is_still_streamed(site: Site) -> None
         built_in = {"id": response, "metric": "error_rate", "value": 0}
         statuses.append((await http.post("/v1/feedback", json=built_in)).status_code)
         assert site.exposures() == []
+        many = [{"id": response, "metric": f"m{number}", "value": 1} for number in range(32)]
+        statuses += {(await http.post("/v1/feedback", json=body)).status_code for body in many[:31]}
+        statuses.append((await http.post("/v1/feedback", json=many[31])).status_code)
         site.transport.permits = None
         await exchange.rest()
         late = {"id": response, "metric": "stars", "value": 4}
@@ -286,9 +297,9 @@ def test_feedback_is_taken_when_the_answer_is_still_streamed(site: Site) -> None
         statuses.append((await http.post("/v1/feedback", json={**late, "id": "chatcmpl-nobody"})).status_code)
         return statuses
 
-    assert [200, 200, 400, 200, 404] == on_site(site, scenario)
+    assert [200, 200, 400, 200, 409, 200, 404] == on_site(site, scenario)
     with site.registry.database.read() as session:
-        rows = session.scalars(select(FeedbackRow).order_by(FeedbackRow.metric)).all()
+        rows = session.scalars(select(FeedbackRow).where(FeedbackRow.metric.like("s%")).order_by(FeedbackRow.metric))
         assert [("solved", 1.0, "early"), ("stars", 4.0, None)] == [
             (row.metric, row.value, row.comment) for row in rows
         ]
