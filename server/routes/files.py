@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import IO, Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import StreamingResponse
 
 from adapters.errors import InvalidInputError
 from adapters.files import TRAINING_PURPOSE, FileService
@@ -17,6 +16,7 @@ from server.auth import needs
 from server.fine_tuning_schemas import FilesQuery, file_body, page_body
 from server.forms import Form, FormShape
 from server.services import CurrentServices
+from server.streaming import ClosingStreamingResponse
 
 __all__ = ["router"]
 
@@ -66,11 +66,11 @@ async def retrieve_file(file_id: str, services: CurrentServices) -> dict[str, An
 
 
 @router.get("/v1/files/{file_id}/content")
-async def download_file(file_id: str, services: CurrentServices) -> StreamingResponse:
+async def download_file(file_id: str, services: CurrentServices) -> ClosingStreamingResponse:
     """A file's bytes."""
     content = await asyncio.to_thread(services.files.open, file_id)
     headers = {"content-length": str(os.fstat(content.fileno()).st_size)}
-    return StreamingResponse(_pieces(content), media_type="application/octet-stream", headers=headers)
+    return ClosingStreamingResponse(_pieces(content), media_type="application/octet-stream", headers=headers)
 
 
 @router.delete("/v1/files/{file_id}")
