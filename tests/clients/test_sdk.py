@@ -36,6 +36,7 @@ from clients.sdk import (
     AsyncAdaptersResource,
     AsyncExperimentsResource,
     AsyncHotswap,
+    ExperimentSpec,
     ExperimentsResource,
     Hotswap,
 )
@@ -156,7 +157,7 @@ def test_experiment_is_run_and_judged_when_driven_by_the_async_client(url: str, 
         async with AsyncHotswap(f"{url}/v1/") as hotswap:
             assert ("ok", "ready") == ((await hotswap.health()).status, (await hotswap.ready()).status)
             arms = [ArmSpec("A", "v1", 50), ArmSpec("B", "v2", 50)]
-            started = await hotswap.experiments.start("legal", arms, salt="s")
+            started = await hotswap.experiments.create("legal", arms, ExperimentSpec(salt="s"))
             assert ["legal@v1", "legal@v2"] == [arm.version for arm in started.arms]
             body = {"model": "legal", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "user": "ann"}
             async with httpx.AsyncClient(base_url=url) as http:
@@ -165,7 +166,7 @@ def test_experiment_is_run_and_judged_when_driven_by_the_async_client(url: str, 
             assert (answer.json()["id"], "solved") == (recorded.id, recorded.metric)
             report = (await hotswap.experiments.get(started.id)).report
             (arm,) = [arm for arm in report if arm.num_exposures]
-            assert [("solved", 1.0, 1)] == [(m.metric, m.mean, m.num_outcomes) for m in arm.metrics]
+            assert ("solved", 1.0, 1) in [(m.metric, m.mean, m.num_outcomes) for m in arm.metrics]
             assert "stopped" == (await hotswap.experiments.stop(started.id)).state
             assert [started.id] == [item.id for item in (await hotswap.experiments.list()).data]
 
