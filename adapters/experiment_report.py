@@ -1,6 +1,6 @@
 """What came of an experiment: its arms, effects with their intervals over time, guardrails, split, and the verdict.
 
-Pure: outcomes by unit go in, a report comes out; docs/experiments.md says how to read it. Of an experiment whose
+Pure: outcomes by unit go in, a report comes out; docs/verdicts.md says how to read it. Of an experiment whose
 weights were changed only the present stage is read: earlier units came by other odds, at other times.
 """
 
@@ -376,13 +376,11 @@ def _over(experiment: Experiment, num_units: int, now: datetime) -> str | None:
     """Why nothing more is to come, if so."""
     if experiment.state == "decided":
         return "it was decided"
-    if experiment.ends_at is not None and experiment.ends_at <= now:
-        return "its end date has passed"
-    if experiment.state == "stopped":
-        return "it was stopped"
     if experiment.planned_units is not None and num_units >= experiment.planned_units:
         return f"the planned {experiment.planned_units:,} users are there"
-    return None
+    if experiment.ends_at is not None and experiment.ends_at <= now:
+        return "its end date has passed"
+    return "it was stopped" if experiment.state == "stopped" else None
 
 
 def _comparison(treatment: _Column, control: _Column, metric: Metric, interval: Interval | None) -> Comparison:

@@ -1,4 +1,4 @@
-"""From an experiment's numbers to its verdict: pure rules, which docs/experiments.md says in words.
+"""From an experiment's numbers to its verdict: pure rules, which docs/verdicts.md says in words.
 
 Missing data is never success: what can't be shown is not passed, and what is not passed is not promoted. Knows neither
 the database nor how an interval is made.
@@ -210,11 +210,12 @@ def format_effect(value: float, scale: Scale) -> str:
 
 
 def format_interval(comparison: Comparison) -> str:
-    """`+0.052 (between +0.012 and +0.091)`."""
+    """`+0.052 (between +0.012 and +0.091)`, with the unit once for both ends."""
     interval, scale = comparison.interval, comparison.scale
     if interval is None:
         return "not known yet"
-    low, high = format_effect(interval.low, scale), format_effect(interval.high, scale)
+    low, high = (format_effect(end, scale) for end in (interval.low, interval.high))
+    low = low.removesuffix(" points").removesuffix(" %")
     return f"{format_effect(interval.estimate, scale)} (between {low} and {high})"
 
 
@@ -390,9 +391,8 @@ def _unsettled(evidence: Evidence) -> Verdict:
             "inconclusive",
             None,
             f"The experiment ended ({evidence.over}) without a difference in {evidence.metric} being shown.",
-            notes,
-            "What is known is the interval: an effect outside of it is ruled out. Start again with more users if an "
-            "effect inside it would matter.",
+            (*notes, *_ruled_out(evidence)),
+            "Start again with more users if an effect that is not ruled out would matter; else choose by cost or taste.",
         )
     return Verdict(
         "continue",
@@ -401,6 +401,16 @@ def _unsettled(evidence: Evidence) -> Verdict:
         notes,
         "Wait; looking does no harm.",
     )
+
+
+def _ruled_out(evidence: Evidence) -> list[str]:
+    """What an experiment without a winner has taught."""
+    found = []
+    for treatment in evidence.treatments:
+        if treatment.primary is not None and (interval := treatment.primary.interval) is not None:
+            low, high = (format_effect(end, treatment.primary.scale) for end in (interval.low, interval.high))
+            found.append(f"Ruled out of {treatment.name}: an effect below {low} or above {high}.")
+    return found
 
 
 def _without_metric(evidence: Evidence) -> Verdict:

@@ -224,7 +224,7 @@ class Holdout(_Record):
 
 
 class Interval(_Record):
-    """An estimate with its two-sided confidence interval; all of a report's hold together at every look."""
+    """An estimate with its two-sided confidence interval; it holds at all looks at once."""
 
     estimate: float
     low: float

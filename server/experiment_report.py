@@ -18,7 +18,7 @@ _Scale = Literal["share", "ratio", "number"]
 
 
 class IntervalObject(BaseModel):
-    """An estimate with its two-sided confidence interval; all of a report's hold together, however often one looks."""
+    """An estimate with its two-sided confidence interval; it holds at all looks at once, however many."""
 
     estimate: float
     low: float

@@ -137,11 +137,12 @@ def _points(report: ExperimentReport, arm: str) -> list[EffectPoint]:
 
 def _print_report(report: ExperimentReport) -> None:
     experiment = report.experiment
-    since = f" since {format_moment(experiment.starts_at or experiment.created_at)}"
+    began = "made" if experiment.starts_at is None else "started"
+    since = f"; {began} {format_moment(experiment.starts_at or experiment.created_at)} UTC"
     stage = (
         "" if experiment.stage == 1 else f", stage {experiment.stage} (weights were changed; only this stage counts)"
     )
-    console.print(f"{experiment.id} on {experiment.alias}, {experiment.state}{since} UTC{stage}\n", soft_wrap=True)
+    console.print(f"{experiment.id} on {experiment.alias}, {experiment.state}{since}{stage}\n", soft_wrap=True)
     _print_verdict(report.verdict, experiment)
     _print_arms(report)
     for treatment in report.treatments:
@@ -284,8 +285,8 @@ def _footnote(report: ExperimentReport) -> str:
     if report.experiment.analysis == "fixed":
         return "Means are over users. The primary metric's interval holds for one look, at the planned number of users."
     return (
-        f"Means are over users: each user's outcomes are averaged first. All intervals hold together with "
-        f"{_percent(report.confidence)} confidence, however often you look."
+        "Means are over users: each user's outcomes are averaged first. Each interval holds with "
+        f"{_percent(report.confidence)} confidence at all looks together, however often you look."
     )
 
 

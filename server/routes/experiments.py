@@ -38,12 +38,6 @@ from server.services import CurrentCaller, CurrentServices
 __all__ = ["router"]
 
 router = APIRouter()
-
-
-class ExperimentDetail(ExperimentObject, ReportObject):
-    """An experiment and what came of its present stage."""
-
-
 _EXPERIMENTS = [needs("experiments")]
 _PLAIN_FIELDS = (
     "id",
@@ -61,6 +55,10 @@ _PLAIN_FIELDS = (
     "auto_rollback",
     "config_hash",
 )
+
+
+class ExperimentDetail(ExperimentObject, ReportObject):
+    """An experiment and what came of its present stage."""
 
 
 @router.post("/v1/feedback", dependencies=[needs("feedback")])

@@ -90,7 +90,7 @@ OVER: dict[str, Any] = {"over": "its end date has passed"}
         (_evidence(_treatment(BETTER, BREACHED), split=SKEWED), "inconclusive", "No verdict"),
         # 2. A guardrail comes before a gain, and before a plan that is not there yet.
         (_evidence(_treatment(BETTER, HELD, BREACHED)), "roll_back", "breaks the guardrail error_rate"),
-        (_evidence(_treatment(None, BREACHED), is_early=True), "roll_back", "+2 points and +5 points"),
+        (_evidence(_treatment(None, BREACHED), is_early=True), "roll_back", "between +2 and +5 points"),
         (_evidence(_treatment(OPEN, BREACHED), **OVER), "roll_back", "+1 points is allowed"),
         (_evidence(_treatment(OPEN, HELD), _treatment(BETTER, BREACHED, name="C")), "roll_back", "C (legal@C)"),
         # 3. A fixed sample is waited for.
@@ -164,7 +164,7 @@ def test_accepted_gap_is_told_when_it_no_longer_holds_back() -> None:
     (note,) = verdict.notes
     assert note == (
         "Accepted by hand: solved is known of more of B's requests than of the control's: "
-        "+15.0 points (between +10.0 points and +20.0 points)."
+        "+15.0 points (between +10.0 and +20.0 points)."
     )
 
 
