@@ -392,7 +392,7 @@ def _unsettled(evidence: Evidence) -> Verdict:
             None,
             f"The experiment ended ({evidence.over}) without a difference in {evidence.metric} being shown.",
             (*notes, *_ruled_out(evidence)),
-            "Start again with more users if an effect that is not ruled out would matter; else choose by cost or taste.",
+            "Start again with more users if an effect that is not ruled out would matter; otherwise choose by taste.",
         )
     return Verdict(
         "continue",
