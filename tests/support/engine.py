@@ -466,6 +466,7 @@ class Site:
         max_waiting: int = 64,
         max_context: int = 128,
         max_queued_tokens: int = 200_000,
+        send_timeout_s: float = 60.0,
         chat_template: str = CHATML,
         clock: Callable[[], float] = time.monotonic,
     ) -> Site:
@@ -481,6 +482,7 @@ class Site:
             max_tokens=12,
             max_waiting=max_waiting,
             max_queued_tokens=max_queued_tokens,
+            send_timeout_s=send_timeout_s,
             max_body_bytes=1_000_000,
             max_file_bytes=200_000,
         )
