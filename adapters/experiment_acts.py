@@ -23,7 +23,7 @@ from adapters.experiment_rows import (
     stretches_of,
     to_experiment,
 )
-from adapters.experiments import find_room
+from adapters.experiment_stages import find_room
 from adapters.records import Arm, Decision, Experiment, ModelName
 from adapters.registry import Registry, find_version, has_been_at, move_alias
 from adapters.tables import AliasRow, ExperimentRow, utc_now
