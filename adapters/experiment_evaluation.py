@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import timedelta
 from typing import Any, Literal
 
 import structlog
@@ -17,7 +18,7 @@ from sqlalchemy.orm import Session
 from adapters.audit import record_act
 from adapters.errors import ConflictError, HotswapError, InvalidInputError
 from adapters.experiment_acts import conclude
-from adapters.experiment_report import ExperimentReport, make_report
+from adapters.experiment_report import ExperimentReport, better_shares, make_report
 from adapters.experiment_rows import (
     find_experiment_row,
     load_decisions,
@@ -26,16 +27,20 @@ from adapters.experiment_rows import (
     state_of,
     to_experiment,
 )
+from adapters.experiments import ExperimentService
 from adapters.exposures import read_outcomes
 from adapters.records import Actor, Experiment
 from adapters.registry import Registry
 from adapters.tables import ExperimentRow, utc_now
 
-__all__ = ["EVALUATOR", "ExperimentEvaluation"]
+__all__ = ["EVALUATOR", "REALLOCATION_EVERY", "ExperimentEvaluation"]
 
 _log = structlog.get_logger(__name__)
 EVALUATOR = Actor("evaluator")
+REALLOCATION_EVERY = timedelta(days=1)
 _Act = Literal["promote", "roll_back"]
+_STAGE_BEGINS = ("start", "change_weights", "undo")
+_LEAST_SHIFT = 5.0  # percent: less is not worth a stage
 
 
 class ExperimentEvaluation:
@@ -54,7 +59,7 @@ class ExperimentEvaluation:
         Raises:
             NotFoundError: there is none.
         """
-        return self._report(name, with_history=True)
+        return self._report(name, in_full=True)
 
     def evaluate_all(self) -> None:
         """Evaluate what runs, and what has ended at its time since the last evaluation.
@@ -77,7 +82,7 @@ class ExperimentEvaluation:
             ConflictError: somebody ended it, or changed its weights, at the same time; nothing was done.
             IntegrityError: the files of the version to be promoted are damaged; the alias stays where it is.
         """
-        report = self._report(experiment_id, with_history=False)
+        report = self._report(experiment_id, in_full=False)
         experiment, verdict = report.experiment, report.verdict
         with self.registry.database.write() as session:
             row = session.get_one(ExperimentRow, experiment.id)
@@ -87,6 +92,8 @@ class ExperimentEvaluation:
             settle_row(session, row, utc_now())
         if experiment.state == "running" and (act := _wanted_act(report)) is not None:
             self._act(report, act, verdict.arm, verdict.sentence)
+        elif experiment.state == "running" and experiment.allocation == "thompson":
+            self._reallocate(report)
 
     def promote(self, name: str, arm: str | None = None, *, reason: str | None = None) -> Experiment:
         """End an experiment by hand for the good of a treatment, whatever the verdict: everybody gets its version.
@@ -102,7 +109,7 @@ class ExperimentEvaluation:
             ConflictError: it isn't running, or has no such arm.
             IntegrityError: the version's files are damaged; the alias stays where it is.
         """
-        report = self._report(name, with_history=False)
+        report = self._report(name, in_full=False)
         verdict, control = report.verdict, report.experiment.arms[0].name
         arm = arm or (verdict.arm if verdict.kind == "promote" else None)
         if arm is None:
@@ -119,10 +126,10 @@ class ExperimentEvaluation:
             ConflictError: it isn't running.
             IntegrityError: the version's files are damaged; the alias stays where it is.
         """
-        report = self._report(name, with_history=False)
+        report = self._report(name, in_full=False)
         return self._act(report, "roll_back", None, reason or report.verdict.sentence)
 
-    def accept_feedback(self, name: str, reason: str) -> None:
+    def accept_feedback(self, name: str, reason: str) -> Experiment:
         """Let an experiment's arms differ in how often outcomes are known, for the present stage: a person's word.
 
         Raises:
@@ -130,11 +137,12 @@ class ExperimentEvaluation:
             ConflictError: it does not run any more.
         """
         with self.registry.database.write() as session:
-            row = find_experiment_row(session, name)
-            if state_of(row, utc_now()) != "running":
-                raise ConflictError(f"experiment {row.id} does not run")
+            row, now = find_experiment_row(session, name), utc_now()
+            if state_of(row, now) != "running":
+                raise ConflictError(f"experiment {row.id} is {state_of(row, now)}, not running")
             record_decision(session, row, "accept_feedback", reason)
             record_act(session, "accept_feedback", row.id, alias=row.alias, reason=reason)
+            return to_experiment(session, row, now)
 
     def _act(self, report: ExperimentReport, act: _Act, arm: str | None, reason: str) -> Experiment:
         """In one transaction that looks again whether the experiment runs in this stage: nothing is done twice."""
@@ -151,14 +159,32 @@ class ExperimentEvaluation:
             numbers=_numbers(report),
         )
 
-    def _report(self, name: str, *, with_history: bool) -> ExperimentReport:
+    def _reallocate(self, report: ExperimentReport) -> None:
+        """Let the weights follow the better arms, once a day: days differ, and a stage takes whole ones."""
+        experiment = report.experiment
+        began = max(item.made_at for item in report.decisions if item.action in _STAGE_BEGINS)
+        if utc_now() - began < REALLOCATION_EVERY:
+            return
+        with self.registry.database.read() as session:
+            outcomes = read_outcomes(session, experiment.id, experiment.stage)
+        shares = better_shares(experiment, outcomes)
+        if max(abs(shares[arm.name] - arm.weight) for arm in experiment.arms) < _LEAST_SHIFT:
+            return
+        ExperimentService(self.registry.database).change_weights(
+            experiment.id,
+            [(arm.name, None, shares[arm.name]) for arm in experiment.arms],
+            reason="weights follow the probability that an arm is the best",
+            numbers={"shares": shares},
+        )
+
+    def _report(self, name: str, *, in_full: bool) -> ExperimentReport:
         with self.registry.database.read() as session:
             now = utc_now()
             row = find_experiment_row(session, name)
             experiment = to_experiment(session, row, now)
             outcomes = read_outcomes(session, row.id, row.stage)
             decisions = load_decisions(session, row.id)
-        return make_report(experiment, outcomes, now=now, decisions=decisions, with_history=with_history)
+        return make_report(experiment, outcomes, now=now, decisions=decisions, in_full=in_full)
 
 
 def _wanted_act(report: ExperimentReport) -> _Act | None:

@@ -23,6 +23,7 @@ from adapters.statistics import (
     difference_sequence,
     mean_sequence,
     sample_ratio,
+    thompson_weights,
 )
 from adapters.verdicts import (
     Comparison,
@@ -39,18 +40,22 @@ from adapters.verdicts import (
 )
 
 __all__ = [
+    "LEAST_SHARE",
     "ArmReport",
     "EffectPoint",
     "ExperimentReport",
     "MetricReport",
     "Outcomes",
+    "better_shares",
     "make_report",
     "stage_confidence",
 ]
 
 Outcomes = Mapping[str, Sequence[UnitOutcomes]]  # by arm, in the order of the units' first exposures
 _Role = Literal["primary", "guardrail", "other"]
+LEAST_SHARE = 5.0
 _HISTORY_POINTS = 40
+_LEAST_ALPHA = 1e-9  # below it, one less it is one: floats end there
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,7 @@ def make_report(
     *,
     now: datetime,
     decisions: Sequence[Decision] = (),
-    with_history: bool = True,
+    in_full: bool = True,
 ) -> ExperimentReport:
     """Read one stage of an experiment.
 
@@ -117,7 +122,8 @@ def make_report(
         outcomes: What came of that stage's units, by arm.
         now: The moment of reading, against which its end is held.
         decisions: Everything that was decided; a person's word that feedback may differ is among them.
-        with_history: Whether to compute the effect over time, which takes as long as all the rest.
+        in_full: Whether to compute what the verdict doesn't need, too: every metric of every arm, and the effect over
+            time. Both take far longer than the rest.
     """
     reader = _Reader(experiment, outcomes)
     treatments = tuple(reader.treatment(arm) for arm in experiment.arms[1:])
@@ -137,13 +143,27 @@ def make_report(
     return ExperimentReport(
         experiment=experiment,
         confidence=reader.confidence,
-        arms=tuple(reader.arm(arm) for arm in experiment.arms),
+        arms=tuple(reader.arm(arm, in_full=in_full) for arm in experiment.arms),
         treatments=treatments,
         split=split,
-        history={arm.name: reader.history(arm) for arm in experiment.arms[1:]} if with_history else {},
+        history={arm.name: reader.history(arm) for arm in experiment.arms[1:]} if in_full else {},
         verdict=judge(evidence),
         decisions=tuple(decisions),
     )
+
+
+def better_shares(experiment: Experiment, outcomes: Outcomes) -> dict[str, float]:
+    """Each arm's share of the units, in whole percent, by how probable it is that it is the best (Thompson).
+
+    No arm gets less than `LEAST_SHARE` percent, so that none is given up for bad luck at the beginning.
+    """
+    assert experiment.metric is not None  # a plan without one can't ask for it
+    columns = [_read_column(outcomes.get(arm.name, ()), experiment.metric.name) for arm in experiment.arms]
+    floor = min(LEAST_SHARE / 100, 1 / len(columns))
+    shares = thompson_weights([column.values for column in columns], direction=experiment.metric.direction, floor=floor)
+    percents = [math.floor(share * 100) for share in shares]
+    percents[shares.index(max(shares))] += 100 - sum(percents)
+    return {arm.name: float(percent) for arm, percent in zip(experiment.arms, percents, strict=True)}
 
 
 def stage_confidence(experiment: Experiment) -> float:
@@ -152,7 +172,7 @@ def stage_confidence(experiment: Experiment) -> float:
     Several treatments share it (each has its own chance to be taken for better by chance). Each further stage has half
     of the one before: somebody who changes weights again and again gets no new chance at full price.
     """
-    alpha = experiment.alpha / 2 ** (experiment.stage - 1)
+    alpha = max(experiment.alpha * 0.5 ** (experiment.stage - 1), _LEAST_ALPHA)
     return adjusted_confidence(1 - alpha, len(experiment.arms) - 1)
 
 
@@ -214,9 +234,9 @@ class _Reader:
             gaps=tuple(self._gap(arm, name) for name in watched if can_be_missing(name)),
         )
 
-    def arm(self, arm: Arm) -> ArmReport:
+    def arm(self, arm: Arm, *, in_full: bool) -> ArmReport:
         units = self.units(arm.name)
-        found = [self._metric(arm, name) for name in self._metric_names()]
+        found = [self._metric(arm, name) for name in self._metric_names()] if in_full else []
         return ArmReport(
             arm=arm,
             num_exposures=sum(unit.num_exposures for unit in units),
@@ -285,12 +305,13 @@ class _Reader:
     def _sequence(
         self, arm: Arm, treatment: Sequence[float], control: Sequence[float], *, is_share: bool | None
     ) -> Interval | None:
+        both = arm.weight + self.experiment.arms[0].weight
         return difference_sequence(
             treatment,
             control,
             confidence=self.confidence,
-            planned_units=self.tuned_for,
-            treatment_share=arm.weight / (arm.weight + self.experiment.arms[0].weight),
+            planned_units=self.tuned_for * both / 100,
+            treatment_share=arm.weight / both,
             is_share=is_share,
         )
 
@@ -301,7 +322,7 @@ class _Reader:
             return None
         role = self._role(name)
         metric = Metric(name, self._direction(name))
-        own = mean_sequence(column.values, confidence=self.confidence, planned_units=self.tuned_for)
+        own = mean_sequence(column.values, confidence=self.confidence, planned_units=self.tuned_for * arm.weight / 100)
         difference = None
         if arm.name != self.control:
             compared = (

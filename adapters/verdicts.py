@@ -294,7 +294,7 @@ def _breach(evidence: Evidence, treatment: Treatment, breached: list[Guard]) -> 
         f"{treatment.label} breaks the guardrail {first.comparison.metric}: {format_interval(first.comparison)} "
         f"against {evidence.control}, where {format_margin(first)} is allowed.",
         others,
-        f"Stop the experiment, so that everybody is answered by {evidence.control} again.",
+        f"Roll back, so that everybody is answered by {evidence.control} again.",
     )
 
 
@@ -337,7 +337,7 @@ def _loss(evidence: Evidence) -> Verdict:
         f"{worst.label} is worse than {evidence.control}: {worst.primary.metric} {format_interval(worst.primary)}, "
         f"with {_confidence(worst)} confidence.",
         tuple(f"{other.label}: {_describe_outcome(other)}." for other in evidence.treatments if other != worst),
-        f"Stop the experiment, so that everybody is answered by {evidence.control} again.",
+        f"Roll back, so that everybody is answered by {evidence.control} again.",
     )
 
 
@@ -392,7 +392,7 @@ def _unsettled(evidence: Evidence) -> Verdict:
             None,
             f"The experiment ended ({evidence.over}) without a difference in {evidence.metric} being shown.",
             (*notes, *_ruled_out(evidence)),
-            "Start again with more users if an effect that is not ruled out would matter; otherwise choose by taste.",
+            "Start again with more users if an effect that is not ruled out would matter; else choose by cost.",
         )
     return Verdict(
         "continue",

@@ -252,8 +252,9 @@ def _outside_exactly(looks: Looks, difference: float, plan: Plan, confidence: fl
         used = np.take_along_axis(ones, blocks * size, axis=1)
         counts.append(np.stack([blocks * size - used, used], axis=-1))
     threshold = math.log(2 / (1 - confidence))
-    values = np.array([0.0, 1.0])
-    sides = [share_evidence(values, counts[0], counts[1], difference, bets, side=side) for side in (1, -1)]
+    sides = [
+        share_evidence(np.array([0.0, 1.0]), counts[0], counts[1], difference, bets, side=side) for side in (1, -1)
+    ]
     return np.asarray(np.maximum(*sides) >= threshold)
 
 

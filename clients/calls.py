@@ -25,6 +25,7 @@ __all__ = [
     "ExperimentSpec",
     "GuardrailSpec",
     "WeightSpec",
+    "accept_feedback",
     "change_weights",
     "create_experiment",
     "delete",
@@ -39,7 +40,9 @@ __all__ = [
     "list_versions",
     "pin",
     "promote",
+    "promote_arm",
     "readiness",
+    "roll_back",
     "rollback",
     "set_holdout",
     "show_adapter",
@@ -283,6 +286,24 @@ def change_weights(experiment_id: str, arms: Sequence[WeightSpec], traffic: floa
     """POST /v1/experiments/{id}/weights."""
     body = {"arms": [asdict(arm) for arm in arms], "traffic": traffic}
     return Call(results.Experiment, "POST", f"/v1/experiments/{_part(experiment_id)}/weights", body=body)
+
+
+def promote_arm(experiment_id: str, arm: str | None, reason: str | None) -> Call[results.Experiment]:
+    """POST /v1/experiments/{id}/promote."""
+    body = {"arm": arm, "reason": reason}
+    return Call(results.Experiment, "POST", f"/v1/experiments/{_part(experiment_id)}/promote", body=body)
+
+
+def roll_back(experiment_id: str, reason: str | None) -> Call[results.Experiment]:
+    """POST /v1/experiments/{id}/rollback."""
+    body = {"reason": reason}
+    return Call(results.Experiment, "POST", f"/v1/experiments/{_part(experiment_id)}/rollback", body=body)
+
+
+def accept_feedback(experiment_id: str, reason: str) -> Call[results.Experiment]:
+    """POST /v1/experiments/{id}/accept-feedback."""
+    body = {"reason": reason}
+    return Call(results.Experiment, "POST", f"/v1/experiments/{_part(experiment_id)}/accept-feedback", body=body)
 
 
 def undo_decision(experiment_id: str) -> Call[results.Experiment]:

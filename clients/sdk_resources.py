@@ -191,6 +191,18 @@ class ExperimentsResource:
         """End an experiment."""
         return self._client.send(calls.stop_experiment(experiment_id))
 
+    def promote(self, experiment_id: str, arm: str | None = None, *, reason: str | None = None) -> Experiment:
+        """End an experiment: everybody gets a treatment's version, by default of the one that the verdict promotes."""
+        return self._client.send(calls.promote_arm(experiment_id, arm, reason))
+
+    def rollback(self, experiment_id: str, *, reason: str | None = None) -> Experiment:
+        """End an experiment: everybody gets the control's version."""
+        return self._client.send(calls.roll_back(experiment_id, reason))
+
+    def accept_feedback(self, experiment_id: str, reason: str) -> Experiment:
+        """Let arms differ in how often outcomes are known; says why that is harmless."""
+        return self._client.send(calls.accept_feedback(experiment_id, reason))
+
     def undo(self, experiment_id: str) -> Experiment:
         """Take the latest change of weights, promotion or rollback back that is not yet."""
         return self._client.send(calls.undo_decision(experiment_id))
@@ -243,6 +255,18 @@ class AsyncExperimentsResource:
     async def stop(self, experiment_id: str) -> Experiment:
         """See `ExperimentsResource.stop`."""
         return await self._client.send(calls.stop_experiment(experiment_id))
+
+    async def promote(self, experiment_id: str, arm: str | None = None, *, reason: str | None = None) -> Experiment:
+        """See `ExperimentsResource.promote`."""
+        return await self._client.send(calls.promote_arm(experiment_id, arm, reason))
+
+    async def rollback(self, experiment_id: str, *, reason: str | None = None) -> Experiment:
+        """See `ExperimentsResource.rollback`."""
+        return await self._client.send(calls.roll_back(experiment_id, reason))
+
+    async def accept_feedback(self, experiment_id: str, reason: str) -> Experiment:
+        """See `ExperimentsResource.accept_feedback`."""
+        return await self._client.send(calls.accept_feedback(experiment_id, reason))
 
     async def undo(self, experiment_id: str) -> Experiment:
         """See `ExperimentsResource.undo`."""

@@ -12,6 +12,7 @@ import structlog
 
 from adapters.errors import (
     AdapterLoadError,
+    ConflictError,
     DeadlineExceededError,
     EngineFailureError,
     HotswapError,
@@ -44,6 +45,7 @@ __all__ = ["ChatService"]
 
 _log = structlog.get_logger(__name__)
 
+_MAX_EARLY_FEEDBACK = 32  # metrics; what waits in memory is bounded
 _NO_HEADERS = ExperimentHeaders()
 _FAILURES = frozenset({"adapter_failed", "constraint_failed", "deadline", "engine_failed", "cancelled"})
 
@@ -136,6 +138,7 @@ class ChatService:
 
         Raises:
             InvalidInputError: the metric is one that is measured anyway.
+            ConflictError: there is feedback by too many metrics already.
         """
         check_feedback_name(feedback.metric)
         call = self._running.get(feedback.response_id)
@@ -144,6 +147,11 @@ class ChatService:
         if call.is_recorded:
             await call.is_written.wait()
             return False
+        if len(call.feedback) >= _MAX_EARLY_FEEDBACK and feedback.metric not in call.feedback:
+            raise ConflictError(
+                f"{feedback.response_id!r} is still being written and has {_MAX_EARLY_FEEDBACK} metrics already; "
+                "send others when it has ended"
+            )
         call.feedback[feedback.metric] = feedback
         return True
 

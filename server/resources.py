@@ -27,6 +27,7 @@ __all__ = [
     "ALIAS_PATTERN",
     "EXPERIMENT_PATTERN",
     "VERSION_PATTERN",
+    "AcceptRequest",
     "AdapterDetail",
     "AdapterObject",
     "AfterNumber",
@@ -47,7 +48,9 @@ __all__ = [
     "PinObject",
     "PinRequest",
     "PromoteRequest",
+    "PromotionRequest",
     "ResidencyObject",
+    "RollbackRequest",
     "UnloadObject",
     "VersionDetail",
     "VersionObject",
@@ -129,6 +132,31 @@ class WeightsRequest(_Body):
     traffic: float | None = Field(
         None, ge=0.01, le=100, allow_inf_nan=False, description="Percent of the alias's users; as it is if not given."
     )
+
+
+class RollbackRequest(_Body):
+    """Body of an experiment's rollback by hand."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{}, {"reason": "users complain"}]})
+    reason: str | None = Field(
+        None, min_length=1, max_length=1000, description="Why, for the log; else the verdict's sentence."
+    )
+
+
+class PromotionRequest(RollbackRequest):
+    """Body of an experiment's promotion by hand."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{}, {"arm": "B"}]})
+    arm: str | None = Field(
+        None, pattern=ARM_PATTERN, description="The treatment; else the one that the verdict promotes."
+    )
+
+
+class AcceptRequest(_Body):
+    """Body of a word that an experiment's arms may differ in how often outcomes are known."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"reason": "B's button is lower on the page"}]})
+    reason: str = Field(min_length=1, max_length=1000, description="Why the difference is harmless, for the log.")
 
 
 class HoldoutRequest(_Body):

@@ -52,10 +52,10 @@ def unit_of(body: GenerationOptions, header: str | None) -> Unit:
     A name is hashed, the same way wherever it stands: the database needs to tell users apart, no more.
     """
     if body.user is not None:
-        return Unit(_hash(body.user), "user")
+        return Unit(_hash(body.user.encode()), "user")
     if header is not None:
-        return Unit(_hash(header), "header")
-    return Unit(_hash(f"conversation\0{_beginning_of(body)}"), "conversation")
+        return Unit(_hash(header.encode("latin-1")), "header")  # the bytes that were sent
+    return Unit(_hash(f"conversation\0{_beginning_of(body)}".encode()), "conversation")
 
 
 def _beginning_of(body: GenerationOptions) -> str:
@@ -65,5 +65,5 @@ def _beginning_of(body: GenerationOptions) -> str:
     return json.dumps(body.prompts[0])
 
 
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:_HASH_CHARS]
+def _hash(name: bytes) -> str:
+    return hashlib.sha256(name).hexdigest()[:_HASH_CHARS]

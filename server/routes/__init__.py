@@ -6,7 +6,6 @@ from server.routes import (
     adapters,
     chat,
     completions,
-    experiment_verdicts,
     experiments,
     files,
     fine_tuning,
@@ -17,5 +16,5 @@ from server.routes import (
 __all__ = ["router"]
 
 router = APIRouter()
-for topic in (chat, completions, models, files, fine_tuning, adapters, experiments, experiment_verdicts, operations):
+for topic in (chat, completions, models, files, fine_tuning, adapters, experiments, operations):
     router.include_router(topic.router, tags=[topic.__name__.rpartition(".")[2]])

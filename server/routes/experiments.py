@@ -17,6 +17,7 @@ from server.experiment_report import ReportObject, report_object
 from server.observe import request_id_of
 from server.resources import (
     EXPERIMENT_PATTERN,
+    AcceptRequest,
     AfterNumber,
     AliasPath,
     ArmObject,
@@ -29,6 +30,8 @@ from server.resources import (
     HoldoutRequest,
     Page,
     PageLimit,
+    PromotionRequest,
+    RollbackRequest,
     WeightsRequest,
     make_page,
 )
@@ -135,6 +138,31 @@ async def change_weights(
 async def stop_experiment(experiment: ExperimentPath, services: CurrentServices) -> ExperimentObject:
     """End an experiment: its alias answers with the version that it points to again. A draft never runs then."""
     return _experiment(await asyncio.to_thread(services.experiments.stop, experiment))
+
+
+@router.post("/v1/experiments/{experiment}/promote", dependencies=_EXPERIMENTS)
+async def promote_arm(
+    experiment: ExperimentPath, body: PromotionRequest, services: CurrentServices
+) -> ExperimentObject:
+    """End an experiment: its alias answers with a treatment's version, for everybody. `undo` takes it back."""
+    decided = await asyncio.to_thread(services.evaluation.promote, experiment, body.arm, reason=body.reason)
+    return _experiment(decided)
+
+
+@router.post("/v1/experiments/{experiment}/rollback", dependencies=_EXPERIMENTS)
+async def roll_back_to_control(
+    experiment: ExperimentPath, body: RollbackRequest, services: CurrentServices
+) -> ExperimentObject:
+    """End an experiment: its alias answers with the control's version, for everybody. `undo` takes it back."""
+    return _experiment(await asyncio.to_thread(services.evaluation.roll_back, experiment, reason=body.reason))
+
+
+@router.post("/v1/experiments/{experiment}/accept-feedback", dependencies=_EXPERIMENTS)
+async def accept_feedback(
+    experiment: ExperimentPath, body: AcceptRequest, services: CurrentServices
+) -> ExperimentObject:
+    """Let arms differ in how often outcomes are known: it no longer holds a promotion back in this stage."""
+    return _experiment(await asyncio.to_thread(services.evaluation.accept_feedback, experiment, body.reason))
 
 
 @router.post("/v1/experiments/{experiment}/undo", dependencies=_EXPERIMENTS)

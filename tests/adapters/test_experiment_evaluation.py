@@ -15,14 +15,14 @@ from adapters.audit import AuditLog
 from adapters.database import open_database
 from adapters.errors import ConflictError, IntegrityError, NotFoundError
 from adapters.experiment_acts import undo
-from adapters.experiment_evaluation import EVALUATOR, ExperimentEvaluation
-from adapters.experiment_report import ArmReport, MetricReport
+from adapters.experiment_evaluation import EVALUATOR, REALLOCATION_EVERY, ExperimentEvaluation
+from adapters.experiment_report import ArmReport, MetricReport, make_report
 from adapters.experiments import ExperimentService
 from adapters.manifest import ADAPTER_WEIGHTS_FILE
-from adapters.records import AnalysisPlan, Decision, Experiment, Guardrail, Metric
+from adapters.records import AnalysisPlan, Arm, Decision, Experiment, Guardrail, Metric
 from adapters.registry import Registry
 from adapters.store import ArtifactStore
-from adapters.tables import ExperimentRow, ExposureRow, utc_now
+from adapters.tables import DecisionRow, ExperimentRow, ExposureRow, utc_now
 from tests.support.experiments import HALVES, add_users
 from tests.support.versions import publish_text
 
@@ -205,13 +205,13 @@ def test_row_is_written_when_the_verdict_changes_and_not_at_every_look(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:
     """The first verdict is to go on, which is no news; each change is one row."""
-    experiment = start(planned_units=2000)
+    experiment = start(planned_units=1200)
     add_users(registry, experiment, "A", [YES, NO] * 20)
     add_users(registry, experiment, "B", [YES, NO] * 20)
     for _ in range(3):
         evaluation.evaluate_all()
     assert ["start"] == _actions(registry, experiment)
-    _win(registry, experiment, 800)
+    _win(registry, experiment, 400)
     for _ in range(3):
         evaluation.evaluate_all()
     add_users(registry, experiment, "B", [None] * 300, error="the model failed")
@@ -253,7 +253,7 @@ def test_difference_in_feedback_holds_back_until_somebody_accepts_it(
     evaluation.evaluate_all()
     assert 2 == _points_to(registry)
     assert ["start", "verdict", "accept_feedback", "verdict", "promote"] == _actions(registry, experiment)
-    with pytest.raises(ConflictError, match="does not run"):
+    with pytest.raises(ConflictError, match="decided, not running"):
         evaluation.accept_feedback(experiment.id, "again")
 
 
@@ -296,6 +296,38 @@ def test_several_treatments_share_the_error_when_compared(
     report = evaluation.report(experiment.id)
     assert 0.975 == pytest.approx(report.confidence)
     assert ["B", "C"] == [treatment.name for treatment in report.treatments]
+
+
+def test_weights_follow_the_better_arm_once_a_day_when_that_was_asked_for(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """A new stage with most users for the winner and some for the other; not on the same day again."""
+    experiment = start(allocation="thompson", planned_units=2000)
+    _win(registry, experiment, 80)
+    evaluation.evaluate_all()
+    assert 1 == ExperimentService(registry.database).get(experiment.id).stage
+    with registry.database.write() as session:
+        for row in session.query(DecisionRow):
+            row.made_at -= REALLOCATION_EVERY
+    for _ in range(2):
+        evaluation.evaluate_all()
+    found = ExperimentService(registry.database).get(experiment.id)
+    weights = {arm.name: arm.weight for arm in found.arms}
+    assert (2, 100.0) == (found.stage, sum(weights.values()))
+    assert 80 < weights["B"] <= 95
+    decision = _decisions(registry, experiment)[-1]
+    assert ("change_weights", "evaluator", weights) == (decision.action, decision.by, decision.numbers["shares"])
+
+
+def test_confidence_stays_below_one_when_weights_were_changed_a_thousand_times() -> None:
+    """Halving ends where floats do."""
+    moment = utc_now()
+    arms = (Arm("A", 1, "a" * 64, 50.0), Arm("B", 2, "b" * 64, 50.0))
+    experiment = Experiment(
+        id="exp-1", alias="legal", salt="s", arms=arms, state="running", created_at=moment, stage=2000, metric=SOLVED
+    )
+    report = make_report(experiment, {}, now=moment)
+    assert 0.999 < report.confidence < 1
 
 
 def test_fixed_sample_is_judged_at_its_size_when_it_is_there(

@@ -151,6 +151,7 @@ def test_difference_in_feedback_is_accepted_when_a_person_says_so(site: Site) ->
     path = f"/v1/experiments/{experiment.id}"
     assert "continue" == _call(site, "GET", path).json()["verdict"]["kind"]
     accepted = _call(site, "POST", f"{path}/accept-feedback", json={"reason": "B's button is lower"})
-    assert (200, "B's button is lower") == (accepted.status_code, accepted.json()["reason"])
+    assert (200, "running") == (accepted.status_code, accepted.json()["state"])
+    assert "B's button is lower" == site.experiments.decisions(experiment.id)[-1].reason
     verdict = _call(site, "GET", path).json()["verdict"]
     assert ("promote", True) == (verdict["kind"], verdict["notes"][0].startswith("Accepted by hand: solved"))
