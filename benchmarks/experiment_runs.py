@@ -125,7 +125,7 @@ def find_peeks(looks: Looks, difference: float, confidence: float = 0.95) -> _Fl
 
 def first_looks(flags: _Flags) -> NDArray[np.int64]:
     """The first flagged look of each run, counted from 1; the number of looks + 1 where there is none."""
-    return np.where(flags.any(axis=1), flags.argmax(axis=1), flags.shape[1]) + 1
+    return np.asarray(np.where(flags.any(axis=1), flags.argmax(axis=1), flags.shape[1]) + 1)
 
 
 def find_mismatches(

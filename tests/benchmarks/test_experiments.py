@@ -84,7 +84,7 @@ def test_simulator_decides_as_the_product_when_a_run_is_looked_at(name: str, sha
     looks = Looks.of(values, in_treatment, is_binary=_METRICS[name].rate is not None)
     plan = Plan(100, treatment_share=share)
     excluded = 0
-    for difference in (-0.4, 0.0, 0.6):
+    for difference in (-3.0, 0.0, 0.7):
         flags = find_exclusions(looks, difference, plan)
         for run in range(3):
             for count in (1, 30, 60, 121, 240):
