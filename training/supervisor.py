@@ -33,6 +33,7 @@ from adapters.processes import child_environment, parent_pid
 from adapters.records import JobError, JobStatus
 from adapters.settings import CoreSettings, resolve_home
 from adapters.store import ArtifactStore
+from training.scratch import discard_scratch, make_scratch
 
 __all__ = ["Supervisor", "main"]
 
@@ -172,15 +173,18 @@ class Supervisor:
         folder.mkdir(parents=True, exist_ok=True)
         _log.info("job_taken", job=claim.job.id, alias=claim.job.alias, worker=lane.worker)
         num_killed = _count_memory_kills()
+        discard_scratch(folder)  # of a process whose supervisor was killed, too
+        places = {"TMPDIR": str(make_scratch(folder))}
         with (folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
                 [*lane.command, claim.job.id, claim.token],
-                env=os.environ | self._core.environment | child_environment(),
+                env=os.environ | self._core.environment | child_environment() | places,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
             ending = self._watch(process, claim)
+        discard_scratch(folder)
         is_out_of_memory = _count_memory_kills() > num_killed
         self._insist(lambda: self._conclude(lane, claim, ending, is_out_of_memory=is_out_of_memory))
         return True
@@ -263,6 +267,7 @@ class Supervisor:
                 is_active = False
             if not is_active:
                 self._discard_checkpoints(folder)
+                discard_scratch(folder)
 
     @staticmethod
     def _discard_checkpoints(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from adapters.base_model import LoadedBase
 from training.config import TrainSettings
 from training.precision import base_precision
 from training.progress import Checkpointing, Reporter, StepListener, StepReader, TrainedCounts
+from training.scratch import scratch_folder
 from training.trackers import tracker_arguments
 from training.watching import Watch
 
@@ -43,8 +43,8 @@ class TrainingRun(Generic[R]):
     """An adapter to train in place, on rows as its method takes them.
 
     With `checkpointing` the run goes on from a checkpoint and writes more. A `watch` validates it and may end it early.
-    `head` is the score head that a reward model
-    trains beside its adapter. `score` gives the rewards of a step's answers to rloo and grpo.
+    `head` is the score head that a reward model trains beside its adapter. `score` gives the rewards of a step's answers
+    to rloo and grpo. `folder` is the run's own, for what it writes.
     """
 
     model: PeftModel
@@ -56,6 +56,7 @@ class TrainingRun(Generic[R]):
     watch: Watch | None = None
     head: torch.nn.Linear | None = None
     score: Callable[[Sequence[R], Sequence[list[int]]], list[float]] | None = None
+    folder: Path | None = None
 
 
 @contextmanager
@@ -64,8 +65,8 @@ def trainer_folder(run: TrainingRun[Any]) -> Iterator[Path]:
     if run.checkpointing is not None:
         yield run.checkpointing.folder
         return
-    with tempfile.TemporaryDirectory(prefix="hotswap-train-") as scratch:
-        yield Path(scratch)
+    with scratch_folder(run.folder) as folder:
+        yield folder
 
 
 @contextmanager
