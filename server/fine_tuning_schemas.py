@@ -60,7 +60,6 @@ class Hyperparameters(_Wire):
     rank: int | None = Field(None, strict=True, ge=1, le=256)
     alpha: float | None = Field(None, strict=True, gt=0, le=4096)
     rslora: StrictBool | None = None
-    dropout: float | None = Field(None, strict=True, ge=0, lt=1)
     targets: Annotated[list[_ModuleName], Field(max_length=200)] | None = None
     init: Literal["default", "gaussian", "loftq"] | None = None
     max_length: int | None = Field(None, strict=True, ge=8, le=131_072)
@@ -75,6 +74,7 @@ class SupervisedHyperparameters(Hyperparameters):
     """Of supervised fine-tuning."""
 
     neftune: float | None = Field(None, strict=True, gt=0, le=100)
+    dropout: float | None = Field(None, strict=True, ge=0, lt=1)
 
 
 class DpoHyperparameters(Hyperparameters):

@@ -18,13 +18,13 @@ from adapters.errors import (
     RankTooHighError,
     TrainingDivergedError,
 )
+from adapters.methods import WIRE_METHODS
 from adapters.records import Job, JobError
 from training.config import TrainSettings
 
 __all__ = ["describe_failure", "hyperparameters_of", "resolve_settings", "tracker_environment"]
 
 _HYPERPARAMETERS = {"n_epochs": "epochs"}  # the wire's name -> the setting's; all others are called the same
-_METHODS = {"supervised": "sft"}  # the wire's name -> the setting's
 _NO_SETTINGS = frozenset({"learning_rate_multiplier", "checkpoint_steps"})
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # What libraries say that write files without Python's help: safetensors, torch's zip writer, SQLite.
@@ -49,7 +49,7 @@ def resolve_settings(job: Job, home: Path) -> TrainSettings:
     multiplier = given.get("learning_rate_multiplier")
     flags = {_HYPERPARAMETERS.get(name, name): value for name, value in given.items() if name not in _NO_SETTINGS}
     kind = job.method["type"]
-    flags |= {"method": _METHODS.get(kind, kind), "start_from": job.start_from, "seed": job.seed}
+    flags |= {"method": WIRE_METHODS[kind], "start_from": job.start_from, "seed": job.seed}
     if job.integrations:
         flags["report_to"] = [integration["type"] for integration in job.integrations]
     TrainSettings.load(home)  # what is wrong with the server's own settings is not the job's fault

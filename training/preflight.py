@@ -19,6 +19,7 @@ from adapters.chat_messages import Message
 from adapters.chat_rows import MAX_PROBLEMS_SHOWN, ChatRow, LabelledRow, PreferenceRow, Row, RowKind, TextRow
 from adapters.chat_template import RenderedRow, end_of_turn_id
 from adapters.errors import DataError, InvalidInputError
+from adapters.methods import SAMPLING_METHODS
 from training.config import TrainSettings
 from training.duplicates import NEAR_SIMILARITY, find_duplicates
 from training.formats import Dataset
@@ -153,7 +154,7 @@ def _problems_of_method(data: Dataset, tokenizer: Any, settings: TrainSettings) 
         check_kind(data, settings.method)
     except DataError as error:
         return error.problems
-    if settings.method in ("rloo", "grpo"):
+    if settings.method in SAMPLING_METHODS:
         longest = settings.max_length - settings.max_answer_tokens
         return find_prompt_problems(tokenizer, data, max_length=longest)
     return []

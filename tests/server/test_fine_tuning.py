@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import openai
@@ -14,9 +14,10 @@ from fastapi import Request
 
 from adapters.errors import ConflictError, NotFoundError
 from adapters.jobs import Claim, JobService
+from adapters.methods import METHOD_SETTINGS, WIRE_METHODS
 from adapters.records import JobError
 from server.event_streams import EventStreams
-from server.fine_tuning_schemas import RewardedHyperparameters, SupervisedHyperparameters
+from server.fine_tuning_schemas import Method, RewardedHyperparameters, SupervisedHyperparameters
 from server.services import Services
 from tests.support.conversations import easy_rows, write_rows
 from tests.support.engine import Site, on_site
@@ -331,6 +332,11 @@ def _supervised(**hyperparameters: Any) -> dict[str, Any]:
             {"method": _supervised(learning_rate=0.1, learning_rate_multiplier=2)},
             "method.supervised.hyperparameters.learning_rate",
         ),
+        ({"method": _supervised(beta=0.1)}, "method.supervised.hyperparameters.beta"),
+        (
+            {"method": {"type": "dpo", "dpo": {"hyperparameters": {"dropout": 0.1}}}},
+            "method.dpo.hyperparameters.dropout",
+        ),
         ({"method": _supervised(), "hyperparameters": {"n_epochs": 1}}, "hyperparameters"),
         ({"hyperparameters": {"n_epochs": 1001}}, "hyperparameters.n_epochs"),
         ({"organization": "x"}, "organization"),
@@ -382,6 +388,15 @@ def test_hyperparameters_have_the_bounds_of_the_trainer_when_compared() -> None:
     compared = {differing.get(name, name) for name in fields} - no_settings
     assert compared | _ELSEWHERE_ON_THE_WIRE | _NOT_ON_THE_WIRE == set(TrainSettings.model_fields)
     assert compared.isdisjoint(_NOT_ON_THE_WIRE)
+
+
+@pytest.mark.parametrize("kind", sorted(WIRE_METHODS))
+def test_hyperparameters_are_those_of_the_method_when_compared_with_the_table(kind: str) -> None:
+    """What a method does not use is an unknown field of its hyperparameters, and what it uses is known."""
+    method = Method.model_fields[kind].annotation
+    fields = set(get_args(method)[0].model_fields["hyperparameters"].annotation.model_fields)
+    used = {name for name, methods in METHOD_SETTINGS.items() if WIRE_METHODS[kind] in methods}
+    assert used - _NOT_ON_THE_WIRE == fields & set(METHOD_SETTINGS)
 
 
 def _bounds(field: Any) -> dict[str, float]:

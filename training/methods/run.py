@@ -43,8 +43,8 @@ class TrainingRun(Generic[R]):
     """An adapter to train in place, on rows as its method takes them.
 
     With `checkpointing` the run goes on from a checkpoint and writes more. A `watch` validates it and may end it early.
-    `head` is the score head that a reward model trains beside its adapter. `score` gives the rewards of a step's answers
-    to rloo and grpo. `folder` is the run's own, for what it writes.
+    `head` is the score head that a reward model trains beside its adapter. `score` gives rloo and grpo the rewards of a
+    step's answers. `folder` is the run's own, for what it writes.
     """
 
     model: PeftModel
