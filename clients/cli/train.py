@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 from rich.markup import escape
 
-from adapters.errors import ConfigurationError
+from adapters.errors import ConfigurationError, DataError
 from clients.cli.options import (
     BaseOption,
     DeviceOption,
@@ -86,18 +87,18 @@ def train(
     mapping, subset, encoding = mapping or run.mapping, subset or run.subset, encoding or run.encoding
     options = read_options(mapping, split or run.split, subset, encoding)
     validation_options = read_options(mapping, validation_split or run.validation_split, subset, encoding)
-    # Importing the trainer takes seconds: bad data is reported before.
-    for path, how in ((data, options), (validation, validation_options)):
-        if path is not None:
-            found = read_rows(path, how).as_dataset()
-            summary = f"{found.name}: {len(found.rows)} rows; {found.recognised}"
-            error_console.print(summary, markup=False, soft_wrap=True)
-            check_kind(found, settings.method)
-    # The training libraries warn about their own future arguments; nobody who trains can act on that.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    from training.worker import run_training
+    with _advised(), ProgressView(alias, error_console if json else console) as view:
+        # Importing the trainer takes seconds: bad data is reported before.
+        for path, how in ((data, options), (validation, validation_options)):
+            if path is not None:
+                found = read_rows(path, how).as_dataset()
+                summary = f"{found.name}: {len(found.rows)} rows; {found.recognised}"
+                error_console.print(summary, markup=False, soft_wrap=True)
+                check_kind(found, settings.method)
+        # The training libraries warn about their own future arguments; nobody who trains can act on that.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        from training.worker import run_training
 
-    with ProgressView(alias, error_console if json else console) as view:
         result = run_training(
             alias,
             data,
@@ -112,6 +113,16 @@ def train(
         print_json(result)
     else:
         _print_result(result)
+
+
+@contextmanager
+def _advised() -> Iterator[None]:
+    """Say beside errors in the data what shows all of them."""
+    try:
+        yield
+    except DataError as error:
+        error.add_note("hotswap data check shows every problem, and how to leave rows out")
+        raise
 
 
 def _load_settings(home: Path, config: Path | None, given: Mapping[str, Any]) -> TrainSettings:
