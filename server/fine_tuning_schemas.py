@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StringConstraints
 
+from adapters.gate_report import GateReport
 from adapters.records import Job, JobCheckpoint, JobEvent, StoredFile
 
 __all__ = [
@@ -212,8 +213,8 @@ def file_body(file: StoredFile) -> dict[str, Any]:
     }
 
 
-def job_body(job: Job) -> dict[str, Any]:
-    """A job. Hyperparameters are as they were asked for: "auto" stays "auto"."""
+def job_body(job: Job, gate: GateReport | None) -> dict[str, Any]:
+    """A job, and what the gate found about its version. Hyperparameters are as they were asked for, "auto" too."""
     chosen = job.method[job.method["type"]]["hyperparameters"]
     wire = ("n_epochs", "batch_size", "learning_rate_multiplier")
     error = job.error
@@ -239,6 +240,7 @@ def job_body(job: Job) -> dict[str, Any]:
         "integrations": [dict(integration) for integration in job.integrations],
         "priority": job.priority,
         "queue_position": job.queue_position,
+        "gate": None if gate is None else {"verdict": gate.verdict, "reason": gate.reason, **gate.model_dump()},
     }
 
 

@@ -156,7 +156,7 @@ class TrainSettings(SettingsSection):
         settings = super().load(home, **flags)
         strays = settings._find_strays()
         for name in strays:
-            if flags.get(name) is not None:
+            if flags.get(name):  # zero asks for nothing
                 methods = ", ".join(METHOD_SETTINGS[name])
                 raise ConfigurationError(
                     f"setting train.{name}: method {settings.method} does not use it; it is for {methods}, "

@@ -52,18 +52,24 @@ class Evaluation:
         losses: Sums, float64 `[rows]`.
         weights: float64 `[rows]`; 0 for a row without tokens that carry loss.
         num_right: float64 `[rows]`, at most the weights, or None.
+        scores: What the gate compares instead of the losses, the higher the better: float64 `[rows]`, or None. Of a
+            reward model 1 for a pair in the right order, a half for a tie; of rloo and grpo the rewards.
         extra: What a method measures besides, by name.
     """
 
     losses: np.ndarray
     weights: np.ndarray
     num_right: np.ndarray | None = None
+    scores: np.ndarray | None = None
     extra: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of_rows(cls, losses: torch.Tensor, extra: Mapping[str, float]) -> Evaluation:
-        """What a method measured by its own loss, `[rows]`."""
-        return cls(losses.double().cpu().numpy(), np.ones(len(losses)), extra=extra)
+    def of_rows(
+        cls, losses: torch.Tensor, extra: Mapping[str, float], *, scores: torch.Tensor | None = None
+    ) -> Evaluation:
+        """What a method measured by its own loss, `[rows]`, and by scores, `[rows]`, where it has some."""
+        kept = None if scores is None else scores.double().cpu().numpy()
+        return cls(losses.double().cpu().numpy(), np.ones(len(losses)), scores=kept, extra=extra)
 
     @property
     def loss(self) -> float:

@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from adapters.base_model import LoadedBase
 from training.config import TrainSettings
+from training.length_order import LengthSampler
 from training.precision import base_precision
 from training.progress import Checkpointing, Reporter, StepListener, StepReader, TrainedCounts
 from training.scratch import scratch_folder
@@ -86,6 +87,15 @@ class AdapterTrainer:
     """Mixed into TRL's trainers: checkpoints hold the adapter alone, and nobody else is told that somebody trains."""
 
     model: Any
+    args: Any
+    row_lengths: Sequence[int] | None = None  # of rows that are padded to one length in a batch
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Batches of rows of about one length, where they are padded."""
+        if self.row_lengths is None:
+            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        size, seed = self.args.per_device_train_batch_size, self.args.seed
+        return LengthSampler(self.row_lengths, batch_size=size, seed=seed)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The adapter alone: tokenizer and arguments are made again from the settings when a run goes on."""
