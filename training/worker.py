@@ -17,7 +17,7 @@ import torch
 from adapters.base_files import public_name
 from adapters.base_model import load_base
 from adapters.database import open_database
-from adapters.errors import RankTooHighError
+from adapters.errors import OutOfMemoryError, RankTooHighError
 from adapters.gate_report import GateReport
 from adapters.manifest import Manifest
 from adapters.pulse import EnginePulse, pulse_path
@@ -29,6 +29,7 @@ from training.config import TrainSettings
 from training.formats import ReadOptions
 from training.giving_way import Gate, install_gate, share_from_environment
 from training.losses import Evaluation
+from training.memory import MEMORY_ADVICE, is_about_memory
 from training.methods import METHODS, VALIDATORS, TrainingRun
 from training.preparation import PreparedRun, load_function, prepare_run
 from training.progress import Checkpointing, NextMove, StepListener, StepMetrics, TrainedCounts
@@ -139,6 +140,7 @@ def run_training(
         RankTooHighError: no server with these settings could serve the result.
         DataError: bad rows, named by file, line and field; nothing has been loaded by then.
         BaseModelError: the base model can't be fetched or loaded.
+        OutOfMemoryError: the machine or its device has too little memory.
         TrainingDivergedError: the loss is no number, or only rises.
     """
     check_alias_name(alias)
@@ -158,17 +160,23 @@ def run_training(
     validation = (
         DataFile(validation_path, str(validation_path), "validation", validation_options) if validation_path else None
     )
-    result = train_and_publish(
-        alias,
-        train,
-        validation,
-        core=core,
-        settings=settings,
-        listener=listener or SilentListener(),
-        publish=publish,
-        open_versions=open_versions,
-        folder=core.home / "runs" / _make_run_id(),
-    )
+    try:
+        result = train_and_publish(
+            alias,
+            train,
+            validation,
+            core=core,
+            settings=settings,
+            listener=listener or SilentListener(),
+            publish=publish,
+            open_versions=open_versions,
+            folder=core.home / "runs" / _make_run_id(),
+        )
+    except Exception as error:
+        # Whatever library it was: memory runs out in all of them, each with words of its own.
+        if is_about_memory(error):
+            raise OutOfMemoryError(f"the device has too little memory for this run: {MEMORY_ADVICE}") from error
+        raise
     assert result is not None, "nobody stops a run without a watcher"
     return result
 

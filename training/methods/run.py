@@ -145,7 +145,8 @@ def run_trainer(trainer: Any, run: TrainingRun[Any], *, read_step: StepReader) -
         run.watch.load(resume_from)
         if (end := run.watch.ended_at) is not None:  # it was ended early, and only its result is still to be published
             return TrainedCounts(end.step, end.num_tokens, is_complete=True)
-    trainer.add_callback(Reporter(run.listener, read_step, run.checkpointing, run.watch))
+    announce = trainer.log if run.settings.report_to else None
+    trainer.add_callback(Reporter(run.listener, read_step, run.checkpointing, run.watch, announce))
     trainer.remove_callback(PrinterCallback)
     # PEFT would copy every layer's input to the adapter's float32 and keep it for the backward pass; autocast casts
     # the small matrices instead. A step took a quarter less time so (SmolLM2-135M, 4 rows, 2 CPU cores).
