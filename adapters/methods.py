@@ -57,6 +57,7 @@ METHOD_SETTINGS: Mapping[str, tuple[Method, ...]] = {
     "generations": SAMPLING_METHODS,
     "max_answer_tokens": SAMPLING_METHODS,
     "temperature": SAMPLING_METHODS,
+    "use_liger_kernel": _ANSWERING,  # transformers puts its kernels into no model with a head of its own
     "sample_prompts": _ANSWERING,
     "sample_file": _ANSWERING,
     "sample_tokens": _ANSWERING,

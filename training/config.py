@@ -106,6 +106,10 @@ class TrainSettings(SettingsSection):
     neftune: float | None = Field(None, gt=0, le=100, description="Of sft: noise on embeddings, NEFTune's alpha.")
     max_length: int = Field(1024, ge=8, le=131_072, description="Longest row in tokens; longer ones are an error.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
+    use_liger_kernel: bool = Field(
+        False,
+        description="Liger's kernels for norms, rotary embeddings and MLPs; on a GPU, if liger-kernel is installed.",
+    )
     report_to: Annotated[tuple[_Tracker, ...], NoDecode] = Field(
         (), max_length=4, description="Trackers that are told of every step, besides our own files; each if installed."
     )

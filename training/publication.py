@@ -116,7 +116,7 @@ def judge_and_publish(
         present = find_present(open_versions, alias, run)
         report = _find_report(present, manifest, folder) or _judge(trained, present)
         log.note("gate", trained.counts.num_steps, {"verdict": report.verdict, "reason": report.reason})
-        write_curves(log)
+        write_curves(log, run.settings.method)
         listener.on_stage("Publishing")
         judged = manifest.model_copy(update={"gate": report})
         published, is_live = publish(folder, judged, trained.counts, _move_rule(run.settings, report, present))

@@ -28,6 +28,7 @@ from adapters.store import ArtifactStore
 from training.config import TrainSettings
 from training.formats import ReadOptions
 from training.giving_way import Gate, install_gate, share_from_environment
+from training.liger import check_liger
 from training.losses import Evaluation
 from training.memory import MEMORY_ADVICE, is_about_memory
 from training.methods import METHODS, VALIDATORS, TrainingRun
@@ -218,6 +219,7 @@ def train_and_publish(
     """
     _check_rank(settings, core)
     settings.check_validation(is_given=validation_file is not None)
+    check_liger(settings, core)
     function = load_function(settings, is_job=job is not None)
     prepare_trackers(settings.report_to, folder)
     # A job's data was inspected before it was queued.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from adapters.methods import WIRE_METHODS
 from clients.cli.job_orders import create_job
 from clients.cli.job_output import print_job, print_progress
 from clients.cli.options import HomeOption, JsonOption, load_core, open_registry
@@ -59,7 +60,7 @@ def show(
     print_job(job)
     print_progress(jobs, job_id)
     if plot:
-        print_metrics(jobs.metrics(job_id))
+        print_metrics(jobs.metrics(job_id), WIRE_METHODS[job.method["type"]])
     if gate is not None:
         print_gate(gate)
 

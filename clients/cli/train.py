@@ -13,6 +13,7 @@ import typer
 from rich.markup import escape
 
 from adapters.errors import ConfigurationError, DataError
+from adapters.methods import Method
 from clients.cli.options import (
     BaseOption,
     DeviceOption,
@@ -112,7 +113,7 @@ def train(
     if json:
         print_json(result)
     else:
-        _print_result(result)
+        _print_result(result, settings.method)
 
 
 @contextmanager
@@ -191,7 +192,7 @@ class ProgressView:
         self._progress.update(TaskID(self._task), completed=step, loss=loss)
 
 
-def _print_result(result: TrainingResult) -> None:
+def _print_result(result: TrainingResult, method: Method) -> None:
     rows = [
         ("rows", result.num_rows),
         ("steps", result.num_steps),
@@ -202,7 +203,7 @@ def _print_result(result: TrainingResult) -> None:
         ("digest", result.published.version.digest[:12]),
     ]
     console.print(make_table(["", result.published.label], rows))
-    print_curves(result.folder)
+    print_curves(result.folder, method)
     print_gate(result.gate)
     alias, label = result.published.alias, result.published.label
     console.print(f"metrics, sampled answers and curves are in {result.folder}", soft_wrap=True)

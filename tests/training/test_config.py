@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,7 @@ _OTHERS: dict[str, Any] = {
     "generations": 8,
     "max_answer_tokens": 64,
     "temperature": 0.5,
+    "use_liger_kernel": True,
     "sample_prompts": 3,
     "sample_file": "prompts.txt",
     "sample_tokens": 3,
@@ -281,7 +283,7 @@ def test_setting_has_no_effect_when_the_file_holds_it_for_other_methods(
 ) -> None:
     """The server's own settings are for jobs by every method; one that does not use them is recorded without them."""
     plain = TrainSettings.load(tmp_path, **_of(method))
-    value = f'"{_OTHERS[name]}"' if isinstance(_OTHERS[name], str) else _OTHERS[name]
+    value = json.dumps(_OTHERS[name])  # which of texts, numbers and truth is TOML, too
     (tmp_path / "hotswap.toml").write_text(f"[train]\n{name} = {value}\n")
 
     assert plain == TrainSettings.load(tmp_path, **_of(method))

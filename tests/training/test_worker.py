@@ -483,4 +483,15 @@ def test_run_says_what_takes_less_when_memory_runs_out(place: Workplace) -> None
     with pytest.raises(OutOfMemoryError, match=r"lower batch_size or max_length, or set gradient_checkpointing$"):
         place.run()
     (folder,) = (place.core.home / "runs").iterdir()
-    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
+    assert not any(folder.iterdir())
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite"])
+def test_version_is_better_than_its_base_when_the_family_changes_its_logits(
+    tmp_path: Path, tiny_folders: dict[str, Path], family: str
+) -> None:
+    """Scores that are capped and logits that are capped or scaled are those of training, too, from file to version."""
+    result = _make_workplace(tmp_path, tiny_folders[family]).run()
+    assert result.validation_loss_before is not None
+    assert result.validation_loss_after is not None
+    assert result.validation_loss_after < result.validation_loss_before - 0.5

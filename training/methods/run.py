@@ -186,6 +186,7 @@ def common_arguments(run: TrainingRun[Any], folder: Path, *, rows_per_example: i
         "warmup_steps": min(settings.warmup_steps, num_steps // 4),
         "weight_decay": settings.weight_decay,
         "gradient_checkpointing": settings.gradient_checkpointing,
+        "use_liger_kernel": settings.use_liger_kernel,
         "seed": settings.seed,
         "bf16": False,  # the losses choose the precision themselves
         "use_cpu": base.device.type == "cpu",
