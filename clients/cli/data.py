@@ -196,10 +196,11 @@ def check(
         if is_usual:
             _print_method(settings.method)
         _print_report(report, problems)
-        if unfit := [*(data for data in found if data.problems), *(report.unfit_sets if report else ())]:
+        unfit = [data.name for data in found if data.problems]
+        if unfit := [*unfit, *(data.name for data in (report.unfit_sets if report else ()))]:
             given = {"map": ",".join(mapping or ()), "split": split, "subset": subset, "encoding": encoding}
             given |= {name: flags.get(name) for name in ("method", "max_length")}
-            _print_advice([data.name for data in unfit], given)
+            _print_advice(unfit, given)
         _print_estimate(estimate)
     if problems:
         raise typer.Exit(1)
