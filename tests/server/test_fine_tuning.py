@@ -12,7 +12,8 @@ import openai
 import pytest
 from fastapi import Request
 
-from adapters.errors import ConflictError, NotFoundError
+from adapters.errors import ConflictError, NotFoundError, OverloadedError
+from adapters.gate_report import GateCheck, GateReport
 from adapters.jobs import Claim, JobService
 from adapters.methods import METHOD_SETTINGS, WIRE_METHODS
 from adapters.records import JobError
@@ -277,6 +278,40 @@ def test_job_reports_what_came_of_it_when_it_has_ended(site: Site, file_id: str)
     assert failed["status"] == "failed"
     assert failed["error"] == {"code": "invalid_training_file", "message": "line 2: bad", "param": "training_file"}
     assert failed["finished_at"] >= failed["created_at"]
+
+
+def test_job_tells_what_the_gate_found_when_it_has_made_a_version(site: Site, file_id: str) -> None:
+    """Alone and in the list; null before."""
+    job = _create(site, file_id).json()
+    assert job["gate"] is None
+    check = GateCheck(name="base", outcome="failed", sentence="validation loss 2 against 1", figures={"low": -1.5})
+    manifest = make_manifest(site.base.reference).model_copy(update={"gate": GateReport(checks=[check])})
+    version, _ = site.registry.publish(site.adapters[f"{1:064x}"], manifest, alias="legal", promote=False)
+    claim = _claim(site)
+    with _jobs(site).database.write() as session:
+        _jobs(site).succeed(session, claim, fine_tuned_model=version.label, result_file="file-r", trained_tokens=1)
+
+    found = _get(site, f"{_JOBS}/{job['id']}").json()["gate"]
+
+    assert ("failed", "the gate was not passed: validation loss 2 against 1") == (found["verdict"], found["reason"])
+    assert [{**check.model_dump()}] == found["checks"]
+    assert [found] == [listed["gate"] for listed in _get(site, _JOBS).json()["data"]]
+
+
+def test_too_many_paused_jobs_are_a_429_when_another_is_paused(site: Site, file_id: str) -> None:
+    """Each keeps its checkpoints on the disk: as many may be paused as may wait."""
+    bounded = JobService(_jobs(site).database, max_queued=2)
+    ids = [_create(site, file_id).json()["id"] for _ in range(2)]
+    for job_id in ids:
+        bounded.pause(job_id)
+    third = _create(site, file_id).json()["id"]
+    with pytest.raises(
+        OverloadedError, match=r"^2 jobs are paused, as many as this server keeps; cancel or resume one$"
+    ):
+        bounded.pause(third)
+    assert "paused" == bounded.pause(ids[0]).status
+    bounded.cancel(ids[0])
+    assert "paused" == bounded.pause(third).status
 
 
 def _supervised(**hyperparameters: Any) -> dict[str, Any]:
