@@ -94,7 +94,14 @@ def _sample(run: TrainingRun[Any], prompts: Sequence[SamplePrompt]) -> list[Samp
     longest = max((prompt.reference_tokens or limit for prompt in prompts), default=0)
     max_tokens = min(limit, LONGER_THAN_REFERENCE * longest + 1)
     batch_size = run.settings.batch_size
-    return sample_answers(run.base.model, run.base.tokenizer, prompts, max_tokens=max_tokens, batch_size=batch_size)
+    return sample_answers(
+        run.base.model,
+        run.base.tokenizer,
+        prompts,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        ends_flawed=True,
+    )
 
 
 def _measure_present(yardstick: Yardstick | None, present: PresentVersion) -> Present:

@@ -86,15 +86,25 @@ def read_prompts(tokenizer: Any, path: Path) -> list[SamplePrompt]:
 
 @torch.no_grad()
 def sample_answers(
-    model: Any, tokenizer: Any, prompts: Sequence[SamplePrompt], *, max_tokens: int, batch_size: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[SamplePrompt],
+    *,
+    max_tokens: int,
+    batch_size: int,
+    ends_flawed: bool = False,
 ) -> list[Sample]:
-    """The likeliest answer to each prompt, in eval mode; no random number is drawn."""
+    """The likeliest answer to each prompt, in eval mode; no random number is drawn.
+
+    With `ends_flawed` no answer is written further once its flaw is plain (`_Enough`), which nobody is to read.
+    """
     was_training = model.training
     model.eval()
     samples: list[Sample] = []
     try:
         for start in range(0, len(prompts), batch_size):
-            samples += _sample_batch(model, tokenizer, prompts[start : start + batch_size], max_tokens)
+            batch = prompts[start : start + batch_size]
+            samples += _sample_batch(model, tokenizer, batch, max_tokens, ends_flawed=ends_flawed)
     finally:
         model.train(was_training)
     return samples
@@ -148,7 +158,9 @@ def _make_prompt(tokenizer: Any, row: Row) -> SamplePrompt:
     return SamplePrompt(str(messages[-1].get("content") or "") if messages else "", tuple(ids), reference)
 
 
-def _sample_batch(model: Any, tokenizer: Any, prompts: Sequence[SamplePrompt], max_tokens: int) -> list[Sample]:
+def _sample_batch(
+    model: Any, tokenizer: Any, prompts: Sequence[SamplePrompt], max_tokens: int, *, ends_flawed: bool
+) -> list[Sample]:
     width = max(len(prompt.input_ids) for prompt in prompts)
     # On the left, so that every answer begins in the same column.
     padded = [[tokenizer.pad_token_id] * (width - len(p.input_ids)) + list(p.input_ids) for p in prompts]
@@ -163,7 +175,7 @@ def _sample_batch(model: Any, tokenizer: Any, prompts: Sequence[SamplePrompt], m
             input_ids=torch.tensor(padded, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
             generation_config=config,
-            stopping_criteria=StoppingCriteriaList([enough]),
+            stopping_criteria=StoppingCriteriaList([enough] if ends_flawed else []),
         )
     answers = [row[:length] for row, length in zip(made[:, width:].tolist(), enough.lengths, strict=True)]
     return [_to_sample(tokenizer, prompt, row, stops) for prompt, row in zip(prompts, answers, strict=True)]

@@ -159,7 +159,7 @@ def _babble(base: LoadedBase, reference: int | None, max_tokens: int = 90) -> li
         SamplePrompt("?", tuple(render_prompt(base.tokenizer, [{"role": "user", "content": text}])), reference)
         for text in ("a", "b", "long one")
     ]
-    return sample_answers(base.model, base.tokenizer, prompts, max_tokens=max_tokens, batch_size=3)
+    return sample_answers(base.model, base.tokenizer, prompts, max_tokens=max_tokens, batch_size=3, ends_flawed=True)
 
 
 def test_answers_are_ended_when_they_are_too_long_already(tiny_base: LoadedBase) -> None:
