@@ -96,7 +96,7 @@ class JobService(JobClaims, JobHistory):
 
     Args:
         database: Holds the job table.
-        max_queued: Jobs that may wait; more are refused.
+        max_queued: Jobs that may wait, and as many that may be paused; more are refused.
         clock: The present moment, by which leases run out.
     """
 
@@ -220,11 +220,13 @@ class JobService(JobClaims, JobHistory):
 
         Raises:
             ConflictError: it is at its end.
+            OverloadedError: too many jobs are paused, each with its checkpoints on the disk.
         """
         with self.database.write() as session:
             row = find_job(session, job_id)
             if row.status != "paused":
                 _check_turn(row, *_WAITING, "running")
+                self._check_paused(session)
                 self._turn(session, row, "paused", "pause_job", "The job was paused")
             return to_job(row)
 
@@ -254,6 +256,13 @@ class JobService(JobClaims, JobHistory):
         if waiting >= self._max_queued:
             raise OverloadedError(
                 f"{self._max_queued} jobs are waiting, as many as this server takes", retry_after_s=_RETRY_AFTER_S
+            )
+
+    def _check_paused(self, session: Session) -> None:
+        if (session.scalar(select(func.count()).where(JobRow.status == "paused")) or 0) >= self._max_queued:
+            raise OverloadedError(
+                f"{self._max_queued} jobs are paused, as many as this server keeps; cancel or resume one",
+                retry_after_s=_RETRY_AFTER_S,
             )
 
 

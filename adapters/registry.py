@@ -19,8 +19,16 @@ from adapters.assignment import assign_arm, holds, is_held_out, traffic_position
 from adapters.audit import record_act
 from adapters.checkpoint_adapters import check_not_needed, find_checkpoint_digest, is_checkpoint
 from adapters.database import Database, actor_of
-from adapters.errors import AliasForbiddenError, ConflictError, InvalidInputError, NotFoundError
+from adapters.errors import (
+    AdapterManifestError,
+    AliasForbiddenError,
+    ConflictError,
+    IntegrityError,
+    InvalidInputError,
+    NotFoundError,
+)
 from adapters.experiment_rows import find_running, find_unfinished
+from adapters.gate_report import GateReport
 from adapters.manifest import Manifest
 from adapters.records import (
     BASE_MODEL_NAME,
@@ -224,6 +232,13 @@ class Registry:
         """The version that a name stands for; an alias alone stands for the one that it points to."""
         with self.database.read() as session:
             return find_version(session, parse_model_name(name))
+
+    def gate_report(self, label: str) -> GateReport | None:
+        """What the gate found about a version; None of one that nobody judged, that is gone, or that is damaged."""
+        try:
+            return self.store.read_manifest(self.find(label).version.digest).gate
+        except (NotFoundError, IntegrityError, AdapterManifestError):
+            return None
 
     def aliases(self, *, after: str = "", limit: int | None = None) -> list[Alias]:
         """The aliases behind a name, at most `limit`, in the order of their names; all of them if neither is given."""

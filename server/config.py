@@ -103,7 +103,7 @@ class ServeSettings(SettingsSection):
         description="Part of the time in which a job computes while answers are written; 1: jobs never give way.",
     )
     max_queued_jobs: int = Field(
-        100, ge=1, le=10_000, description="Fine-tuning jobs that wait before new ones get 429."
+        100, ge=1, le=10_000, description="Fine-tuning jobs that may wait, and as many that may be paused; then 429."
     )
     max_file_bytes: int = Field(
         100_000_000, ge=1000, le=10_000_000_000, description="Largest file that may be uploaded."

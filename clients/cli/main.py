@@ -53,7 +53,7 @@ def main() -> None:
         # The process boundary: what a user can cause is one line; anything else is a defect and keeps its traceback.
         if not _is_expected(error):
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), err=True)
         sys.exit(1)
 
 
