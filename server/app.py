@@ -20,6 +20,7 @@ from fastapi import FastAPI
 
 from adapters.base_files import public_name, pull_base
 from adapters.base_model import load_tokenizer
+from adapters.conversations import ConversationLog
 from adapters.database import open_database
 from adapters.errors import BaseModelError
 from adapters.experiments import ExperimentService
@@ -35,6 +36,7 @@ from server.api import EngineBuilder, LitServeTransport, RoutesSpec, build_serve
 from server.auth import AuthMiddleware
 from server.chat import ChatService
 from server.config import ServeSettings, check_bind, check_port
+from server.conversations import ConversationKeeper
 from server.draining import drain_before_exit
 from server.engine.families import SUPPORTED_FAMILIES
 from server.engine_client import EngineClient, Transport
@@ -127,7 +129,8 @@ async def _running_services(
     services = join_services(registry, LitServeTransport(spec), tokenizer, core, settings)
     app.state.services, engine = services, services.engine
     services.files.sweep()
-    tasks = [asyncio.create_task(engine.run()), asyncio.create_task(services.pins.run())]
+    running = (engine.run(), services.pins.run(), services.conversations.run())
+    tasks = [asyncio.create_task(work) for work in running]
     for task in tasks:
         task.add_done_callback(_end_if_crashed)
     drain_before_exit(engine, limit_s=settings.drain_s)
@@ -174,12 +177,23 @@ def join_services(
     )
     metrics.watch(engine)
     base_name = public_name(core.base)
+    conversations = ConversationKeeper(ConversationLog(database), settings)
     jobs = JobService(database, max_queued=settings.max_queued_jobs)
     return Services(
         registry=registry,
         experiments=experiments,
         engine=engine,
-        chat=ChatService(registry, experiments, engine, tokenizer, settings, metrics, base_name=base_name),
+        chat=ChatService(
+            registry,
+            experiments,
+            engine,
+            tokenizer,
+            settings,
+            metrics,
+            base_name=base_name,
+            conversations=conversations,
+        ),
+        conversations=conversations,
         metrics=metrics,
         keys=KeyService(database),
         pins=PinKeeper(PinService(database), engine, always=settings.pinned, max_versions=max(0, settings.slots - 1)),

@@ -10,6 +10,7 @@ from typing import Literal
 from adapters.records import Binding
 from server.callers import Meter
 from server.engine.core import GenerationRequest
+from server.schemas import ChatRequest
 from server.tools import ToolUse
 
 __all__ = ["ID_PREFIXES", "Call", "Choice", "Operation", "headers_of", "make_answers", "time_per_token", "unit_of"]
@@ -29,6 +30,7 @@ class Choice:
     first_token: float | None = None
     last_token: float | None = None
     finish_reason: str | None = None
+    pieces: list[str] = field(default_factory=list)  # of its text, if the call has a `body`
 
 
 @dataclass(slots=True)
@@ -47,6 +49,7 @@ class Call:
     created: int
     started: float
     tools: ToolUse | None = None
+    body: ChatRequest | None = None  # of a chat whose conversation is wanted when it has ended
     first_token: float | None = None
     queued_s: float | None = None
     finish_reason: str | None = None

@@ -25,6 +25,7 @@ from server.callers import Caller
 from server.calls import ID_PREFIXES, Call, Choice, Operation, headers_of, make_answers, time_per_token, unit_of
 from server.completion_schemas import CompletionRequest
 from server.config import ServeSettings
+from server.conversations import ConversationKeeper
 from server.engine.core import Constraint, EngineEvent, GenerationRequest
 from server.engine_client import EngineClient
 from server.generation import sampling_params
@@ -57,8 +58,10 @@ class ChatService:
         metrics: Metrics,
         *,
         base_name: str,
+        conversations: ConversationKeeper,
     ) -> None:
         self._base_name = base_name
+        self._conversations = conversations
         self._metrics = metrics
         self._registry = registry
         self._experiments = experiments
@@ -88,11 +91,14 @@ class ChatService:
 
         Raises:
             InvalidNameError: no such model.
-            InvalidInputError: the chat template refuses the conversation, or an option can't be followed.
+            InvalidInputError: the chat template refuses the conversation, an option can't be followed, or the
+                conversation is to be kept by a server that keeps none.
             PromptTooLongError: it leaves no room for an answer.
             OverloadedError: too many JSON schemas are being checked.
         """
+        is_kept = self._conversations.wants(body)
         call = await self._bind(body, "chat", request_id, caller)
+        call.body = body if is_kept else None
         call.tools = plan_tools(body, self._tool_format)
         prompt = await asyncio.to_thread(chat_prompt, self._tokenizer, body, call.tools)
         check_length(prompt, max_context=self._settings.max_context, param="messages")
@@ -229,6 +235,8 @@ class ChatService:
             self._metrics.observe_queue(call.binding, event.queued_s)
         if event.completion_tokens > answer.completion_tokens:
             self._note_token(call, answer, time.monotonic())
+        if call.body is not None:
+            answer.pieces.append(event.text)
         answer.completion_tokens = event.completion_tokens
         answer.finish_reason = event.finish_reason
         reasons = [answer.finish_reason for answer in call.answers.values()]
@@ -272,6 +280,8 @@ class ChatService:
         self._metrics.count_answer(exposure, per_token_s=time_per_token(call))
         trace_answer(exposure, operation=call.operation)
         await asyncio.to_thread(self._experiments.record_exposure, exposure)
+        if call.body is not None and call.finish_reason in ("stop", "length"):
+            await asyncio.to_thread(self._conversations.keep, call, call.body)
         _log.info(
             "chat_answered",
             version=call.binding.version_label,

@@ -14,6 +14,7 @@ from adapters.registry import Registry
 from server.auth import caller_of
 from server.callers import Caller
 from server.chat import ChatService
+from server.conversations import ConversationKeeper
 from server.engine_client import EngineClient
 from server.fine_tuning import FineTuningService
 from server.metrics import Metrics
@@ -32,6 +33,7 @@ class Services:
     experiments: ExperimentService
     engine: EngineClient
     chat: ChatService
+    conversations: ConversationKeeper
     metrics: Metrics
     keys: KeyService
     pins: PinKeeper

@@ -7,7 +7,22 @@ from typing import Annotated
 
 import typer
 
-from clients.cli import adapters, audit, base, bench, chat, data, demo, doctor, experiments, jobs, keys, serve, train
+from clients.cli import (
+    adapters,
+    audit,
+    base,
+    bench,
+    chat,
+    data,
+    demo,
+    doctor,
+    experiments,
+    feedback_data,
+    jobs,
+    keys,
+    serve,
+    train,
+)
 
 __all__ = ["app", "main"]
 
@@ -20,6 +35,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
+data.app.command("from-feedback")(feedback_data.from_feedback)
 app.add_typer(data.app, name="data")
 app.command("serve")(serve.serve)
 app.command("chat")(chat.chat)

@@ -468,6 +468,7 @@ class Site:
         max_queued_tokens: int = 200_000,
         chat_template: str = CHATML,
         clock: Callable[[], float] = time.monotonic,
+        keep_conversations: bool = False,
     ) -> Site:
         """The API as `server.app` joins it, with an engine in this process; the base model is called `tiny`."""
         home.mkdir(parents=True, exist_ok=True)
@@ -483,6 +484,7 @@ class Site:
             max_queued_tokens=max_queued_tokens,
             max_body_bytes=1_000_000,
             max_file_bytes=200_000,
+            keep_conversations=keep_conversations,
         )
         read = make_weights_reader(registry.store, bench.base, bench.runner.slots.module_shapes)
         engine = bench.engine(tokenizer=bench.base.tokenizer, read=read, clock=clock)
