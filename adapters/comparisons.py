@@ -24,9 +24,9 @@ _NUM_DRAWS = 9999
 class PairedComparison:
     """`first` against `second` over the prompts that both answered; a higher score wins a prompt.
 
-    `win_rate` counts a tie as half a win, and is 0.5 where there is no difference. `sign_p` looks at wins and losses alone,
-    `permutation_p` at how large the differences are; both are two-sided. `difference` is that of the mean scores. The
-    intervals are None where there are too few prompts, or nothing varies.
+    `win_rate` counts a tie as half a win, and is 0.5 where there is no difference. `sign_p` looks at wins and losses
+    alone, `permutation_p` at how large the differences are; both are two-sided. `difference` is that of the mean
+    scores. The intervals are None where there are too few prompts, or nothing varies.
     """
 
     first: str

@@ -20,6 +20,7 @@ from clients.cli import (
     feedback_data,
     jobs,
     keys,
+    replay,
     serve,
     train,
 )
@@ -40,6 +41,7 @@ app.add_typer(data.app, name="data")
 app.command("serve")(serve.serve)
 app.command("chat")(chat.chat)
 app.add_typer(adapters.app, name="adapters")
+experiments.app.command("replay")(replay.replay)
 app.add_typer(experiments.app, name="experiments")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(base.app, name="base")
