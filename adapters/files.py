@@ -104,6 +104,17 @@ class FileService:
         """
         return self.root / self.get(file_id).id
 
+    def open(self, file_id: str) -> IO[bytes]:
+        """A file's content, open for reading: a deletion from here on doesn't end the reading.
+
+        Raises:
+            NotFoundError: no file has this id, or it has been deleted just now.
+        """
+        try:
+            return self.path(file_id).open("rb")
+        except FileNotFoundError:
+            raise NotFoundError(f"there is no file {file_id[:80]!r}") from None
+
     def list(
         self, *, limit: int, after: str | None = None, purpose: str | None = None, order: _Order = "desc"
     ) -> tuple[list[StoredFile], bool]:

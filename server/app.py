@@ -45,7 +45,7 @@ from server.errors import install_error_handlers
 from server.fine_tuning import FineTuningService
 from server.home_lock import held_home
 from server.job_supervisor import SupervisorProcess
-from server.limits import BodyLimitMiddleware, larger_bodies
+from server.limits import BodyLimitMiddleware, SendLimitMiddleware, larger_bodies
 from server.metrics import Metrics
 from server.observe import RequestIdMiddleware
 from server.openapi import describe_api
@@ -150,6 +150,7 @@ def equip_app(app: FastAPI, settings: ServeSettings) -> None:
     describe_api(app)
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes, larger=larger_bodies(settings))
     app.add_middleware(AuthMiddleware, is_loopback=settings.is_loopback)
+    app.add_middleware(SendLimitMiddleware, limit_s=settings.send_timeout_s)
     app.add_middleware(RequestIdMiddleware)
     install_error_handlers(app)
 

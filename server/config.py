@@ -69,6 +69,13 @@ class ServeSettings(SettingsSection):
         allow_inf_nan=False,
         description="Seconds an answer may take, from the queue to its end.",
     )
+    send_timeout_s: float = Field(
+        60.0,
+        ge=0.1,
+        le=86_400,
+        allow_inf_nan=False,
+        description="Seconds for which a client may take nothing of its answer before its connection is cut.",
+    )
     drain_s: float = Field(
         30.0,
         ge=0,

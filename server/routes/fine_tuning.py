@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
 from server.auth import needs
@@ -23,6 +23,7 @@ from server.fine_tuning_schemas import (
     page_body,
 )
 from server.services import CurrentServices
+from server.streaming import ClosingStreamingResponse
 
 __all__ = ["router"]
 
@@ -104,7 +105,7 @@ async def list_events(
     if query.stream:
         await asyncio.to_thread(jobs.follow, job_id, after=query.after, limit=1)  # what is wrong gets a status code
         events = services.fine_tuning.streams.open(services, job_id, query.after, request)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        return ClosingStreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
     found, has_more = await asyncio.to_thread(jobs.events, job_id, limit=query.limit, after=query.after)
     return JSONResponse(page_body([event_body(event) for event in found], has_more=has_more))
 
