@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
 from adapters.database import Database, actor_of
-from adapters.tables import ConversationRow, ExposureRow, FeedbackRow, utc_now
+from adapters.tables import ConversationRow, ExposureRow, FeedbackRow, ShadowAnswerRow, utc_now
 
 __all__ = ["MAX_CONVERSATION_BYTES", "Conversation", "ConversationLog", "RatedConversation", "prompt_sha256"]
 
@@ -145,7 +145,10 @@ def prompt_sha256(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, 
 
 
 def _delete(session: Session, response_ids: Sequence[str]) -> int:
+    """Delete conversations, and with them what shadows answered in them."""
     if response_ids:
+        shadows = update(ShadowAnswerRow).where(ShadowAnswerRow.response_id.in_(response_ids))
+        session.execute(shadows.values(answer=None))
         session.execute(delete(ConversationRow).where(ConversationRow.response_id.in_(response_ids)))
     return len(response_ids)
 

@@ -100,6 +100,8 @@ AuditAction = Literal[
     "decide_experiment",
     "undo_decision",
     "set_holdout",
+    "start_shadow",
+    "stop_shadow",
     "create_key",
     "revoke_key",
     "create_job",

@@ -18,6 +18,7 @@ from sqlalchemy import (
     String,
     TypeDecorator,
     false,
+    text,
     true,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column

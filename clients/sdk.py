@@ -29,7 +29,9 @@ from clients.sdk_resources import (
     AdaptersResource,
     AsyncAdaptersResource,
     AsyncExperimentsResource,
+    AsyncShadowsResource,
     ExperimentsResource,
+    ShadowsResource,
 )
 
 __all__ = [
@@ -38,8 +40,10 @@ __all__ = [
     "AsyncAdaptersResource",
     "AsyncExperimentsResource",
     "AsyncHotswap",
+    "AsyncShadowsResource",
     "ExperimentsResource",
     "Hotswap",
+    "ShadowsResource",
 ]
 
 _DEFAULT_URL = "http://127.0.0.1:8000"
@@ -118,6 +122,7 @@ class Hotswap:
         self._retries = _Retries(max_retries)
         self.adapters = AdaptersResource(self)
         self.experiments = ExperimentsResource(self)
+        self.shadows = ShadowsResource(self)
 
     def __enter__(self) -> Self:
         """Return the client."""
@@ -217,6 +222,7 @@ class AsyncHotswap:
         self._retries = _Retries(max_retries)
         self.adapters = AsyncAdaptersResource(self)
         self.experiments = AsyncExperimentsResource(self)
+        self.shadows = AsyncShadowsResource(self)
 
     async def __aenter__(self) -> Self:
         """Return the client."""

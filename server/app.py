@@ -31,6 +31,7 @@ from adapters.pins import PinService
 from adapters.process_log import configure_log
 from adapters.registry import Registry
 from adapters.settings import CoreSettings
+from adapters.shadows import ShadowService
 from adapters.store import ArtifactStore
 from server.api import EngineBuilder, LitServeTransport, RoutesSpec, build_server, guard_processes, wrap_lifespan
 from server.auth import AuthMiddleware
@@ -52,6 +53,7 @@ from server.openapi import describe_api
 from server.pins import PinKeeper
 from server.routes import router
 from server.services import Services
+from server.shadows import ShadowKeeper
 from server.tracing import check_tracing, exported_traces
 from server.uploads import Uploads, sweep_uploads
 
@@ -129,7 +131,8 @@ async def _running_services(
     services = join_services(registry, LitServeTransport(spec), tokenizer, core, settings)
     app.state.services, engine = services, services.engine
     services.files.sweep()
-    running = (engine.run(), services.pins.run(), services.conversations.run())
+    keepers = (services.pins, services.conversations, services.shadow_keeper)
+    running = (engine.run(), *(keeper.run() for keeper in keepers))
     tasks = [asyncio.create_task(work) for work in running]
     for task in tasks:
         task.add_done_callback(_end_if_crashed)
@@ -178,6 +181,8 @@ def join_services(
     )
     metrics.watch(engine)
     base_name = public_name(core.base)
+    shadows = ShadowService(database)
+    shadow_keeper = ShadowKeeper(shadows, engine, metrics)
     conversations = ConversationKeeper(ConversationLog(database), settings)
     jobs = JobService(database, max_queued=settings.max_queued_jobs)
     return Services(
@@ -193,8 +198,11 @@ def join_services(
             metrics,
             base_name=base_name,
             conversations=conversations,
+            shadows=shadow_keeper,
         ),
         conversations=conversations,
+        shadows=shadows,
+        shadow_keeper=shadow_keeper,
         metrics=metrics,
         keys=KeyService(database),
         pins=PinKeeper(PinService(database), engine, always=settings.pinned, max_versions=max(0, settings.slots - 1)),

@@ -35,6 +35,7 @@ from server.model_names import resolve_model
 from server.prompts import chat_prompt, check_length, text_prompt, token_prompt
 from server.schema_check import SchemaChecker
 from server.schemas import ChatRequest, GenerationOptions
+from server.shadows import ShadowKeeper
 from server.tools import ToolUse, find_tool_format, plan_tools
 from server.tracing import trace_answer
 
@@ -59,8 +60,10 @@ class ChatService:
         *,
         base_name: str,
         conversations: ConversationKeeper,
+        shadows: ShadowKeeper,
     ) -> None:
         self._base_name = base_name
+        self._shadows = shadows
         self._conversations = conversations
         self._metrics = metrics
         self._registry = registry
@@ -98,7 +101,8 @@ class ChatService:
         """
         is_kept = self._conversations.wants(body)
         call = await self._bind(body, "chat", request_id, caller)
-        call.body = body if is_kept else None
+        call.is_kept, call.shadow = is_kept, self._shadows.choose(body, call.binding, call.response_id)
+        call.body = body if is_kept or call.shadow else None
         call.tools = plan_tools(body, self._tool_format)
         prompt = await asyncio.to_thread(chat_prompt, self._tokenizer, body, call.tools)
         check_length(prompt, max_context=self._settings.max_context, param="messages")
@@ -280,8 +284,9 @@ class ChatService:
         self._metrics.count_answer(exposure, per_token_s=time_per_token(call))
         trace_answer(exposure, operation=call.operation)
         await asyncio.to_thread(self._experiments.record_exposure, exposure)
-        if call.body is not None and call.finish_reason in ("stop", "length"):
+        if call.is_kept and call.body is not None and call.finish_reason in ("stop", "length"):
             await asyncio.to_thread(self._conversations.keep, call, call.body)
+        self._shadows.offer(call)
         _log.info(
             "chat_answered",
             version=call.binding.version_label,

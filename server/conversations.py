@@ -9,12 +9,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from adapters.conversations import MAX_CONVERSATION_BYTES, Conversation, ConversationLog
 from adapters.errors import DatabaseBusyError, InvalidInputError
-from server.calls import Call
+from server.calls import Call, answer_messages
 from server.config import ServeSettings
-from server.schemas import ChatRequest, chat_choice
-from server.tools import ToolReader, read_whole
+from server.schemas import ChatRequest
 
-__all__ = ["ConversationKeeper", "answer_messages"]
+__all__ = ["ConversationKeeper"]
 
 _log = structlog.get_logger(__name__)
 _SWEEP_EVERY_S = 300.0
@@ -76,14 +75,3 @@ class ConversationKeeper:
         """Delete what is too old or too much, also where nothing is kept any more."""
         if num_deleted := self._log.delete_old(days=self._days, max_bytes=self._max_bytes):
             _log.info("conversations_deleted", num_deleted=num_deleted)
-
-
-def answer_messages(call: Call) -> list[dict[str, object]]:
-    """The assistant's message of each answer of a call that has ended, tool calls read from the text."""
-    messages = []
-    for name, answer in call.answers.items():
-        reader = None if call.tools is None else ToolReader(call.tools, f"call_{name}")
-        text, calls = read_whole(reader, "".join(answer.pieces))
-        message = chat_choice(index=answer.index, text=text, finish_reason=None, tool_calls=calls)["message"]
-        messages.append(message)
-    return messages

@@ -22,6 +22,7 @@ from clients.cli import (
     keys,
     replay,
     serve,
+    shadow,
     train,
 )
 
@@ -43,6 +44,7 @@ app.command("chat")(chat.chat)
 app.add_typer(adapters.app, name="adapters")
 experiments.app.command("replay")(replay.replay)
 app.add_typer(experiments.app, name="experiments")
+app.add_typer(shadow.app, name="shadow")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(base.app, name="base")
 app.add_typer(keys.app, name="keys")

@@ -158,7 +158,7 @@ class Replay:
             return Verdict(**known)
         try:
             ask = lambda: judge.compare(prompt.messages, one, other, reference=prompt.reference)  # noqa: E731
-            verdict = await _patiently(ask)
+            verdict: Verdict = await _patiently(ask)
         except InvalidRequestError:
             return Verdict("unreadable", "unreadable")
         self.journal.add(key, asdict(verdict))

@@ -167,6 +167,7 @@ class Bench:
         read: Callable[[str], AdapterWeights] | None = None,
         max_host_bytes: int = 1 << 20,
         clock: Callable[[], float] = time.monotonic,
+        max_stall_s: float = 0.2,
     ) -> Engine:
         """A fresh engine with empty slots."""
         return Engine(
@@ -176,6 +177,7 @@ class Bench:
             max_prefill_tokens=max_prefill_tokens,
             max_host_bytes=max_host_bytes,
             clock=clock,
+            max_stall_s=max_stall_s,
         )
 
 
