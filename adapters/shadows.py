@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import islice
 from typing import Any, Literal
 
 from sqlalchemy import select
@@ -183,13 +184,14 @@ class ShadowService:
         with self.database.read() as session:
             return _to_shadow(_find_row(session, name))
 
-    def list(self, *, is_running: bool = False) -> list[Shadow]:
-        """All shadows, or those that run, newest first."""
+    def list(self, *, is_running: bool = False, limit: int | None = None) -> list[Shadow]:
+        """All shadows, or those that run, newest first; at most so many, if a limit is given."""
         statement = select(ShadowRow).order_by(ShadowRow.created_at.desc(), ShadowRow.id)
         if is_running:
             statement = statement.where(ShadowRow.state == "running")
         with self.database.read() as session:
-            return [_to_shadow(row) for row in session.scalars(statement) if actor_of(session).can_see(row.alias)]
+            seen = (row for row in session.scalars(statement) if actor_of(session).can_see(row.alias))
+            return [_to_shadow(row) for row in islice(seen, limit)]
 
     def record(self, answer: ShadowAnswer) -> None:
         """Write how a copy ended. Its text is written if the conversation is kept, and goes with it."""

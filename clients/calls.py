@@ -219,9 +219,9 @@ def stop_experiment(experiment_id: str) -> Call[results.Experiment]:
     return Call(results.Experiment, "POST", f"/v1/experiments/{_part(experiment_id)}/stop")
 
 
-def list_shadows() -> Call[results.ShadowList]:
+def list_shadows(limit: int) -> Call[results.ShadowList]:
     """GET /v1/shadows."""
-    return Call(results.ShadowList, "GET", "/v1/shadows")
+    return Call(results.ShadowList, "GET", "/v1/shadows", {"limit": limit})
 
 
 def start_shadow(alias: str, version: str | None, share: float) -> Call[results.Shadow]:

@@ -211,9 +211,9 @@ class ShadowsResource:
     def __init__(self, client: Hotswap) -> None:
         self._client = client
 
-    def list(self) -> Sequence[Shadow]:
-        """All shadows, the newest first."""
-        return self._client.send(calls.list_shadows()).data
+    def list(self, *, limit: int = 20) -> Sequence[Shadow]:
+        """The newest shadows, the newest of them first."""
+        return self._client.send(calls.list_shadows(limit)).data
 
     def start(self, alias: str, version: str | None = None, *, share: float) -> Shadow:
         """Have a version (`v2`, or `legal@v2` as the alias) answer a copy of so many percent of the requests.
@@ -238,9 +238,9 @@ class AsyncShadowsResource:
     def __init__(self, client: AsyncHotswap) -> None:
         self._client = client
 
-    async def list(self) -> Sequence[Shadow]:
+    async def list(self, *, limit: int = 20) -> Sequence[Shadow]:
         """See `ShadowsResource.list`."""
-        return (await self._client.send(calls.list_shadows())).data
+        return (await self._client.send(calls.list_shadows(limit))).data
 
     async def start(self, alias: str, version: str | None = None, *, share: float) -> Shadow:
         """See `ShadowsResource.start`."""

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from adapters.shadows import Shadow, ShadowReport
 from adapters.statistics import MeanEstimate
 from server.auth import needs
-from server.resources import ALIAS_PATTERN, VERSION_PATTERN
+from server.resources import ALIAS_PATTERN, VERSION_PATTERN, PageLimit
 from server.services import CurrentServices
 from server.wire import Wire
 
@@ -79,9 +79,9 @@ class ShadowList(BaseModel):
 
 
 @router.get("/v1/shadows")
-async def list_shadows(services: CurrentServices) -> ShadowList:
-    """All shadows, the newest first."""
-    found = await asyncio.to_thread(services.shadows.list)
+async def list_shadows(services: CurrentServices, limit: PageLimit = 20) -> ShadowList:
+    """The newest shadows, the newest of them first."""
+    found = await asyncio.to_thread(services.shadows.list, limit=limit)
     return ShadowList(data=[ShadowObject(**_fields(shadow)) for shadow in found])
 
 
