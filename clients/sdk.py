@@ -21,7 +21,7 @@ import httpx
 from pydantic import BaseModel
 
 from clients import calls
-from clients.calls import ArmSpec, Call
+from clients.calls import ArmSpec, Call, ExperimentSpec, GuardrailSpec, WeightSpec
 from clients.errors import error_of, no_answer
 from clients.http import API_KEY_VARIABLE, is_local
 from clients.results import Feedback, Health, Readiness
@@ -41,9 +41,12 @@ __all__ = [
     "AsyncExperimentsResource",
     "AsyncHotswap",
     "AsyncShadowsResource",
+    "ExperimentSpec",
     "ExperimentsResource",
+    "GuardrailSpec",
     "Hotswap",
     "ShadowsResource",
+    "WeightSpec",
 ]
 
 _DEFAULT_URL = "http://127.0.0.1:8000"

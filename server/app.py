@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +24,7 @@ from adapters.base_model import load_tokenizer
 from adapters.conversations import ConversationLog
 from adapters.database import open_database
 from adapters.errors import BaseModelError
+from adapters.experiment_evaluation import EVALUATOR, ExperimentEvaluation
 from adapters.experiments import ExperimentService
 from adapters.files import FileService
 from adapters.jobs import JobService
@@ -43,6 +45,7 @@ from server.engine.families import SUPPORTED_FAMILIES
 from server.engine_client import EngineClient, Transport
 from server.engine_factory import build_engine, find_pinned
 from server.errors import install_error_handlers
+from server.evaluator import Evaluator
 from server.fine_tuning import FineTuningService
 from server.home_lock import held_home
 from server.job_supervisor import SupervisorProcess
@@ -131,9 +134,9 @@ async def _running_services(
     services = join_services(registry, LitServeTransport(spec), tokenizer, core, settings)
     app.state.services, engine = services, services.engine
     services.files.sweep()
-    keepers = (services.pins, services.conversations, services.shadow_keeper)
-    running = (engine.run(), *(keeper.run() for keeper in keepers))
-    tasks = [asyncio.create_task(work) for work in running]
+    evaluator = Evaluator(services.evaluation.acting_for(EVALUATOR), interval_s=settings.experiment_interval_s)
+    parts = (engine, services.pins, services.conversations, services.shadow_keeper, evaluator)
+    tasks = [asyncio.create_task(part.run()) for part in parts]
     for task in tasks:
         task.add_done_callback(_end_if_crashed)
     drain_before_exit(engine, limit_s=settings.drain_s)
@@ -171,7 +174,7 @@ def join_services(
         settings: Limits.
     """
     database = registry.database
-    experiments = ExperimentService(database)
+    experiments = ExperimentService(database, feedback_window=timedelta(days=settings.feedback_days))
     metrics = Metrics()
     engine = EngineClient(
         transport,
@@ -188,6 +191,7 @@ def join_services(
     return Services(
         registry=registry,
         experiments=experiments,
+        evaluation=ExperimentEvaluation(registry),
         engine=engine,
         chat=ChatService(
             registry,

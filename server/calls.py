@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from adapters.records import Binding
+from adapters.records import Binding, Feedback, Unit
 from adapters.shadows import Shadow
 from server.callers import Meter
 from server.engine.core import GenerationRequest
@@ -24,7 +24,6 @@ __all__ = [
     "make_answers",
     "message_of",
     "time_per_token",
-    "unit_of",
 ]
 
 
@@ -54,8 +53,7 @@ class Call:
     client: str  # whose turn it takes in the engine's queue
     meter: Meter
     binding: Binding
-    unit: str
-    unit_source: Literal["user", "request"]
+    unit: Unit
     answers: dict[str, Choice]  # by the engine's request id
     num_answers: int  # to each prompt
     created: int
@@ -69,6 +67,8 @@ class Call:
     finish_reason: str | None = None
     error: str | None = None
     is_recorded: bool = False
+    is_written: asyncio.Event = field(default_factory=asyncio.Event)
+    feedback: dict[str, Feedback] = field(default_factory=dict)  # by metric, what came before the exposure
     headers: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -118,13 +118,6 @@ def message_of(text: str, tools: ToolUse | None, call_id: str, *, index: int = 0
     shown, calls = read_whole(reader, text)
     message: dict[str, Any] = chat_choice(index=index, text=shown, finish_reason=None, tool_calls=calls)["message"]
     return message
-
-
-def unit_of(user: str | None, request_id: str) -> tuple[str, Literal["user", "request"]]:
-    """The key that experiments split by. A user's name is hashed: the database needs to tell users apart, no more."""
-    if user is None:
-        return request_id, "request"
-    return hashlib.sha256(user.encode()).hexdigest()[:32], "user"
 
 
 def headers_of(binding: Binding) -> dict[str, str]:

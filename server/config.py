@@ -108,6 +108,16 @@ class ServeSettings(SettingsSection):
     max_file_bytes: int = Field(
         100_000_000, ge=1000, le=10_000_000_000, description="Largest file that may be uploaded."
     )
+    feedback_days: float = Field(
+        7.0, ge=0.01, le=3650, allow_inf_nan=False, description="Days after an answer in which feedback on it is taken."
+    )
+    experiment_interval_s: float = Field(
+        60.0,
+        ge=0.1,
+        le=86_400,
+        allow_inf_nan=False,
+        description="Seconds between two evaluations of running experiments: the longest that a rollback takes.",
+    )
     keep_conversations: bool = Field(
         False,
         description="Keep what is asked and answered in chats, for training and comparisons; store: false is not.",

@@ -44,10 +44,10 @@ class ShadowKeeper:
     def choose(self, body: ChatRequest, binding: Binding, response_id: str) -> Shadow | None:
         """The shadow that gets a copy of this request when it is answered, if any does.
 
-        A request that declines to be kept gets none, and neither does one for several answers.
+        A request that declines to be kept gets none, and neither does one for several answers, or a tester's.
         """
         shadow = self._running.get(binding.alias)
-        if shadow is None or body.store is False or body.n > 1 or binding.route in _NAMED:
+        if shadow is None or body.store is False or body.n > 1 or binding.route in _NAMED or binding.forced:
             return None
         return shadow if shadow.digest != binding.digest and shadow.samples(response_id) else None
 

@@ -7,14 +7,12 @@ number means and when it does not hold.
 from adapters.statistics.arms import adjusted_confidence, holm_rejections, thompson_weights
 from adapters.statistics.covariates import AdjustedValues, adjust_for_covariate, cuped_interval
 from adapters.statistics.intervals import Interval, MeanEstimate, difference_interval, mean_interval
+from adapters.statistics.mixtures import MIN_UNITS
 from adapters.statistics.planning import duration_days, reached_power, required_units
 from adapters.statistics.preferences import Rating, bradley_terry
 from adapters.statistics.sample_ratio import SampleRatio, sample_ratio
 from adapters.statistics.sequences import (
     DEFAULT_PLANNED_UNITS,
-    MIN_UNITS,
-    ArmMoments,
-    difference_margin,
     difference_p_value,
     difference_sequence,
     mean_sequence,
@@ -24,7 +22,6 @@ __all__ = [
     "DEFAULT_PLANNED_UNITS",
     "MIN_UNITS",
     "AdjustedValues",
-    "ArmMoments",
     "Interval",
     "MeanEstimate",
     "Rating",
@@ -34,7 +31,6 @@ __all__ = [
     "bradley_terry",
     "cuped_interval",
     "difference_interval",
-    "difference_margin",
     "difference_p_value",
     "difference_sequence",
     "duration_days",

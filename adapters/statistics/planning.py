@@ -7,7 +7,7 @@ from typing import Literal
 
 from scipy import special
 
-from adapters.statistics.sequences import tuned_time
+from adapters.statistics.mixtures import tuned_time
 
 __all__ = ["duration_days", "reached_power", "required_units"]
 

@@ -1,54 +1,23 @@
-"""Confidence sequences: intervals of which all hold at once with the stated probability, however often one looks.
+"""Confidence sequences: intervals that all hold at once with the stated probability, however often one looks.
 
-The functions of arrays are what the simulator in `benchmarks/experiments.py` runs; those of values are their scalar
-case. docs/statistics.md derives them in words.
+Means of any values get the asymptotic sequence of `mixtures`, shares also the exact one of `betting`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from scipy import special
+from adapters.statistics.betting import Bets, mean_share_bounds, share_bounds, share_p_value
+from adapters.statistics.intervals import Interval, all_binary
+from adapters.statistics.mixtures import ArmMoments, difference_bounds, difference_evidence, mean_bounds
 
-from adapters.statistics.intervals import Interval
-
-__all__ = [
-    "DEFAULT_PLANNED_UNITS",
-    "MIN_UNITS",
-    "ArmMoments",
-    "difference_margin",
-    "difference_p_value",
-    "difference_sequence",
-    "log_evidence",
-    "mean_margin",
-    "mean_sequence",
-    "mixture_multiplier",
-    "tuned_time",
-]
+__all__ = ["DEFAULT_PLANNED_UNITS", "EXACT_PART", "difference_p_value", "difference_sequence", "mean_sequence"]
 
 DEFAULT_PLANNED_UNITS = 10_000
-MIN_UNITS = 10
-
-_Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class ArmMoments:
-    """Number of units, mean and sample variance (divisor n - 1) of an arm; arrays of one shape where there are many."""
-
-    count: Any
-    mean: Any
-    variance: Any
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> ArmMoments:
-        """The moments of one value per unit, at least one; the variance of a single unit is 0."""
-        return cls(len(values), float(np.mean(values)), float(np.var(values, ddof=1)) if len(values) > 1 else 0.0)
+# Of the error that a share's sequence may make, the part that the exact sequence may make; the rest is the asymptotic
+# one's. What holds for both holds with the sum, so that the narrower may be taken at every look.
+EXACT_PART = 0.2
 
 
 def difference_sequence(
@@ -57,27 +26,42 @@ def difference_sequence(
     *,
     confidence: float = 0.95,
     planned_units: float = DEFAULT_PLANNED_UNITS,
+    treatment_share: float = 0.5,
+    is_share: bool | None = None,
 ) -> Interval | None:
     """Interval for mean(treatment) - mean(control) that holds at every look at once with probability `confidence`.
 
     Args:
-        treatment: One number per unit; units must be independent.
+        treatment: One number per unit, in the order in which they came; units must be independent.
         control: Likewise.
         confidence: Two-sided, over all looks together.
-        planned_units: Units of both arms together at which the interval is made tightest; fix it before the first
-            look. A wrong plan costs width, never validity.
+        planned_units: Units of both arms together at which the interval is made tightest. Like the two below, fix it
+            before the first look: a wrong plan costs width, a changed one validity.
+        treatment_share: The treatment's planned share of both arms' units.
+        is_share: Whether values lie between 0 and 1 by their nature, as rates and yes-or-no answers do: then there is
+            an interval from the first units on, and for arms without variation. None: if all are 0 or 1.
 
     Returns:
-        None below `MIN_UNITS` an arm, where an arm does not vary, or as long as nothing is excluded at all.
+        None where nothing is excluded yet: other than for shares, below `MIN_UNITS` an arm or where one does not vary.
+
+    Raises:
+        ValueError: is_share is given as true and a value lies outside 0 to 1.
     """
-    if min(len(treatment), len(control)) < MIN_UNITS:
+    if not treatment or not control:
         return None
     first, second = ArmMoments.of(treatment), ArmMoments.of(control)
-    margin = float(difference_margin(first, second, confidence=confidence, planned_units=planned_units))
-    if not math.isfinite(margin):
+    if not _are_shares(treatment, control, is_share):
+        low, high = _asymptotic(first, second, confidence, planned_units)
+    else:
+        asymptotic = _asymptotic(first, second, _part(confidence, 1 - EXACT_PART), planned_units)
+        exact_confidence = _part(confidence, EXACT_PART)
+        bets = Bets.planned(confidence=exact_confidence, planned_units=planned_units, treatment_share=treatment_share)
+        exact = share_bounds(treatment, control, bets, confidence=exact_confidence)
+        ends = max(asymptotic[0], exact[0]), min(asymptotic[1], exact[1])
+        low, high = min(ends), max(ends)  # should they contradict each other, all that is between them
+    if (math.isinf(low) and math.isinf(high)) or (low, high) == (-1.0, 1.0):
         return None
-    estimate = first.mean - second.mean
-    return Interval(estimate, estimate - margin, estimate + margin, confidence)
+    return Interval(first.mean - second.mean, low, high, confidence)
 
 
 def difference_p_value(
@@ -86,111 +70,62 @@ def difference_p_value(
     *,
     confidence: float = 0.95,
     planned_units: float = DEFAULT_PLANNED_UNITS,
+    treatment_share: float = 0.5,
+    is_share: bool | None = None,
 ) -> float:
-    """A p-value for "no difference" that may be looked at after every unit; 1 where there is no interval yet.
+    """A p-value for "no difference" that may be looked at after every unit; 1 where nothing is excluded yet.
 
-    At most 1 - confidence exactly where `difference_sequence` with the same arguments excludes zero.
+    It is at most 1 - confidence where `difference_sequence` with the same arguments excludes zero, and only there.
     """
-    if difference_sequence(treatment, control, confidence=confidence, planned_units=planned_units) is None:
+    if not treatment or not control:
         return 1.0
     first, second = ArmMoments.of(treatment), ArmMoments.of(control)
-    spread, freedom = _welch(first, second)
-    time = _time(_balanced_units(first.count, second.count), confidence, planned_units)
-    ratio = (first.mean - second.mean) ** 2 / spread
-    return float(min(1.0, np.exp(-log_evidence(ratio, time, freedom))))
+    if not _are_shares(treatment, control, is_share):
+        return _asymptotic_p_value(first, second, confidence, planned_units)
+    exact_confidence = _part(confidence, EXACT_PART)
+    bets = Bets.planned(confidence=exact_confidence, planned_units=planned_units, treatment_share=treatment_share)
+    asymptotic = _asymptotic_p_value(first, second, _part(confidence, 1 - EXACT_PART), planned_units)
+    exact = share_p_value(treatment, control, bets)
+    return min(1.0, asymptotic / (1 - EXACT_PART), exact / EXACT_PART)
 
 
 def mean_sequence(
     values: Sequence[float], *, confidence: float = 0.95, planned_units: float = DEFAULT_PLANNED_UNITS
 ) -> Interval | None:
-    """Interval for the mean of one value per unit that holds at every look at once; None as `difference_sequence`."""
-    if len(values) < MIN_UNITS:
+    """Interval for the mean of one value per unit that holds at every look at once with probability `confidence`.
+
+    Exact where all values are 0 or 1, otherwise asymptotic. None where nothing is excluded yet, as in
+    `difference_sequence`; `planned_units` are those of this arm.
+    """
+    if not values:
         return None
     moments = ArmMoments.of(values)
-    margin = float(mean_margin(moments, confidence=confidence, planned_units=planned_units))
-    if not math.isfinite(margin):
-        return None
-    return Interval(moments.mean, moments.mean - margin, moments.mean + margin, confidence)
+    if all_binary(values):
+        bounds = mean_share_bounds(round(sum(values)), len(values), confidence=confidence, planned_units=planned_units)
+        return None if bounds == (0.0, 1.0) else Interval(moments.mean, *bounds, confidence)
+    low, high = (float(end) for end in mean_bounds(moments, confidence=confidence, planned_units=planned_units))
+    return Interval(moments.mean, low, high, confidence) if math.isfinite(low) else None
 
 
-def difference_margin(treatment: ArmMoments, control: ArmMoments, *, confidence: float, planned_units: float) -> _Array:
-    """Half the width of the sequence for a difference of means, elementwise; infinite where there is none yet."""
-    spread, freedom = _welch(treatment, control)
-    time = _time(_balanced_units(treatment.count, control.count), confidence, planned_units)
-    margin = np.sqrt(spread) * mixture_multiplier(time, freedom, confidence)
-    enough = (np.minimum(treatment.count, control.count) >= MIN_UNITS) & _both_vary(treatment, control)
-    return np.where(enough, margin, np.inf)
+def _are_shares(treatment: Sequence[float], control: Sequence[float], is_share: bool | None) -> bool:
+    if is_share is None:
+        return all_binary(treatment, control)
+    if is_share and not all(0 <= value <= 1 for side in (treatment, control) for value in side):
+        raise ValueError("expected shares, which lie between 0 and 1, found a value outside")
+    return is_share
 
 
-def mean_margin(moments: ArmMoments, *, confidence: float, planned_units: float) -> _Array:
-    """Half the width of the sequence for a mean, elementwise; infinite where there is none yet."""
-    count = np.asarray(moments.count, dtype=float)
-    time = _time(count, confidence, planned_units)
-    margin = np.sqrt(moments.variance / count) * mixture_multiplier(time, np.maximum(count - 1, 1), confidence)
-    return np.where((count >= MIN_UNITS) & (np.asarray(moments.variance) > 0), margin, np.inf)
+def _part(confidence: float, part: float) -> float:
+    return 1 - (1 - confidence) * part
 
 
-def tuned_time(confidence: float) -> float:
-    """The intrinsic time at which the boundary is tightest: x with log((1 + x) / alpha^2) = x, 8.21 for 0.95.
-
-    Source: Waudby-Smith et al. (2024), Annals of Statistics 52:2613, section B.2; solved by Lambert's W.
-    """
-    alpha = 1 - confidence
-    return float(-special.lambertw(-(alpha**2) / math.e, -1).real - 1)
+def _asymptotic(
+    treatment: ArmMoments, control: ArmMoments, confidence: float, planned_units: float
+) -> tuple[float, float]:
+    low, high = difference_bounds(treatment, control, confidence=confidence, planned_units=planned_units)
+    return float(low), float(high)
 
 
-def mixture_multiplier(time: Any, freedom: Any, confidence: float) -> _Array:
-    """How many standard errors the boundary lies from the estimate; infinite where nothing can be excluded yet.
-
-    With infinite freedom it is the Gaussian mixture boundary of Robbins, sqrt((1 + x) / x * log((1 + x) / alpha^2)),
-    which asymptotic confidence sequences use; with finite freedom its counterpart for an estimated variance, which is
-    exact for Gaussian values of equal variance.
-
-    Args:
-        time: Intrinsic time x: information about the mean relative to the mixture's, above 0.
-        freedom: Degrees of freedom of the variance estimate, above 0.
-        confidence: Two-sided, over all looks.
-
-    Source: Gonen et al. (2005), The American Statistician 59:252, inverted; Waudby-Smith et al. (2024), eq. 9.
-    """
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        excess = np.expm1((np.log1p(time) - 2 * math.log(1 - confidence)) / (np.asarray(freedom) + 1))
-        ratio = (1 + time) * excess / (time - excess)
-        return np.sqrt(np.where(excess < time, freedom * ratio, np.inf))
-
-
-def log_evidence(ratio: Any, time: Any, freedom: Any) -> _Array:
-    """Log of the Bayes factor against a mean difference of 0, whose inverse is a p-value valid at every look.
-
-    Args:
-        ratio: Squared estimate over squared standard error.
-        time: Intrinsic time, as in `mixture_multiplier`.
-        freedom: Degrees of freedom of the variance estimate.
-    """
-    gain = np.log1p(ratio / freedom) - np.log1p(ratio / freedom / (1 + time))
-    return np.asarray((freedom + 1) / 2 * gain - np.log1p(time) / 2)
-
-
-def _time(units: Any, confidence: float, planned_units: float) -> Any:
-    return tuned_time(confidence) * units / planned_units
-
-
-def _balanced_units(first: Any, second: Any) -> _Array:
-    """How many units, half in each arm, would tell as much: the clock of information, also when shares move."""
-    first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-    return np.asarray(4 * first * second / np.maximum(first + second, 1))
-
-
-def _both_vary(treatment: ArmMoments, control: ArmMoments) -> NDArray[np.bool_]:
-    return (np.asarray(treatment.variance) > 0) & (np.asarray(control.variance) > 0)
-
-
-def _welch(treatment: ArmMoments, control: ArmMoments) -> tuple[_Array, _Array]:
-    """Squared standard error of the difference, and Satterthwaite's degrees of freedom."""
-    first_count, second_count = (np.asarray(arm.count, dtype=float) for arm in (treatment, control))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        first, second = treatment.variance / first_count, control.variance / second_count
-        spread = first + second
-        shares = (first / spread) ** 2 / (first_count - 1) + (second / spread) ** 2 / (second_count - 1)
-        freedom = 1 / shares
-    return spread, np.where(np.isfinite(freedom), freedom, 1.0)
+def _asymptotic_p_value(treatment: ArmMoments, control: ArmMoments, confidence: float, planned_units: float) -> float:
+    evidence = difference_evidence(treatment, control, 0.0, confidence=confidence, planned_units=planned_units)
+    return min(1.0, math.exp(-float(evidence)) if evidence > 0 else 1.0)

@@ -2,10 +2,32 @@
 
 from fastapi import APIRouter
 
-from server.routes import adapters, chat, completions, experiments, files, fine_tuning, models, operations, shadows
+from server.routes import (
+    adapters,
+    chat,
+    completions,
+    experiment_verdicts,
+    experiments,
+    files,
+    fine_tuning,
+    models,
+    operations,
+    shadows,
+)
 
 __all__ = ["router"]
 
 router = APIRouter()
-for topic in (chat, completions, models, files, fine_tuning, adapters, experiments, shadows, operations):
+for topic in (
+    chat,
+    completions,
+    models,
+    files,
+    fine_tuning,
+    adapters,
+    experiments,
+    experiment_verdicts,
+    shadows,
+    operations,
+):
     router.include_router(topic.router, tags=[topic.__name__.rpartition(".")[2]])
