@@ -117,7 +117,7 @@ class ConversationLog:
             .order_by(FeedbackRow.metric)
         )
         with self.database.read() as session:
-            return dict(session.execute(statement).tuples().all())
+            return {str(metric): int(count) for metric, count in session.execute(statement)}
 
     def _delete_oldest(self, *, before: datetime) -> int:
         oldest = select(ConversationRow.response_id).where(ConversationRow.kept_at < before)
