@@ -132,8 +132,8 @@ class FileService:
                 behind = FileRow.sequence < position if order == "desc" else FileRow.sequence > position
                 statement = statement.where(behind)
             ordered = statement.order_by(FileRow.sequence.desc() if order == "desc" else FileRow.sequence)
-            rows = session.scalars(ordered.execution_options(yield_per=100))
-            found = list(islice((_to_file(row) for row in rows if can_see_file(session, row)), limit + 1))
+            with session.scalars(ordered.execution_options(yield_per=100)) as rows:
+                found = list(islice((_to_file(row) for row in rows if can_see_file(session, row)), limit + 1))
         return cut_page(found, limit)
 
     def delete(self, file_id: str) -> None:

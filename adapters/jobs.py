@@ -189,15 +189,16 @@ class JobService(JobClaims, JobHistory):
                 is_seen = all(actor_of(session).can_see(alias) for alias in aliases)
                 position = find_position(session, JobRow, after, sql.true() if is_seen else sql.false())
                 statement = statement.where(JobRow.sequence < position)
-            for row in session.scalars(statement.execution_options(yield_per=100)):
-                # Compared here: keys are the client's own, and no database's path language should read them.
-                if not actor_of(session).can_see(row.alias):
-                    continue
-                if metadata and any(row.details.get(key) != value for key, value in metadata.items()):
-                    continue
-                if len(found) == limit:
-                    return found, True
-                found.append(to_job(row, positions.get(row.id)))
+            with session.scalars(statement.execution_options(yield_per=100)) as rows:
+                for row in rows:
+                    # Compared here: keys are the client's own, and no database's path language should read them.
+                    if not actor_of(session).can_see(row.alias):
+                        continue
+                    if metadata and any(row.details.get(key) != value for key, value in metadata.items()):
+                        continue
+                    if len(found) == limit:
+                        return found, True
+                    found.append(to_job(row, positions.get(row.id)))
         return found, False
 
     def cancel(self, job_id: str) -> Job:

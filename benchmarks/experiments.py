@@ -24,12 +24,17 @@ from numpy.typing import NDArray
 from adapters.statistics.planning import required_units
 from benchmarks import experiment_runs as runs_of
 from benchmarks.conditions import describe_host, format_conditions
-from benchmarks.experiment_runs import METRICS, Looks, Metric, Plan
+from benchmarks.experiment_runs import METRICS, Looks, Metric, Plan, Value
 
 __all__ = ["SECTIONS", "Study", "build_studies", "format_study", "main", "run_chunk", "run_studies"]
 
-_CHUNK = 100
+_CHUNK = 250
 _SRM_ALPHA = 0.01
+_VALUES: dict[Value, str] = {
+    "first": "the first outcome",
+    "ratio": "outcomes per request (`ratio_values`)",
+    "mean": "**not covered**: the user's mean so far",
+}
 
 Outcomes = dict[str, NDArray[np.float64]]
 Measure = Callable[[np.random.Generator, int], Outcomes]
@@ -61,10 +66,13 @@ def build_studies(units: int) -> list[Study]:
     studies += [
         Study("errors", f"{metric.name}; 10/90", partial(_errors, metric, units, lopsided)) for metric in uneven
     ]
-    for freeze, what in ((True, "a unit's value is its first outcome"), (False, "its mean so far, which changes")):
-        for concentration, how in ((2.0, "units differ much"), (50.0, "units differ little")):
-            measure = partial(_returning, units, plan, concentration, freeze)
-            studies.append(Study("returning", f"{what}; {how}", measure))
+    for value, what in _VALUES.items():
+        for concentration, new_share, who in (
+            (2.0, 0.5, "users differ, 2 requests each"),
+            (1e6, 0.05, "alike, 20 each"),
+        ):
+            measure = partial(_returning, units, value, concentration, new_share)
+            studies.append(Study("returning", f"{what}; {who}", measure))
     for metric, effect in ((METRICS[0], 0.1), (METRICS[1], 0.05), (METRICS[3], 0.2), (METRICS[4], 0.5)):
         studies.append(Study("coverage", f"{metric.name}, {effect:+g}", partial(_misses, metric, units, plan, effect)))
     for metric, effect, deviation in ((Metric("binary, 0.4", rate=0.4), 0.1, None), (METRICS[3], 0.2, 1.0)):
@@ -134,11 +142,11 @@ def _look(
 
 
 def _returning(
-    units: int, plan: Plan, concentration: float, freeze: bool, generator: np.random.Generator, num_runs: int
+    units: int, value: Value, concentration: float, new_share: float, generator: np.random.Generator, num_runs: int
 ) -> Outcomes:
-    new_share = 0.5
-    shape = (num_runs, round(units / new_share))
-    looks = runs_of.returning_units(generator, shape, new_share=new_share, concentration=concentration, freeze=freeze)
+    shape = (num_runs, 2 * units)
+    looks = runs_of.returning_units(generator, shape, new_share=new_share, concentration=concentration, value=value)
+    plan = Plan(units * new_share)  # half of those that will come
     return _rates(sequence=runs_of.find_exclusions(looks, 0.0, plan), peeking=runs_of.find_peeks(looks, 0.0))
 
 

@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from adapters.database import Database
@@ -193,6 +194,6 @@ def test_upload_leaves_nothing_when_its_row_can_not_be_written(
         session.flush()
 
     monkeypatch.setattr(FileService, "register", staticmethod(fail))
-    with pytest.raises(Exception, match="NOT NULL"):
+    with pytest.raises(IntegrityError):
         files.upload(io.BytesIO(content), "rows.jsonl")
     assert _on_disk(files) == []
