@@ -48,7 +48,7 @@ from adapters.records import (
     parse_model_name,
 )
 from adapters.store import ArtifactStore
-from adapters.tables import KIND_KEY, AliasChangeRow, AliasRow, AliasVersionRow, PinRow, VersionRow, utc_now
+from adapters.tables import KIND_KEY, AliasChangeRow, AliasRow, AliasVersionRow, PinRow, ShadowRow, VersionRow, utc_now
 
 __all__ = ["ARM_HEADER", "Registry", "check_can_chat", "find_version", "has_been_at", "move_alias"]
 
@@ -433,6 +433,17 @@ def _check_is_no_arm(session: Session, target: NumberedVersion) -> None:
             raise ConflictError(
                 f"{target.label} is an arm of the {experiment.state} experiment {experiment.id}; stop that first"
             )
+    if shadow := _running_shadow(session, target):
+        raise ConflictError(f"{target.label} is the running shadow {shadow}; stop that first")
+
+
+def _running_shadow(session: Session, version: NumberedVersion) -> str | None:
+    """The id of the shadow that has a version answer copies of its alias's requests, if one runs."""
+    return session.scalar(
+        select(ShadowRow.id).where(
+            ShadowRow.alias == version.alias, ShadowRow.number == version.number, ShadowRow.state == "running"
+        )
+    )
 
 
 def _movable_alias(session: Session, alias: str) -> AliasRow:

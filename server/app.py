@@ -21,6 +21,7 @@ from fastapi import FastAPI
 
 from adapters.base_files import public_name, pull_base
 from adapters.base_model import load_tokenizer
+from adapters.conversations import ConversationLog
 from adapters.database import open_database
 from adapters.errors import BaseModelError
 from adapters.experiment_evaluation import EVALUATOR, ExperimentEvaluation
@@ -32,11 +33,13 @@ from adapters.pins import PinService
 from adapters.process_log import configure_log
 from adapters.registry import Registry
 from adapters.settings import CoreSettings
+from adapters.shadows import ShadowService
 from adapters.store import ArtifactStore
 from server.api import EngineBuilder, LitServeTransport, RoutesSpec, build_server, guard_processes, wrap_lifespan
 from server.auth import AuthMiddleware
 from server.chat import ChatService
 from server.config import ServeSettings, check_bind, check_port
+from server.conversations import ConversationKeeper
 from server.draining import drain_before_exit
 from server.engine.families import SUPPORTED_FAMILIES
 from server.engine_client import EngineClient, Transport
@@ -53,6 +56,7 @@ from server.openapi import describe_api
 from server.pins import PinKeeper
 from server.routes import router
 from server.services import Services
+from server.shadows import ShadowKeeper
 from server.tracing import check_tracing, exported_traces
 from server.uploads import Uploads, sweep_uploads
 
@@ -131,7 +135,8 @@ async def _running_services(
     app.state.services, engine = services, services.engine
     services.files.sweep()
     evaluator = Evaluator(services.evaluation.acting_for(EVALUATOR), interval_s=settings.experiment_interval_s)
-    tasks = [asyncio.create_task(part.run()) for part in (engine, services.pins, evaluator)]
+    parts = (engine, services.pins, services.conversations, services.shadow_keeper, evaluator)
+    tasks = [asyncio.create_task(part.run()) for part in parts]
     for task in tasks:
         task.add_done_callback(_end_if_crashed)
     drain_before_exit(engine, limit_s=settings.drain_s)
@@ -179,13 +184,29 @@ def join_services(
     )
     metrics.watch(engine)
     base_name = public_name(core.base)
+    shadows = ShadowService(database)
+    shadow_keeper = ShadowKeeper(shadows, engine, metrics)
+    conversations = ConversationKeeper(ConversationLog(database), settings)
     jobs = JobService(database, max_queued=settings.max_queued_jobs)
     return Services(
         registry=registry,
         experiments=experiments,
         evaluation=ExperimentEvaluation(registry),
         engine=engine,
-        chat=ChatService(registry, experiments, engine, tokenizer, settings, metrics, base_name=base_name),
+        chat=ChatService(
+            registry,
+            experiments,
+            engine,
+            tokenizer,
+            settings,
+            metrics,
+            base_name=base_name,
+            conversations=conversations,
+            shadows=shadow_keeper,
+        ),
+        conversations=conversations,
+        shadows=shadows,
+        shadow_keeper=shadow_keeper,
         metrics=metrics,
         keys=KeyService(database),
         pins=PinKeeper(PinService(database), engine, always=settings.pinned, max_versions=max(0, settings.slots - 1)),

@@ -118,6 +118,14 @@ class ServeSettings(SettingsSection):
         allow_inf_nan=False,
         description="Seconds between two evaluations of running experiments: the longest that a rollback takes.",
     )
+    keep_conversations: bool = Field(
+        False,
+        description="Keep what is asked and answered in chats, for training and comparisons; store: false is not.",
+    )
+    conversation_days: int = Field(30, ge=1, le=3650, description="Days after which a kept conversation is deleted.")
+    conversation_mb: int = Field(
+        1024, ge=1, le=1_048_576, description="Megabytes of kept conversations; beyond it the oldest go."
+    )
     traces: bool = Field(False, description="Send OpenTelemetry spans, one an answer; OTEL_* variables say where to.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 

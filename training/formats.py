@@ -11,13 +11,23 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from adapters.chat_rows import EXPECTED_ROW, MAX_PROBLEMS_SHOWN, Row, RowKind, parse_document, row_document
 from adapters.errors import ConflictError, DataError
 from training.readers import RawRow, read_table
 from training.recognise import Shape, choose_shape, spread
 
-__all__ = ["Dataset", "NumberedRow", "ReadOptions", "ReadRows", "read_dataset", "read_rows", "write_dataset"]
+__all__ = [
+    "Dataset",
+    "NumberedRow",
+    "ReadOptions",
+    "ReadRows",
+    "read_dataset",
+    "read_rows",
+    "write_dataset",
+    "write_documents",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +162,12 @@ def read_rows(source: Path | str, options: ReadOptions | None = None, *, name: s
 
 
 def write_dataset(rows: Iterable[NumberedRow], path: Path, *, overwrite: bool = False) -> int:
-    """Write rows as JSON lines, whole or not at all.
+    """Write rows as JSON lines; otherwise as `write_documents`."""
+    return write_documents([row_document(numbered.row) for numbered in rows], path, overwrite=overwrite)
+
+
+def write_documents(documents: Iterable[Mapping[str, Any]], path: Path, *, overwrite: bool = False) -> int:
+    """Write JSON objects one a line, whole or not at all.
 
     Returns:
         How many were written.
@@ -161,7 +176,7 @@ def write_dataset(rows: Iterable[NumberedRow], path: Path, *, overwrite: bool = 
         ConflictError: there is such a file, and it is not to be overwritten.
         DataError: the file can't be written.
     """
-    lines = [json.dumps(row_document(numbered.row), ensure_ascii=False) + "\n" for numbered in rows]
+    lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
     try:
         with temporary.open("xb") as file:

@@ -19,6 +19,7 @@ from adapters.manifest import ADAPTER_WEIGHTS_FILE
 from adapters.pins import PinService
 from adapters.records import Actor, AuditAction, AuditEntry
 from adapters.registry import Registry
+from adapters.shadows import ShadowService
 from tests.support.conversations import easy_rows, write_rows
 from tests.support.versions import PLAIN_MANIFEST, publish_text, write_files
 
@@ -72,6 +73,9 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
     keys = KeyService(registry.database)
     key, _ = keys.create("web", scopes=["chat"])
     keys.revoke(key.id)
+    shadows = ShadowService(registry.database)
+    shadow = shadows.start("legal", "v1", share=5)
+    shadows.stop("legal")
     acts = _acts(registry)
     assert [
         ("publish", "legal@v1"),
@@ -98,6 +102,8 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
         ("delete_file", stored.id),
         ("create_key", key.id),
         ("revoke_key", key.id),
+        ("start_shadow", shadow.id),
+        ("stop_shadow", shadow.id),
     ] == acts
     assert set(get_args(AuditAction)) == {action for action, _ in acts}
 
