@@ -18,6 +18,7 @@ HotswapError
 |  |- AliasForbiddenError       making or moving an alias that the key is not for
 |- ForeignPageError             without API keys, a request that did not plainly come from this machine
 |- ConflictError                the request is fine, the present state forbids it
+|  |- FeedbackTooLateError      on a response from longer ago than feedback is taken for
 |- IntegrityError               a stored file is not what its manifest says
 |- DatabaseBusyError            others hold the database for too long: try again later
 |- BaseModelError               the base model can't be fetched, read or supported
@@ -27,6 +28,7 @@ HotswapError
 |- AdapterLoadError             a published version can't be served; the reason is in the message
 |- EngineFailureError           a step of the model failed under this request
 |- DeadlineExceededError        the answer was not finished in its time
+|- OutOfMemoryError             a run for which the machine or its device has too little memory
 |- TrainingDivergedError        a run whose loss is no number, or only rises
 """
 
@@ -48,6 +50,7 @@ __all__ = [
     "DeadlineExceededError",
     "EngineFailureError",
     "EngineUnavailableError",
+    "FeedbackTooLateError",
     "FingerprintMismatchError",
     "ForeignPageError",
     "HotswapError",
@@ -55,6 +58,7 @@ __all__ = [
     "InvalidInputError",
     "InvalidNameError",
     "NotFoundError",
+    "OutOfMemoryError",
     "OverloadedError",
     "PermissionDeniedError",
     "PromptTooLongError",
@@ -173,6 +177,10 @@ class ConflictError(HotswapError):
     """The request is well formed, but the present state forbids it."""
 
 
+class FeedbackTooLateError(ConflictError):
+    """The response is from longer ago than feedback is taken for."""
+
+
 class IntegrityError(HotswapError):
     """A stored file is not what its manifest says."""
 
@@ -219,6 +227,10 @@ class EngineFailureError(HotswapError):
 
 class DeadlineExceededError(HotswapError):
     """The answer was not finished in its time; the same request would most likely run out of it again."""
+
+
+class OutOfMemoryError(HotswapError):
+    """The machine or its device has too little memory for a training run; the message says what takes less."""
 
 
 class TrainingDivergedError(HotswapError):

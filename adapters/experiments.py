@@ -1,144 +1,254 @@
-"""Experiments: the split of an alias between pinned versions, and what came of it.
+"""Experiments: the split of an alias between pinned versions, from draft to its end.
 
-Creates and stops them, records exposures and feedback, and sums outcomes up per arm. Knows no HTTP.
+Creates, starts, changes and stops them. Who gets which arm is computed in `assignment`, what came of it is written and
+read in `exposures`. Knows no HTTP.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timedelta
 from itertools import islice
+from typing import Any
 
-from sqlalchemy import ColumnElement, func, select
-from sqlalchemy.exc import IntegrityError as SqlIntegrityError
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
+from adapters.assignment import shift_weights
 from adapters.audit import record_act
 from adapters.database import Database, actor_of
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
-from adapters.paging import unknown_place
-from adapters.records import Actor, Arm, Experiment, Exposure, Feedback, parse_model_name, version_name
-from adapters.statistics import Interval, MeanEstimate, difference_interval, mean_interval
-from adapters.tables import (
-    AliasRow,
-    AliasVersionRow,
-    ArmRow,
-    ExperimentRow,
-    ExposureRow,
-    FeedbackRow,
-    VersionRow,
-    utc_now,
+from adapters.experiment_config import check_arms, check_plan, check_times, check_traffic
+from adapters.experiment_rows import (
+    add_arms,
+    begin_stage,
+    find_experiment_row,
+    find_open_row,
+    load_arms,
+    load_decisions,
+    lock_alias,
+    record_decision,
+    settle_row,
+    shares_of,
+    state_of,
+    to_experiment,
 )
+from adapters.experiment_stages import find_pinned, find_room, next_arms, started_rows
+from adapters.exposures import FEEDBACK_WINDOW, add_exposure, add_feedback, read_outcomes
+from adapters.paging import unknown_place
+from adapters.records import (
+    Actor,
+    AnalysisPlan,
+    Arm,
+    Decision,
+    Experiment,
+    ExperimentState,
+    Exposure,
+    Feedback,
+    UnitOutcomes,
+)
+from adapters.tables import AliasRow, ExperimentRow, utc_now
 
-__all__ = [
-    "ArmReport",
-    "ExperimentReport",
-    "ExperimentService",
-    "MetricReport",
-    "find_running",
-    "load_arms",
-    "parse_arm",
-]
+__all__ = ["ExperimentService"]
 
-_WEIGHT_TOLERANCE = 1e-6
-_MAX_ERROR_CHARS = 500
-
-
-@dataclass(frozen=True, slots=True)
-class MetricReport:
-    """One metric in one arm; the mean is over units, and the interval is for one look planned in advance."""
-
-    metric: str
-    num_outcomes: int
-    estimate: MeanEstimate
-    difference: Interval | None
-
-
-@dataclass(frozen=True, slots=True)
-class ArmReport:
-    """One arm: its share, what it was exposed to and its outcomes."""
-
-    arm: Arm
-    num_exposures: int
-    num_units: int
-    num_errors: int
-    metrics: tuple[MetricReport, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ExperimentReport:
-    """An experiment and its arms in the order in which they were given; differences are against the first."""
-
-    experiment: Experiment
-    arms: tuple[ArmReport, ...]
+_MAX_HOLDOUT = 50.0
 
 
 class ExperimentService:
     """Experiments, exposures and feedback over one database."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, feedback_window: timedelta = FEEDBACK_WINDOW) -> None:
         self.database = database
+        self._feedback_window = feedback_window
 
     def acting_for(self, actor: Actor) -> ExperimentService:
         """The same service on somebody's behalf: what the actor may not see does not exist in it."""
-        return ExperimentService(self.database.acting_for(actor))
+        return ExperimentService(self.database.acting_for(actor), feedback_window=self._feedback_window)
 
-    def create(self, alias: str, arms: list[tuple[str, str, float]], *, salt: str | None = None) -> Experiment:
-        """Start splitting an alias between pinned versions.
+    def create(
+        self,
+        alias: str,
+        arms: Sequence[tuple[str, str, float]],
+        *,
+        salt: str | None = None,
+        traffic: float = 100.0,
+        starts_at: datetime | None = None,
+        ends_at: datetime | None = None,
+        plan: AnalysisPlan | None = None,
+        draft: bool = False,
+    ) -> Experiment:
+        """Split an alias between pinned versions, from this moment on unless it is a draft or starts later.
 
         Args:
             alias: An existing alias.
-            arms: Name, version (`v1`, `legal@v1`, or the beginning of a digest) and weight in percent, two or more;
-                weights add up to 100.
-            salt: Decides the assignment; random if not given, so that experiments are independent.
+            arms: Name, version (`v1`, `legal@v1`, or the beginning of a digest) and weight in percent, two or more, the
+                control first; weights add up to 100.
+            salt: Decides who gets which arm; random if not given, so that experiments are independent.
+            traffic: Percent of the alias's units that are in the experiment; the others get the alias's version.
+            starts_at: When it starts by itself; None is at once, or at `start` for a draft.
+            ends_at: When it ends by itself.
+            plan: How it will be read.
+            draft: Only write it down; `start` starts it.
 
         Raises:
-            InvalidInputError: fewer than two arms, a name twice, weights that don't add up, or a reward model.
+            InvalidInputError: arms, weights, times or the plan are wrong, or an arm is a reward model.
             NotFoundError: no such alias or version.
-            ConflictError: an experiment is running on the alias already.
+            ConflictError: the alias's other experiments leave too few units.
         """
-        _check_arms(arms)
+        plan = plan or AnalysisPlan()
+        check_arms(arms)
+        check_traffic(traffic)
+        check_plan(plan)
+        check_times(starts_at, ends_at, utc_now())
         row = ExperimentRow(
             id=f"exp-{secrets.token_hex(6)}",
             alias=alias,
             salt=salt if salt is not None else secrets.token_hex(8),
-            state="running",
+            state="draft",
             created_at=utc_now(),
+            traffic=traffic,
+            stage=1,
+            starts_at=starts_at,
+            ends_at=ends_at,
+            plan=asdict(plan),
         )
-        try:
-            with self.database.write() as session:
-                if session.get(AliasRow, alias) is None or not actor_of(session).can_see(alias):
-                    raise NotFoundError(f"there is no adapter {alias!r}")
-                session.add(row)
-                session.flush()
-                for position, (name, version, weight) in enumerate(arms):
-                    number, digest = _find_pinned(session, alias, version)
-                    session.add(
-                        ArmRow(
-                            experiment_id=row.id,
-                            position=position,
-                            name=name,
-                            number=number,
-                            digest=digest,
-                            weight=weight,
-                        )
-                    )
-                shares = {name: f"{version}={weight:g}" for name, version, weight in arms}
-                record_act(session, "start_experiment", row.id, alias=alias, arms=shares)
-        except SqlIntegrityError:
-            raise ConflictError(f"an experiment is running on {alias!r} already; stop it first") from None
-        return self.get(row.id)
+        with self.database.write() as session:
+            alias_row = lock_alias(session, alias)
+            session.add(row)
+            session.flush()
+            owned = shift_weights({}, {name: weight for name, _, weight in arms})
+            found = [
+                Arm(name, *find_pinned(session, alias, version), weight, owned[name]) for name, version, weight in arms
+            ]
+            add_arms(session, row, found)
+            if draft:
+                record_decision(session, row, "create", "a draft was made", numbers={"arms": shares_of(found)})
+                record_act(session, "create_experiment", row.id, alias=alias, arms=shares_of(found))
+            else:
+                _start(session, row, alias_row)
+            return to_experiment(session, row, utc_now())
+
+    def start(self, name: str) -> Experiment:
+        """Start a draft, named by its id or its alias: at once, or at its time if that lies ahead.
+
+        Raises:
+            NotFoundError: there is none.
+            ConflictError: it is no draft, has been ordered to start already, its end has passed, or the alias's other
+                experiments leave too few units.
+        """
+        with self.database.write() as session:
+            now = utc_now()
+            row = find_open_row(session, name, now)
+            if row.state != "draft":
+                found = "to start at its time already" if state_of(row, now) == "draft" else state_of(row, now)
+                raise ConflictError(f"experiment {row.id} is {found}; only a draft can be started")
+            _start(session, row, lock_alias(session, row.alias))
+            return to_experiment(session, row, utc_now())
 
     def stop(self, name: str) -> Experiment:
-        """Stop an experiment, named by its id or its alias; the alias answers with the version it points to again."""
+        """Stop an experiment, named by its id or its alias; the alias answers with the version it points to again.
+
+        A draft is stopped without ever having run.
+
+        Raises:
+            NotFoundError: there is none.
+            ConflictError: it is at its end already, or the alias has several.
+        """
         with self.database.write() as session:
-            row = _find_row(session, name)
-            if row.state == "stopped":
-                raise ConflictError(f"experiment {row.id} is stopped already")
-            row.state, row.stopped_at = "stopped", utc_now()
+            now = utc_now()
+            row = find_open_row(session, name, now)
+            if state_of(row, now) not in ("draft", "running"):
+                raise ConflictError(f"experiment {row.id} is {state_of(row, now)} already")
+            row.state, row.stopped_at = "stopped", now
+            record_decision(session, row, "stop", "it was stopped")
             record_act(session, "stop_experiment", row.id, alias=row.alias)
-            return _to_experiment(session, row)
+            return to_experiment(session, row, now)
+
+    def change_weights(
+        self,
+        name: str,
+        arms: Sequence[tuple[str, str | None, float]],
+        *,
+        traffic: float | None = None,
+        reason: str = "weights were changed",
+        numbers: Mapping[str, Any] | None = None,
+    ) -> Experiment:
+        """Give the arms of a running experiment other weights; a new stage begins, which is analysed as such.
+
+        No unit moves that need not: each stays with its arm unless that shrinks. Exposures keep the stage that they
+        were made in.
+
+        Args:
+            name: The experiment's id, or its alias.
+            arms: Name, version and weight in percent of all arms of the new stage. The version may be None for an arm
+                that there is; with one, it is a new arm. Arms that are not named leave; the control stays the first.
+            traffic: Percent of the alias's units that are in the experiment from here on; None leaves it.
+            reason: One plain sentence for the log.
+            numbers: What led to it, for the log.
+
+        Raises:
+            InvalidInputError: weights don't add up to 100, a new arm has no version, or an old one another.
+            NotFoundError: no such experiment or version.
+            ConflictError: it isn't running, nothing would change, or other experiments leave too few units.
+        """
+        check_arms(arms)
+        if traffic is not None:
+            check_traffic(traffic)
+        with self.database.write() as session:
+            now = utc_now()
+            row = find_open_row(session, name, now)
+            lock_alias(session, row.alias)
+            if state_of(row, now) != "running":
+                raise ConflictError(f"experiment {row.id} is {state_of(row, now)}; weights change while it runs")
+            before = load_arms(session, row.id, row.stage)
+            after = next_arms(session, row.alias, before, arms)
+            traffic = row.traffic if traffic is None else traffic
+            if after == before and traffic == row.traffic:
+                raise ConflictError(f"experiment {row.id} has these weights already")
+            stretches = find_room(session, row, traffic, now)
+            begin_stage(session, row, after, stretches, "change_weights", reason, traffic=traffic, numbers=numbers)
+            return to_experiment(session, row, now)
+
+    def set_holdout(self, alias: str, percent: float) -> None:
+        """Keep so many percent of an alias's units out of all its experiments, the same ones for as long as it stands.
+
+        Raises:
+            InvalidInputError: not from 0 to 50 percent.
+            NotFoundError: no such alias.
+            ConflictError: an experiment runs on the alias, or is to: units would come to it or leave it in its midst.
+        """
+        if not 0 <= percent <= _MAX_HOLDOUT:
+            raise InvalidInputError(
+                f"a holdout is 0 to {_MAX_HOLDOUT:g} percent of the units, found {percent:g}", param="percent"
+            )
+        with self.database.write() as session:
+            alias_row = lock_alias(session, alias)
+            if started := started_rows(session, alias, utc_now()):
+                raise ConflictError(f"experiment {started[0].id} runs on {alias!r}, or is to; stop it first")
+            record_act(session, "set_holdout", alias, before=alias_row.holdout, after=percent)
+            alias_row.holdout = percent
+
+    def holdout(self, alias: str) -> float:
+        """The percent of an alias's units that no experiment touches.
+
+        Raises:
+            NotFoundError: no such alias.
+        """
+        with self.database.read() as session:
+            row = session.get(AliasRow, alias)
+            if row is None or not actor_of(session).can_see(alias):
+                raise NotFoundError(f"there is no adapter {alias!r}")
+            return row.holdout
+
+    def settle(self) -> None:
+        """Write down which experiments have ended at their time. That they have ended holds without it."""
+        with self.database.write() as session:
+            now = utc_now()
+            statement = select(ExperimentRow).where(ExperimentRow.state == "running", ExperimentRow.ends_at <= now)
+            for row in session.scalars(statement).all():
+                settle_row(session, row, now)
 
     def get(self, name: str) -> Experiment:
         """An experiment by its id, or the newest one of an alias.
@@ -147,140 +257,95 @@ class ExperimentService:
             NotFoundError: there is none.
         """
         with self.database.read() as session:
-            return _to_experiment(session, _find_row(session, name))
+            return to_experiment(session, find_experiment_row(session, name), utc_now())
 
-    def list(self, *, after: str | None = None, limit: int | None = None) -> list[Experiment]:
-        """The experiments behind one with a given id, at most `limit`, newest first; all if neither is given.
+    def arms_of(self, experiment_id: str, stage: int) -> tuple[Arm, ...]:
+        """The arms of one stage; none if there was no such stage.
+
+        Raises:
+            NotFoundError: no such experiment.
+        """
+        with self.database.read() as session:
+            return load_arms(session, find_experiment_row(session, experiment_id).id, stage)
+
+    def list(
+        self, *, state: ExperimentState | None = None, after: str | None = None, limit: int | None = None
+    ) -> list[Experiment]:
+        """The experiments behind one with a given id, at most `limit`, newest first; all if nothing is given.
 
         Raises:
             InvalidInputError: `after` is no experiment.
         """
         newest_first = select(ExperimentRow).order_by(ExperimentRow.created_at.desc(), ExperimentRow.id)
+        now = utc_now()
         with self.database.read() as session:
             if after is not None:
                 newest_first = newest_first.where(_is_behind(_find_place(session, after)))
-            rows = (row for row in session.scalars(newest_first) if actor_of(session).can_see(row.alias))
-            return [_to_experiment(session, row) for row in islice(rows, limit)]
+            seen = (row for row in session.scalars(newest_first) if actor_of(session).can_see(row.alias))
+            rows = (row for row in seen if state is None or state_of(row, now) == state)
+            return [to_experiment(session, row, now) for row in islice(rows, limit)]
 
-    def record_exposure(self, exposure: Exposure) -> None:
-        """Write one exposure; once this returns, a kill of this process doesn't lose it."""
-        binding = exposure.binding
+    def decisions(self, name: str, *, after: int = 0, limit: int | None = None) -> Sequence[Decision]:
+        """What was done to an experiment and why, the oldest first, behind the decision with an id.
+
+        Raises:
+            NotFoundError: no such experiment.
+        """
+        with self.database.read() as session:
+            row = find_experiment_row(session, name)
+            return load_decisions(session, row.id, after=after, limit=limit)
+
+    def record_exposure(self, exposure: Exposure, feedback: Sequence[Feedback] = ()) -> None:
+        """Write one exposure, and what was reported on it before it ended.
+
+        Once this returns, a kill of this process doesn't lose it.
+        """
         with self.database.write() as session:
-            session.add(
-                ExposureRow(
-                    response_id=exposure.response_id,
-                    served_at=utc_now(),
-                    alias=binding.alias,
-                    route=binding.route,
-                    number=binding.number,
-                    digest=binding.digest,
-                    experiment_id=binding.experiment_id,
-                    arm=binding.arm,
-                    unit=exposure.unit,
-                    unit_source=exposure.unit_source,
-                    prompt_tokens=exposure.prompt_tokens,
-                    completion_tokens=exposure.completion_tokens,
-                    ttft_ms=exposure.ttft_ms,
-                    total_ms=exposure.total_ms,
-                    finish_reason=exposure.finish_reason,
-                    error=exposure.error[:_MAX_ERROR_CHARS] if exposure.error else None,
-                )
-            )
+            add_exposure(session, exposure, feedback)
 
     def record_feedback(self, feedback: Feedback) -> None:
         """Write an outcome; the same metric for the same response again replaces the value.
 
         Raises:
+            InvalidInputError: the metric is one that is measured anyway.
             NotFoundError: no response has this id.
+            FeedbackTooLateError: the response is older than the window.
         """
         with self.database.write() as session:
-            exposure = session.get(ExposureRow, feedback.response_id)
-            if exposure is None or not actor_of(session).can_see(exposure.alias):
-                raise NotFoundError(f"there is no response {feedback.response_id!r}")
-            session.merge(
-                FeedbackRow(
-                    response_id=feedback.response_id,
-                    metric=feedback.metric,
-                    value=feedback.value,
-                    comment=feedback.comment,
-                    reported_at=utc_now(),
-                )
-            )
+            add_feedback(session, feedback, window=self._feedback_window)
 
-    def report(self, name: str) -> ExperimentReport:
-        """Sum an experiment up per arm; outcomes of one unit are averaged first, since they are not independent."""
+    def outcomes(self, experiment_id: str, stage: int) -> dict[str, Sequence[UnitOutcomes]]:
+        """By arm, in the order of the arms, what came of each unit in one stage, the earliest exposed first.
+
+        Forced exposures are left out. Every arm of the stage is there, also without units.
+
+        Raises:
+            NotFoundError: no such experiment.
+        """
         with self.database.read() as session:
-            experiment = _to_experiment(session, _find_row(session, name))
-            counts = _count_exposures(session, experiment.id)
-            outcomes = _unit_outcomes(session, experiment.id)
-        control = experiment.arms[0].name
-        metrics = sorted({metric for _, metric in outcomes})
-        reports = []
-        for arm in experiment.arms:
-            present = [metric for metric in metrics if outcomes.get((arm.name, metric))]
-            rows = tuple(_report_metric(outcomes, metric, arm.name, control) for metric in present)
-            reports.append(ArmReport(arm, *counts.get(arm.name, (0, 0, 0)), metrics=rows))
-        return ExperimentReport(experiment, tuple(reports))
+            row = find_experiment_row(session, experiment_id)
+            found = read_outcomes(session, row.id, stage)
+            return {arm.name: found.get(arm.name, []) for arm in load_arms(session, row.id, stage)}
 
 
-def parse_arm(text: str) -> tuple[str, str, float]:
-    """Parse `A@v1=50`, or `A@legal@v1=50`, into name, version and weight in percent.
-
-    Raises:
-        InvalidInputError: the text has another shape.
-    """
-    head, equals, weight = text.partition("=")
-    name, at, version = head.partition("@")
-    try:
-        number = float(weight)
-    except ValueError:
-        number = float("nan")
-    if not (equals and at and name and version) or not 0 < number <= 100:
-        raise InvalidInputError(
-            f"{text[:80]!r} is not an arm: expected NAME@VERSION=PERCENT, such as A@v1=50", param="arms"
+def _start(session: Session, row: ExperimentRow, alias_row: AliasRow) -> None:
+    """Give an experiment its units, from its time on."""
+    now = utc_now()
+    if row.ends_at is not None and row.ends_at <= now:
+        raise ConflictError(f"experiment {row.id} was to end at {row.ends_at:%Y-%m-%d %H:%M} UTC, which has passed")
+    if alias_row.number is None and (row.traffic < 100 or alias_row.holdout > 0):
+        raise ConflictError(
+            f"{row.alias!r} points to no version, which users outside of the experiment need; promote one first"
         )
-    return name, version, number
-
-
-def find_running(session: Session, alias: str) -> ExperimentRow | None:
-    """The experiment that splits an alias at present, if any."""
-    statement = select(ExperimentRow).where(ExperimentRow.alias == alias, ExperimentRow.state == "running")
-    return session.scalar(statement)
-
-
-def load_arms(session: Session, experiment_id: str) -> tuple[Arm, ...]:
-    """An experiment's arms in the order in which they were given."""
-    statement = select(ArmRow).where(ArmRow.experiment_id == experiment_id).order_by(ArmRow.position)
-    return tuple(Arm(row.name, row.number, row.digest, row.weight) for row in session.scalars(statement))
-
-
-def _check_arms(arms: list[tuple[str, str, float]]) -> None:
-    names = [name for name, _, _ in arms]
-    if len(arms) < 2 or len(set(names)) != len(names):
-        raise InvalidInputError(f"expected two or more arms with different names, found {names}", param="arms")
-    if any(len(name) > 32 or not name.isascii() or not name.isalnum() for name in names):
-        raise InvalidInputError(f"arm names are 1 to 32 letters and digits, found {names}", param="arms")
-    if not all(0 < weight <= 100 for _, _, weight in arms):  # false for NaN too
-        found = [weight for *_, weight in arms]
-        raise InvalidInputError(f"weights are above 0 and at most 100, found {found}", param="arms")
-    total = sum(weight for _, _, weight in arms)
-    if abs(total - 100) > _WEIGHT_TOLERANCE:
-        raise InvalidInputError(f"the arms' weights must add up to 100, found {total:g}", param="arms")
-
-
-def _find_pinned(session: Session, alias: str, version: str) -> tuple[int, str]:
-    name = parse_model_name(version_name(alias, version))
-    statement = select(AliasVersionRow).where(AliasVersionRow.alias == alias)
-    for row in session.scalars(statement):
-        if row.number == name.number or (name.digest_prefix and row.digest.startswith(name.digest_prefix)):
-            _check_is_chat(session, f"{alias}@v{row.number}", row.digest)
-            return row.number, row.digest
-    raise NotFoundError(f"{alias!r} has no version {version!r}")
-
-
-def _check_is_chat(session: Session, label: str, digest: str) -> None:
-    if session.get_one(VersionRow, digest).kind == "reward":
-        raise InvalidInputError(f"{label} is a reward model, which answers nobody: it can't be an arm", param="arms")
+    row.starts_at = max(now, row.starts_at or now)
+    stretches = find_room(session, row, row.traffic, now)
+    row.state, row.stretches = "running", [list(stretch) for stretch in stretches]
+    session.flush()
+    shares = shares_of(load_arms(session, row.id, row.stage))
+    when = "it was started" if row.starts_at == now else f"it is to start at {row.starts_at:%Y-%m-%d %H:%M} UTC"
+    numbers = {"arms": shares, "traffic": row.traffic, "config_hash": to_experiment(session, row, now).config_hash}
+    record_decision(session, row, "start", when, numbers=numbers)
+    record_act(session, "start_experiment", row.id, alias=row.alias, arms=shares)
 
 
 def _find_place(session: Session, experiment_id: str) -> ExperimentRow:
@@ -294,65 +359,3 @@ def _is_behind(row: ExperimentRow) -> ColumnElement[bool]:
     """Whether another row stands behind this one where the newest is the first."""
     is_older = ExperimentRow.created_at < row.created_at
     return is_older | ((ExperimentRow.created_at == row.created_at) & (ExperimentRow.id > row.id))
-
-
-def _find_row(session: Session, name: str) -> ExperimentRow:
-    row = session.get(ExperimentRow, name)
-    if row is None:
-        statement = select(ExperimentRow).where(ExperimentRow.alias == name).order_by(ExperimentRow.created_at.desc())
-        row = session.scalars(statement.limit(1)).first()
-    if row is None or not actor_of(session).can_see(row.alias):
-        raise NotFoundError(f"there is no experiment {name!r}: expected an id or an alias that has one")
-    return row
-
-
-def _to_experiment(session: Session, row: ExperimentRow) -> Experiment:
-    assert row.state in ("running", "stopped")
-    return Experiment(
-        id=row.id,
-        alias=row.alias,
-        salt=row.salt,
-        arms=load_arms(session, row.id),
-        state="running" if row.state == "running" else "stopped",
-        created_at=row.created_at,
-        stopped_at=row.stopped_at,
-    )
-
-
-def _count_exposures(session: Session, experiment_id: str) -> dict[str, tuple[int, int, int]]:
-    statement = (
-        select(
-            ExposureRow.arm,
-            func.count(),
-            func.count(ExposureRow.unit.distinct()),
-            func.count(ExposureRow.error),
-        )
-        .where(ExposureRow.experiment_id == experiment_id)
-        .group_by(ExposureRow.arm)
-    )
-    return {arm or "": (total, units, errors) for arm, total, units, errors in session.execute(statement)}
-
-
-def _unit_outcomes(session: Session, experiment_id: str) -> dict[tuple[str, str], list[tuple[float, int]]]:
-    """By (arm, metric): each unit's mean outcome and how many outcomes it is the mean of."""
-    statement = (
-        select(ExposureRow.arm, FeedbackRow.metric, func.avg(FeedbackRow.value), func.count())
-        .join(FeedbackRow, FeedbackRow.response_id == ExposureRow.response_id)
-        .where(ExposureRow.experiment_id == experiment_id)
-        .group_by(ExposureRow.arm, FeedbackRow.metric, ExposureRow.unit)
-        .order_by(ExposureRow.unit)
-    )
-    outcomes: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
-    for arm, metric, mean, count in session.execute(statement):
-        outcomes[(arm or "", metric)].append((float(mean), count))
-    return dict(outcomes)
-
-
-def _report_metric(
-    outcomes: dict[tuple[str, str], list[tuple[float, int]]], metric: str, arm: str, control: str
-) -> MetricReport:
-    rows = outcomes[(arm, metric)]
-    values = [mean for mean, _ in rows]
-    reference = [mean for mean, _ in outcomes.get((control, metric), [])]
-    difference = None if arm == control else difference_interval(values, reference)
-    return MetricReport(metric, sum(count for _, count in rows), mean_interval(values), difference)

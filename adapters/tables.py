@@ -17,6 +17,7 @@ from sqlalchemy import (
     Integer,
     String,
     TypeDecorator,
+    false,
     text,
     true,
 )
@@ -30,6 +31,8 @@ __all__ = [
     "ApiKeyRow",
     "ArmRow",
     "AuditRow",
+    "ConversationRow",
+    "DecisionRow",
     "ExperimentRow",
     "ExposureRow",
     "FeedbackRow",
@@ -38,6 +41,8 @@ __all__ = [
     "JobEventRow",
     "JobRow",
     "PinRow",
+    "ShadowAnswerRow",
+    "ShadowRow",
     "Table",
     "VersionRow",
     "utc_now",
@@ -96,7 +101,8 @@ class AliasVersionRow(Table):
 class AliasRow(Table):
     """Where an alias points; promote and rollback change exactly this row.
 
-    A removed alias stays with `number` None, so that its version numbers are never given to other content.
+    A removed alias stays with `number` None, so that its version numbers are never given to other content. `holdout` is
+    the percent of its units that no experiment touches.
     """
 
     __tablename__ = "aliases"
@@ -104,6 +110,7 @@ class AliasRow(Table):
     number: Mapped[int | None] = mapped_column(Integer)
     last_number: Mapped[int] = mapped_column(Integer)
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    holdout: Mapped[float] = mapped_column(Float, default=0.0, server_default="0")
 
 
 class AliasChangeRow(Table):
@@ -128,50 +135,72 @@ class PinRow(Table):
 
 
 class ExperimentRow(Table):
-    """A split of one alias; the partial index allows one running experiment an alias."""
+    """A split of one alias. `state` is what was last written: what `starts_at` and `ends_at` make of it is computed.
+
+    `stretches` are its places among the alias's units, from the moment that it is started or scheduled. `plan` is an
+    `AnalysisPlan`.
+    """
 
     __tablename__ = "experiments"
-    __table_args__ = (
-        Index(
-            "one_running_experiment_per_alias",
-            "alias",
-            unique=True,
-            sqlite_where=text("state = 'running'"),
-            postgresql_where=text("state = 'running'"),
-        ),
-    )
+    __table_args__ = (Index("experiments_of_alias", "alias", "state"),)
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
-    alias: Mapped[str] = mapped_column(String(63), index=True)
+    alias: Mapped[str] = mapped_column(String(63))
     salt: Mapped[str] = mapped_column(String(64))
     state: Mapped[str] = mapped_column(String(16))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     stopped_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    traffic: Mapped[float] = mapped_column(Float)
+    stretches: Mapped[list[list[float]] | None] = mapped_column(JSON(none_as_null=True))
+    stage: Mapped[int] = mapped_column(Integer)
+    starts_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    ends_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    plan: Mapped[dict[str, Any]] = mapped_column(JSON)
 
 
 class ArmRow(Table):
-    """One arm of an experiment; `position` keeps the order in which arms were given."""
+    """One arm of one stage of an experiment; `position` keeps the order in which arms were given. Never changed."""
 
-    __tablename__ = "arms"
+    __tablename__ = "stage_arms"
     experiment_id: Mapped[str] = mapped_column(ForeignKey("experiments.id"), primary_key=True)
+    stage: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     position: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     name: Mapped[str] = mapped_column(String(32))
     number: Mapped[int] = mapped_column(Integer)
     digest: Mapped[str] = mapped_column(String(64))
     weight: Mapped[float] = mapped_column(Float)
+    stretches: Mapped[list[list[float]]] = mapped_column(JSON)
+
+
+class DecisionRow(Table):
+    """One act on an experiment, with its numbers; append-only."""
+
+    __tablename__ = "decisions"
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    experiment_id: Mapped[str] = mapped_column(ForeignKey("experiments.id"), index=True)
+    stage: Mapped[int] = mapped_column(Integer)
+    made_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    action: Mapped[str] = mapped_column(String(32))
+    by: Mapped[str] = mapped_column(String(64))
+    reason: Mapped[str] = mapped_column(String(1000))
+    numbers: Mapped[dict[str, Any]] = mapped_column(JSON)
 
 
 class ExposureRow(Table):
-    """One request that was admitted, and how it ended."""
+    """One request that was bound to what answers it, and how it ended. `forced` ones count in no experiment."""
 
     __tablename__ = "exposures"
+    __table_args__ = (Index("exposures_of_stage", "experiment_id", "stage", "arm", "unit"),)
     response_id: Mapped[str] = mapped_column(String(64), primary_key=True)
     served_at: Mapped[datetime] = mapped_column(UtcDateTime)
     alias: Mapped[str] = mapped_column(String(63), index=True)
     route: Mapped[str] = mapped_column(String(16))
     number: Mapped[int | None] = mapped_column(Integer)
     digest: Mapped[str | None] = mapped_column(String(64))
-    experiment_id: Mapped[str | None] = mapped_column(String(32), index=True)
+    experiment_id: Mapped[str | None] = mapped_column(String(32))
     arm: Mapped[str | None] = mapped_column(String(32))
+    stage: Mapped[int | None] = mapped_column(Integer)
+    forced: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
+    confidence: Mapped[float | None] = mapped_column(Float)
     unit: Mapped[str] = mapped_column(String(64))
     unit_source: Mapped[str] = mapped_column(String(16))
     prompt_tokens: Mapped[int] = mapped_column(Integer)
@@ -191,6 +220,64 @@ class FeedbackRow(Table):
     value: Mapped[float] = mapped_column(Float)
     comment: Mapped[str | None] = mapped_column(String(2000))
     reported_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class ConversationRow(Table):
+    """What was asked and answered under one response's id; kept for a while, where the operator wants it.
+
+    `prompt_sha256` is the same for the same messages and tools.
+    """
+
+    __tablename__ = "conversations"
+    __table_args__ = (Index("conversations_by_age", "kept_at", "size_bytes"),)
+    response_id: Mapped[str] = mapped_column(ForeignKey("exposures.response_id"), primary_key=True)
+    kept_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    size_bytes: Mapped[int] = mapped_column(Integer)
+    prompt_sha256: Mapped[str] = mapped_column(String(64))
+    messages: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    tools: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    answers: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+
+
+class ShadowRow(Table):
+    """A version that answers a sampled copy of an alias's requests; the partial index allows one running an alias."""
+
+    __tablename__ = "shadows"
+    __table_args__ = (
+        Index(
+            "one_running_shadow_per_alias",
+            "alias",
+            unique=True,
+            sqlite_where=text("state = 'running'"),
+            postgresql_where=text("state = 'running'"),
+        ),
+    )
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    alias: Mapped[str] = mapped_column(String(63), index=True)
+    number: Mapped[int] = mapped_column(Integer)
+    digest: Mapped[str] = mapped_column(String(64))
+    share: Mapped[float] = mapped_column(Float)
+    state: Mapped[str] = mapped_column(String(16))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    stopped_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class ShadowAnswerRow(Table):
+    """One copy of a live request, and how it ended beside the live answer. `answer` is there where that is kept."""
+
+    __tablename__ = "shadow_answers"
+    response_id: Mapped[str] = mapped_column(ForeignKey("exposures.response_id"), primary_key=True)
+    shadow_id: Mapped[str] = mapped_column(ForeignKey("shadows.id"), index=True)
+    made_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    outcome: Mapped[str] = mapped_column(String(16))
+    reason: Mapped[str | None] = mapped_column(String(500))
+    live_tokens: Mapped[int] = mapped_column(Integer)
+    live_finish: Mapped[str] = mapped_column(String(32))
+    tokens: Mapped[int] = mapped_column(Integer)
+    finish: Mapped[str | None] = mapped_column(String(32))
+    is_same: Mapped[bool | None] = mapped_column(Boolean)
+    overlap: Mapped[float | None] = mapped_column(Float)
+    answer: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
 
 
 class ApiKeyRow(Table):

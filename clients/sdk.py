@@ -21,7 +21,7 @@ import httpx
 from pydantic import BaseModel
 
 from clients import calls
-from clients.calls import ArmSpec, Call
+from clients.calls import ArmSpec, Call, ExperimentSpec, GuardrailSpec, WeightSpec
 from clients.errors import error_of, no_answer
 from clients.http import API_KEY_VARIABLE, is_local
 from clients.results import Feedback, Health, Readiness
@@ -29,7 +29,9 @@ from clients.sdk_resources import (
     AdaptersResource,
     AsyncAdaptersResource,
     AsyncExperimentsResource,
+    AsyncShadowsResource,
     ExperimentsResource,
+    ShadowsResource,
 )
 
 __all__ = [
@@ -38,8 +40,13 @@ __all__ = [
     "AsyncAdaptersResource",
     "AsyncExperimentsResource",
     "AsyncHotswap",
+    "AsyncShadowsResource",
+    "ExperimentSpec",
     "ExperimentsResource",
+    "GuardrailSpec",
     "Hotswap",
+    "ShadowsResource",
+    "WeightSpec",
 ]
 
 _DEFAULT_URL = "http://127.0.0.1:8000"
@@ -118,6 +125,7 @@ class Hotswap:
         self._retries = _Retries(max_retries)
         self.adapters = AdaptersResource(self)
         self.experiments = ExperimentsResource(self)
+        self.shadows = ShadowsResource(self)
 
     def __enter__(self) -> Self:
         """Return the client."""
@@ -217,6 +225,7 @@ class AsyncHotswap:
         self._retries = _Retries(max_retries)
         self.adapters = AsyncAdaptersResource(self)
         self.experiments = AsyncExperimentsResource(self)
+        self.shadows = AsyncShadowsResource(self)
 
     async def __aenter__(self) -> Self:
         """Return the client."""

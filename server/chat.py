@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import structlog
 
 from adapters.errors import (
     AdapterLoadError,
+    ConflictError,
     DeadlineExceededError,
     EngineFailureError,
     HotswapError,
@@ -18,13 +20,15 @@ from adapters.errors import (
     InvalidNameError,
     NotFoundError,
 )
+from adapters.experiment_config import check_feedback_name
 from adapters.experiments import ExperimentService
-from adapters.records import Exposure
+from adapters.records import Actor, Exposure, Feedback
 from adapters.registry import Registry
 from server.callers import Caller
-from server.calls import ID_PREFIXES, Call, Choice, Operation, headers_of, make_answers, time_per_token, unit_of
+from server.calls import ID_PREFIXES, Call, Choice, Operation, headers_of, make_answers, time_per_token
 from server.completion_schemas import CompletionRequest
 from server.config import ServeSettings
+from server.conversations import ConversationKeeper
 from server.engine.core import Constraint, EngineEvent, GenerationRequest
 from server.engine_client import EngineClient
 from server.generation import sampling_params
@@ -34,13 +38,17 @@ from server.model_names import resolve_model
 from server.prompts import chat_prompt, check_length, text_prompt, token_prompt
 from server.schema_check import SchemaChecker
 from server.schemas import ChatRequest, GenerationOptions
+from server.shadows import ShadowKeeper
 from server.tools import ToolUse, find_tool_format, plan_tools
 from server.tracing import trace_answer
+from server.units import ExperimentHeaders, unit_of
 
 __all__ = ["ChatService"]
 
 _log = structlog.get_logger(__name__)
 
+_MAX_EARLY_FEEDBACK = 32  # metrics; what waits in memory is bounded
+_NO_HEADERS = ExperimentHeaders()
 _FAILURES = frozenset({"adapter_failed", "constraint_failed", "deadline", "engine_failed", "cancelled"})
 
 
@@ -57,8 +65,12 @@ class ChatService:
         metrics: Metrics,
         *,
         base_name: str,
+        conversations: ConversationKeeper,
+        shadows: ShadowKeeper,
     ) -> None:
         self._base_name = base_name
+        self._shadows = shadows
+        self._conversations = conversations
         self._metrics = metrics
         self._registry = registry
         self._experiments = experiments
@@ -68,6 +80,7 @@ class ChatService:
         self._vocab_size = len(tokenizer)
         self._schemas = SchemaChecker()
         self._tool_format = find_tool_format(tokenizer)
+        self._running: dict[str, Call] = {}  # by the response's id, until their exposures are written
         self.logprobs = LogprobsWriter(tokenizer)
 
     @property
@@ -76,7 +89,13 @@ class ChatService:
         return self._settings.timeout_s
 
     async def accept(
-        self, body: ChatRequest, *, request_id: str, caller: Caller, timeout_s: float | None = None
+        self,
+        body: ChatRequest,
+        *,
+        request_id: str,
+        caller: Caller,
+        timeout_s: float | None = None,
+        headers: ExperimentHeaders = _NO_HEADERS,
     ) -> Call:
         """Bind a chat request to a version and render its prompt. The binding holds to the last token.
 
@@ -85,38 +104,85 @@ class ChatService:
             request_id: Names the request in the engine and in the answer.
             caller: Who asks; aliases that its key may not use don't exist.
             timeout_s: Seconds that the answer may take in the engine; None is the server's own limit.
+            headers: Whom the request counts for, and which arm a tester wants.
 
         Raises:
             InvalidNameError: no such model.
-            InvalidInputError: the chat template refuses the conversation, or an option can't be followed.
+            InvalidInputError: the chat template refuses the conversation, an option can't be followed, no such arm, or
+                the conversation is to be kept by a server that keeps none.
             PromptTooLongError: it leaves no room for an answer.
             OverloadedError: too many JSON schemas are being checked.
         """
-        call = await self._bind(body, "chat", request_id, caller)
-        call.tools = plan_tools(body, self._tool_format)
-        prompt = await asyncio.to_thread(chat_prompt, self._tokenizer, body, call.tools)
-        check_length(prompt, max_context=self._settings.max_context, param="messages")
-        await self._prepare(call, body, [prompt], request_id, timeout_s)
+        is_kept = self._conversations.wants(body)
+        call = await self._bind(body, "chat", request_id, caller, headers)
+        call.is_kept, call.shadow = is_kept, self._shadows.choose(body, call.binding, call.response_id)
+        call.body = body if is_kept or call.shadow else None
+        async with self._counting_refusals(call):
+            call.tools = plan_tools(body, self._tool_format)
+            prompt = await asyncio.to_thread(chat_prompt, self._tokenizer, body, call.tools)
+            check_length(prompt, max_context=self._settings.max_context, param="messages")
+            await self._prepare(call, body, [prompt], request_id, timeout_s)
         return call
 
     async def accept_completion(
-        self, body: CompletionRequest, *, request_id: str, caller: Caller, timeout_s: float | None = None
+        self,
+        body: CompletionRequest,
+        *,
+        request_id: str,
+        caller: Caller,
+        timeout_s: float | None = None,
+        headers: ExperimentHeaders = _NO_HEADERS,
     ) -> Call:
         """Bind a request for completions to a version and tokenise its prompts; otherwise as `accept`."""
-        call = await self._bind(body, "text_completion", request_id, caller)
-        prompts = await asyncio.to_thread(self._tokenise, body)
-        await self._prepare(call, body, prompts, request_id, timeout_s)
+        call = await self._bind(body, "text_completion", request_id, caller, headers)
+        async with self._counting_refusals(call):
+            prompts = await asyncio.to_thread(self._tokenise, body)
+            await self._prepare(call, body, prompts, request_id, timeout_s)
         return call
+
+    async def take_feedback(self, feedback: Feedback, actor: Actor) -> bool:
+        """Keep feedback on an answer that is still being written, to be stored with its exposure.
+
+        Returns:
+            False if no such answer is being written; its exposure, if there is one, can then be found.
+
+        Raises:
+            InvalidInputError: the metric is one that is measured anyway.
+            ConflictError: there is feedback by too many metrics already.
+        """
+        check_feedback_name(feedback.metric)
+        call = self._running.get(feedback.response_id)
+        if call is None or not actor.can_see(call.binding.alias):
+            return False
+        if call.is_recorded:
+            await call.is_written.wait()
+            return False
+        if len(call.feedback) >= _MAX_EARLY_FEEDBACK and feedback.metric not in call.feedback:
+            raise ConflictError(
+                f"{feedback.response_id!r} is still being written and has {_MAX_EARLY_FEEDBACK} metrics already; "
+                "send others when it has ended"
+            )
+        call.feedback[feedback.metric] = feedback
+        return True
 
     def prompt_text(self, prompt: Sequence[int]) -> str:
         """A prompt as text, control tokens included."""
         return str(self._tokenizer.decode(prompt, clean_up_tokenization_spaces=False))
 
-    async def _bind(self, body: GenerationOptions, operation: Operation, request_id: str, caller: Caller) -> Call:
+    async def _bind(
+        self,
+        body: GenerationOptions,
+        operation: Operation,
+        request_id: str,
+        caller: Caller,
+        headers: ExperimentHeaders,
+    ) -> Call:
         registry = self._registry.acting_for(caller.actor(request_id))
-        unit, unit_source = unit_of(body.user, request_id)
+        unit = unit_of(body, headers.unit)
         try:
-            binding = await asyncio.to_thread(resolve_model, registry, body.model, unit=unit, base_name=self._base_name)
+            binding = await asyncio.to_thread(
+                resolve_model, registry, body.model, unit=unit.key, base_name=self._base_name, arm=headers.arm
+            )
         except (NotFoundError, InvalidNameError) as error:
             raise InvalidNameError(str(error), param="model") from None
         self._metrics.name_binding(binding)
@@ -127,13 +193,28 @@ class ChatService:
             meter=caller.meter,
             binding=binding,
             unit=unit,
-            unit_source=unit_source,
             answers={},
             num_answers=body.n,
             created=int(time.time()),
             started=time.monotonic(),
             headers=headers_of(binding),
         )
+
+    @asynccontextmanager
+    async def _counting_refusals(self, call: Call) -> AsyncIterator[None]:
+        """Write an exposure for a request of an experiment that fails before the engine has it.
+
+        Whoever was assigned counts, or an arm would look the better the more it turns away. Outside of experiments a
+        refusal leaves nothing behind.
+        """
+        try:
+            yield
+        except Exception as error:
+            if call.binding.experiment_id is not None:
+                call.error = str(error) if isinstance(error, HotswapError) else type(error).__name__
+                call.is_recorded = True
+                await asyncio.shield(self._store_exposure(call, _exposure_of(call)))
+            raise
 
     async def _prepare(
         self,
@@ -186,15 +267,18 @@ class ChatService:
         If one answer fails, the request fails and the others are cancelled.
 
         Raises:
-            RateLimitError: the key's tokens are used up; nothing was started and no exposure is written.
-            OverloadedError, EngineUnavailableError: not accepted; nothing was started and no exposure is written.
+            RateLimitError: the key's tokens are used up; nothing was started, and outside of an experiment no exposure
+                is written.
+            OverloadedError, EngineUnavailableError: not accepted; the same.
             EngineUnavailableError: the worker died under this request.
             AdapterLoadError: the version can't be loaded; says why.
             InvalidInputError: the model can't follow the form that was asked for.
             EngineFailureError: the model failed under this request.
             DeadlineExceededError: the answer was not finished in its time.
         """
-        events = self._admit(call)
+        async with self._counting_refusals(call):
+            events = self._admit(call)
+        self._running[call.response_id] = call
         try:
             async for event in events:
                 self._note(call, event)
@@ -229,6 +313,8 @@ class ChatService:
             self._metrics.observe_queue(call.binding, event.queued_s)
         if event.completion_tokens > answer.completion_tokens:
             self._note_token(call, answer, time.monotonic())
+        if call.body is not None:
+            answer.pieces.append(event.text)
         answer.completion_tokens = event.completion_tokens
         answer.finish_reason = event.finish_reason
         reasons = [answer.finish_reason for answer in call.answers.values()]
@@ -255,23 +341,21 @@ class ChatService:
             call.meter.take_answer(call.completion_tokens)
             await asyncio.shield(self._write_exposure(call))
 
+    async def _store_exposure(self, call: Call, exposure: Exposure) -> None:
+        try:
+            await asyncio.to_thread(self._experiments.record_exposure, exposure, [*call.feedback.values()])
+        finally:
+            self._running.pop(call.response_id, None)
+            call.is_written.set()
+
     async def _write_exposure(self, call: Call) -> None:
-        ended = time.monotonic()
-        exposure = Exposure(
-            response_id=call.response_id,
-            binding=call.binding,
-            unit=call.unit,
-            unit_source=call.unit_source,
-            prompt_tokens=call.prompt_tokens,
-            completion_tokens=call.completion_tokens,
-            ttft_ms=None if call.first_token is None else (call.first_token - call.started) * 1000,
-            total_ms=(ended - call.started) * 1000,
-            finish_reason=call.finish_reason,
-            error=call.error,
-        )
+        exposure = _exposure_of(call)
         self._metrics.count_answer(exposure, per_token_s=time_per_token(call))
         trace_answer(exposure, operation=call.operation)
-        await asyncio.to_thread(self._experiments.record_exposure, exposure)
+        await self._store_exposure(call, exposure)
+        if call.is_kept and call.body is not None and call.finish_reason in ("stop", "length"):
+            await asyncio.to_thread(self._conversations.keep, call, call.body)
+        self._shadows.offer(call)
         _log.info(
             "chat_answered",
             version=call.binding.version_label,
@@ -284,6 +368,21 @@ class ChatService:
             total_ms=round(exposure.total_ms, 1),
             error=call.error,
         )
+
+
+def _exposure_of(call: Call) -> Exposure:
+    return Exposure(
+        response_id=call.response_id,
+        binding=call.binding,
+        unit=call.unit.key,
+        unit_source=call.unit.source,
+        prompt_tokens=call.prompt_tokens,
+        completion_tokens=call.completion_tokens,
+        ttft_ms=None if call.first_token is None else (call.first_token - call.started) * 1000,
+        total_ms=(time.monotonic() - call.started) * 1000,
+        finish_reason=call.finish_reason,
+        error=call.error,
+    )
 
 
 def _raise_failure(event: EngineEvent, tools: ToolUse | None) -> None:

@@ -63,6 +63,7 @@ ANSWERS: dict[type[core.HotswapError], Answer] = {
     core.ForeignPageError: Answer(403, "invalid_request_error", "forbidden_origin"),
     # OpenAI's clients repeat a 409 by themselves; the state that forbids the request is not one that passes.
     core.ConflictError: Answer(409, "invalid_request_error", "conflict", should_retry=False),
+    core.FeedbackTooLateError: Answer(409, "invalid_request_error", "feedback_too_late", should_retry=False),
     core.IntegrityError: Answer(500, "server_error", "integrity_error", is_public=False),
     core.DatabaseBusyError: Answer(503, "server_error", "database_busy", should_retry=True),
     core.BaseModelError: Answer(500, "server_error", "base_model_error", is_public=False),
@@ -73,6 +74,7 @@ ANSWERS: dict[type[core.HotswapError], Answer] = {
     # The time was the server's to keep, so not 408. Clients would retry a 504 at once, and the same request that took
     # all its time would most likely do so again, on a server that is busy: so they are told not to.
     core.DeadlineExceededError: Answer(504, "server_error", "deadline_exceeded", should_retry=False),
+    core.OutOfMemoryError: Answer(500, "server_error", "out_of_memory"),
     core.TrainingDivergedError: Answer(500, "server_error", "training_diverged"),
 }
 _HIDDEN_MESSAGE = "the server failed to answer; its log has the reason under this request's id"

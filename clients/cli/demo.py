@@ -10,12 +10,14 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -243,8 +245,8 @@ async def _swap_under_load(shell: _Shell, url: str, stable: str, candidate: str,
     console.print(
         f"{len(results)} answers: "
         + ", ".join(f"{number} from {version}" for version, number in sorted(swap.versions.items()))
-        + f"; {swap.num_failed} failed. Every request sent after the promotion got {candidate}, the first token "
-        f"{swap.seconds_to_first:.2f} s after it. {swap.tokens_per_second:.0f} tokens/s."
+        + f"; {swap.num_failed} failed. Every request sent after the promotion got {candidate}, the first of them its "
+        f"first token after {swap.seconds_to_first:.2f} s, loading included. {swap.tokens_per_second:.0f} tokens/s."
     )
     if swap.num_failed or set(swap.versions) != {stable, candidate}:
         console.print("the swap did not go as it should", style="red")
@@ -254,17 +256,18 @@ async def _swap_under_load(shell: _Shell, url: str, stable: str, candidate: str,
 
 def _summarise_swap(results: list[LoadResult], candidate: str, promoted_at: float) -> _Swap:
     good = [result for result in results if result.error is None]
-    later = [result for result in good if result.started >= promoted_at]
+    later = sorted((result for result in good if result.started >= promoted_at), key=lambda result: result.started)
     if any(result.answer.version != candidate for result in later):
         console.print("a request that was sent after the promotion got the old version", style="red")
         raise typer.Exit(1)
     tokens = sum(result.answer.usage["completion_tokens"] for result in good)
     seconds = max(result.ended for result in results) - min(result.started for result in results)
-    first_tokens = [result.first_token for result in later if result.first_token is not None]
+    # From its sending on: when a client happens to ask next after the promotion says nothing about the swap.
+    waits = [result.first_token - result.started for result in later if result.first_token is not None]
     return _Swap(
         versions=dict(Counter(result.answer.version for result in good)),
         num_failed=len(results) - len(good),
-        seconds_to_first=min(first_tokens, default=promoted_at) - promoted_at,
+        seconds_to_first=waits[0] if waits else math.nan,
         tokens_per_second=tokens / seconds,
     )
 
@@ -277,10 +280,9 @@ async def _split_traffic(shell: _Shell, url: str, stable: str, candidate: str, q
     from clients.load import LoadRequest, run_load
     from clients.sdk import AsyncHotswap
 
-    arms = [f"A@{stable.split('@')[1]}=50", f"B@{candidate.split('@')[1]}=50"]
-    experiment = await asyncio.to_thread(
-        shell.json, "experiments", "create", "support", "--arms", *arms, "--salt", _SALT
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        config = _write_experiment(Path(folder) / "experiment.yaml", stable, candidate)
+        experiment = await asyncio.to_thread(shell.json, "experiments", "create", "--config", str(config))
     requests = [
         LoadRequest("support", prompt, {"user": f"user-{user}", "temperature": 0, "max_tokens": 80})
         for user, prompt in enumerate(itertools.islice(itertools.cycle(questions), _NUM_USERS))
@@ -306,6 +308,21 @@ async def _split_traffic(shell: _Shell, url: str, stable: str, candidate: str, q
     )
     report: dict[str, Any] = await asyncio.to_thread(shell.json, "experiments", "show", experiment["id"])
     return report
+
+
+def _write_experiment(path: Path, stable: str, candidate: str) -> Path:
+    """An experiment with a primary metric and a guardrail, as a file; JSON is YAML, too."""
+    arms = [{"name": name, "version": version, "weight": 50} for name, version in (("A", stable), ("B", candidate))]
+    experiment = {
+        "alias": "support",
+        "arms": arms,
+        "salt": _SALT,
+        "metric": {"name": _METRIC},
+        "guardrails": [{"metric": "error_rate", "margin": 0.25}],
+        "planned_units": _NUM_USERS,
+    }
+    path.write_text(json.dumps(experiment), encoding="utf-8")
+    return path
 
 
 def _read_own_manifests(shell: _Shell, examples: Path) -> dict[str, dict[str, Any]]:
@@ -367,7 +384,8 @@ def _print_summary(
 
 
 def _describe_arm(arm: dict[str, Any]) -> str:
-    shares = [f"{metric['estimate']['mean']:.0%} end with a ticket" for metric in arm["metrics"]]
+    found = [metric for metric in arm["metrics"] if metric["metric"] == _METRIC]
+    shares = [f"{metric['mean']:.0%} end with a ticket" for metric in found]
     return (
         f"{arm['arm']['name']} (v{arm['arm']['number']}): {arm['num_units']} users, {''.join(shares) or 'no outcomes'}"
     )

@@ -9,6 +9,8 @@ import pytest
 
 from adapters.audit import AuditLog
 from adapters.errors import HotswapError
+from adapters.experiment_acts import undo
+from adapters.experiment_evaluation import ExperimentEvaluation
 from adapters.experiments import ExperimentService
 from adapters.files import FileService
 from adapters.jobs import JobOrder, JobService
@@ -17,6 +19,7 @@ from adapters.manifest import ADAPTER_WEIGHTS_FILE
 from adapters.pins import PinService
 from adapters.records import Actor, AuditAction, AuditEntry
 from adapters.registry import Registry
+from adapters.shadows import ShadowService
 from tests.support.conversations import easy_rows, write_rows
 from tests.support.versions import PLAIN_MANIFEST, publish_text, write_files
 
@@ -43,6 +46,14 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
     experiments = ExperimentService(registry.database)
     experiment = experiments.create("legal", HALVES)
     experiments.stop("legal")
+    experiments.set_holdout("legal", 5)
+    second = experiments.create("legal", HALVES, draft=True)
+    experiments.start(second.id)
+    experiments.change_weights(second.id, [("A", None, 80), ("B", None, 20)])
+    evaluation = ExperimentEvaluation(registry)
+    evaluation.accept_feedback(second.id, "known")
+    evaluation.promote(second.id, "B")
+    undo(registry, second.id)
     pins = PinService(registry.database)
     pins.pin("legal", max_versions=1)
     pins.pin("legal", max_versions=1)
@@ -62,6 +73,9 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
     keys = KeyService(registry.database)
     key, _ = keys.create("web", scopes=["chat"])
     keys.revoke(key.id)
+    shadows = ShadowService(registry.database)
+    shadow = shadows.start("legal", "v1", share=5)
+    shadows.stop("legal")
     acts = _acts(registry)
     assert [
         ("publish", "legal@v1"),
@@ -70,6 +84,13 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
         ("rollback", "legal"),
         ("start_experiment", experiment.id),
         ("stop_experiment", experiment.id),
+        ("set_holdout", "legal"),
+        ("create_experiment", second.id),
+        ("start_experiment", second.id),
+        ("change_weights", second.id),
+        ("accept_feedback", second.id),
+        ("decide_experiment", second.id),
+        ("undo_decision", second.id),
         ("pin", "legal"),
         ("unpin", "legal"),
         ("unload", "legal@v2"),
@@ -81,6 +102,8 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
         ("delete_file", stored.id),
         ("create_key", key.id),
         ("revoke_key", key.id),
+        ("start_shadow", shadow.id),
+        ("stop_shadow", shadow.id),
     ] == acts
     assert set(get_args(AuditAction)) == {action for action, _ in acts}
 
