@@ -12,9 +12,9 @@ from itertools import combinations
 import numpy as np
 from scipy import special
 
-from adapters.statistics import Interval, Rating, bradley_terry, mean_interval
+from adapters.statistics import Interval, MeanEstimate, Rating, bradley_terry, mean_interval
 
-__all__ = ["PairedComparison", "compare_all", "compare_pair", "rate", "sign_test"]
+__all__ = ["PairedComparison", "compare_all", "compare_pair", "paired_difference", "rate", "sign_test"]
 
 _MAX_EXACT = 12  # differences whose signs are all tried: 4096 ways
 _NUM_DRAWS = 9999
@@ -48,7 +48,7 @@ def compare_pair(first: str, second: str, scores: Sequence[tuple[float, float]])
     differences = [one - other for one, other in scores]
     wins, losses = sum(value > 0 for value in differences), sum(value < 0 for value in differences)
     points = [0.5 + 0.5 * float(np.sign(value)) for value in differences]
-    rate, mean = mean_interval(points), mean_interval(differences)
+    rate, mean = mean_interval(points), paired_difference(differences)
     return PairedComparison(
         first=first,
         second=second,
@@ -60,7 +60,7 @@ def compare_pair(first: str, second: str, scores: Sequence[tuple[float, float]])
         win_interval=None if rate.interval is None else _within_unit(rate.interval),
         sign_p=sign_test(wins, losses),
         mean_difference=mean.mean,
-        difference=mean.interval if len(scores) > 1 else None,
+        difference=mean.interval,
         permutation_p=_permutation_test(differences),
     )
 
@@ -89,6 +89,18 @@ def rate(comparisons: Sequence[PairedComparison]) -> list[Rating]:
         return bradley_terry(wins)
     except ValueError:
         return []
+
+
+def paired_difference(differences: Sequence[float], *, confidence: float = 0.95) -> MeanEstimate:
+    """The mean of differences and its interval by Student's t; differences of 0 and 1 are no shares of anything.
+
+    Source: Student (1908), Biometrika 6:1.
+    """
+    mean, num = float(np.mean(differences)), len(differences)
+    if len(set(differences)) < 2:
+        return MeanEstimate(num, mean, None, "no variation: no interval")
+    half = float(special.stdtrit(num - 1, (1 + confidence) / 2) * np.std(differences, ddof=1) / np.sqrt(num))
+    return MeanEstimate(num, mean, Interval(mean, mean - half, mean + half, confidence), "Student's t")
 
 
 def sign_test(wins: int, losses: int) -> float:

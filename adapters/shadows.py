@@ -20,6 +20,7 @@ from sqlalchemy.exc import IntegrityError as SqlIntegrityError
 from sqlalchemy.orm import Session
 
 from adapters.audit import record_act
+from adapters.comparisons import paired_difference
 from adapters.database import Database, actor_of
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
 from adapters.records import Actor, parse_model_name, version_name
@@ -267,8 +268,8 @@ def _compare(counts: ShadowReport, answered: Sequence[ShadowAnswerRow]) -> Shado
         mean_overlap=sum(row.overlap or 0.0 for row in answered) / num,
         live_tokens=sum(row.live_tokens for row in answered) / num,
         shadow_tokens=sum(row.tokens for row in answered) / num,
-        token_difference=mean_interval([float(row.tokens - row.live_tokens) for row in answered]),
-        cut_difference=mean_interval(
+        token_difference=paired_difference([float(row.tokens - row.live_tokens) for row in answered]),
+        cut_difference=paired_difference(
             [float(row.finish == "length") - float(row.live_finish == "length") for row in answered]
         ),
     )

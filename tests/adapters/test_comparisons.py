@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from adapters.comparisons import compare_all, compare_pair, rate, sign_test
+from adapters.comparisons import compare_all, compare_pair, paired_difference, rate, sign_test
 
 SCORES = st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=9)
 
@@ -20,6 +20,18 @@ def test_sign_test_is_the_binomial_test_when_compared(wins: int, losses: int) ->
         assert stats.binomtest(wins, wins + losses).pvalue == pytest.approx(sign_test(wins, losses))
     else:
         assert 1.0 == sign_test(wins, losses)
+
+
+@given(differences=st.lists(st.sampled_from([-1.0, 0.0, 0.5, 1.0]), min_size=2, max_size=20))
+def test_interval_of_a_difference_is_students_when_values_look_like_shares(differences: list[float]) -> None:
+    """Differences of 0 and 1 could as well have been below 0; where nothing varies there is no interval."""
+    found = paired_difference(differences)
+    if len(set(differences)) < 2:
+        assert (differences[0], None) == (found.mean, found.interval)
+        return
+    expected = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    assert found.interval is not None
+    assert tuple(expected) == pytest.approx((found.interval.low, found.interval.high))
 
 
 @settings(max_examples=30)
