@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, case, func, select
+from sqlalchemy import ColumnElement, Select, case, func, select
 from sqlalchemy.orm import Session
 
 from adapters.database import actor_of
@@ -18,10 +18,11 @@ from adapters.experiment_config import check_feedback_name
 from adapters.records import Exposure, Feedback, UnitOutcomes
 from adapters.tables import ExposureRow, FeedbackRow, utc_now
 
-__all__ = ["FEEDBACK_WINDOW", "add_exposure", "add_feedback", "read_outcomes"]
+__all__ = ["FEEDBACK_WINDOW", "add_exposure", "add_feedback", "in_stage", "read_outcomes"]
 
 FEEDBACK_WINDOW = timedelta(days=7)
 _MAX_ERROR_CHARS = 500
+_Conditions = tuple[ColumnElement[bool], ...]
 
 
 def add_exposure(session: Session, exposure: Exposure, feedback: Sequence[Feedback] = ()) -> None:
@@ -73,7 +74,10 @@ def add_feedback(session: Session, feedback: Feedback, *, window: timedelta) -> 
             f"response {feedback.response_id!r} is {age.total_seconds() / 3600:.1f} hours old; feedback is taken for "
             f"{window.total_seconds() / 3600:g} hours"
         )
-    session.merge(_feedback_row(feedback))
+    if (before := session.get(FeedbackRow, (feedback.response_id, feedback.metric))) is not None:
+        before.value, before.comment = feedback.value, feedback.comment  # it keeps its place among the outcomes
+        return
+    session.add(_feedback_row(feedback))
 
 
 def _feedback_row(feedback: Feedback) -> FeedbackRow:
@@ -86,14 +90,22 @@ def _feedback_row(feedback: Feedback) -> FeedbackRow:
     )
 
 
-def read_outcomes(session: Session, experiment_id: str, stage: int) -> dict[str, list[UnitOutcomes]]:
+def read_outcomes(
+    session: Session, experiment_id: str, stage: int, *, until: datetime | None = None, first_only: bool = False
+) -> dict[str, list[UnitOutcomes]]:
     """By arm what came of each unit in one stage, the earliest exposed first; arms without units are not there.
 
     Three grouped queries, whatever the number of metrics: over exposures, over responses with feedback, and over
-    feedback by metric. Forced exposures are left out.
+    feedback by metric. Forced exposures are left out, and if so asked those after a moment, and all but each unit's
+    first.
     """
-    feedback = _feedback_by_unit(session, experiment_id, stage)
-    num_with_feedback = _responses_with_feedback(session, experiment_id, stage)
+    wanted = in_stage(experiment_id, stage)
+    if until is not None:
+        wanted += (ExposureRow.served_at <= until,)
+    if first_only:
+        wanted += (ExposureRow.response_id.in_(_first_responses(wanted)),)
+    feedback = _feedback_by_unit(session, wanted)
+    num_with_feedback = _responses_with_feedback(session, wanted)
     outcomes: dict[str, list[UnitOutcomes]] = defaultdict(list)
     first_at = func.min(ExposureRow.served_at)
     statement = (
@@ -109,7 +121,7 @@ def read_outcomes(session: Session, experiment_id: str, stage: int) -> dict[str,
             func.sum(ExposureRow.total_ms),
             func.sum(ExposureRow.completion_tokens),
         )
-        .where(*_in_stage(experiment_id, stage))
+        .where(*wanted)
         .group_by(ExposureRow.arm, ExposureRow.unit)
         .order_by(first_at, ExposureRow.unit)
     )
@@ -133,28 +145,35 @@ def read_outcomes(session: Session, experiment_id: str, stage: int) -> dict[str,
     return dict(outcomes)
 
 
-def _in_stage(experiment_id: str, stage: int) -> tuple[ColumnElement[bool], ...]:
+def in_stage(experiment_id: str, stage: int) -> tuple[ColumnElement[bool], ...]:
+    """What selects the exposures that count in a stage."""
     return (ExposureRow.experiment_id == experiment_id, ExposureRow.stage == stage, ExposureRow.forced.is_(False))
 
 
-def _responses_with_feedback(session: Session, experiment_id: str, stage: int) -> dict[tuple[str, str], int]:
+def _first_responses(wanted: _Conditions) -> Select[tuple[str]]:
+    """The id of each unit's first response."""
+    order = ExposureRow.served_at, ExposureRow.response_id
+    place = func.row_number().over(partition_by=(ExposureRow.arm, ExposureRow.unit), order_by=order)
+    placed = select(ExposureRow.response_id, place.label("n")).where(*wanted).subquery()
+    return select(placed.c.response_id).where(placed.c.n == 1)
+
+
+def _responses_with_feedback(session: Session, wanted: _Conditions) -> dict[tuple[str, str], int]:
     statement = (
         select(ExposureRow.arm, ExposureRow.unit, func.count(ExposureRow.response_id.distinct()))
         .join(FeedbackRow, FeedbackRow.response_id == ExposureRow.response_id)
-        .where(*_in_stage(experiment_id, stage))
+        .where(*wanted)
         .group_by(ExposureRow.arm, ExposureRow.unit)
     )
     return {(arm or "", unit): count for arm, unit, count in session.execute(statement)}
 
 
-def _feedback_by_unit(
-    session: Session, experiment_id: str, stage: int
-) -> dict[tuple[str, str], Mapping[str, tuple[float, int]]]:
+def _feedback_by_unit(session: Session, wanted: _Conditions) -> dict[tuple[str, str], Mapping[str, tuple[float, int]]]:
     """By arm and unit, and then by metric: the mean value and how many responses have one."""
     statement = (
         select(ExposureRow.arm, ExposureRow.unit, FeedbackRow.metric, func.avg(FeedbackRow.value), func.count())
         .join(FeedbackRow, FeedbackRow.response_id == ExposureRow.response_id)
-        .where(*_in_stage(experiment_id, stage))
+        .where(*wanted)
         .group_by(ExposureRow.arm, ExposureRow.unit, FeedbackRow.metric)
     )
     found: dict[tuple[str, str], dict[str, tuple[float, int]]] = defaultdict(dict)
