@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
+from adapters.experiment_config import is_share_metric
 from adapters.experiment_metrics import built_in, can_be_missing, num_outcomes_of, scale_of, value_of
 from adapters.records import BUILT_IN_METRICS, Arm, Decision, Direction, Experiment, Guardrail, Metric, UnitOutcomes
 from adapters.settled_values import Settled
@@ -56,6 +57,7 @@ Outcomes = Mapping[str, Sequence[UnitOutcomes]]  # by arm, in the order of the u
 _Role = Literal["primary", "guardrail", "other"]
 LEAST_SHARE = 5.0
 _HISTORY_POINTS = 40
+_MAX_METRICS = 50  # clients name metrics, and each costs a comparison
 _FIRST_STAGE = 6 / math.pi**2  # of alpha: one over the sum of 1, 1/4, 1/9, ...
 _LEAST_ALPHA = 1e-9  # below it, one less it is one: floats end there
 
@@ -297,7 +299,7 @@ class _Reader:
         return _comparison(treatment, control, metric, interval)
 
     def _guard(self, arm: Arm, guardrail: Guardrail) -> Guard:
-        metric = Metric(guardrail.metric, guardrail.direction)
+        metric = Metric(guardrail.metric, guardrail.direction, guardrail.kind)
         sides = self.column(arm.name, metric.name), self.column(self.control, metric.name)
         compared = self._compare(arm, *sides, metric)
         margin = _margin_on_scale(guardrail, compared)
@@ -311,13 +313,13 @@ class _Reader:
         return Comparison(metric, "increase", "share", first, second, interval)
 
     def _compare(self, arm: Arm, treatment: _Column, control: _Column, metric: Metric) -> Comparison:
-        # Rates are shares by their nature; of what clients report it shows: yes and no are.
-        is_share = True if treatment.scale == "share" else None
-        interval = self._sequence(arm, treatment.values, control.values, is_share=is_share)
+        is_share = is_share_metric(metric.name, metric.kind)
+        sides = [side.as_shares() if is_share else side for side in (treatment, control)]
+        interval = self._sequence(arm, sides[0].values, sides[1].values, is_share=is_share)
         return _comparison(treatment, control, metric, interval)
 
     def _sequence(
-        self, arm: Arm, treatment: Sequence[float], control: Sequence[float], *, is_share: bool | None
+        self, arm: Arm, treatment: Sequence[float], control: Sequence[float], *, is_share: bool
     ) -> Interval | None:
         both = arm.weight + self.experiment.arms[0].weight
         return difference_sequence(
@@ -335,7 +337,7 @@ class _Reader:
         side = column.side()
         if side.mean is None:
             return None
-        metric = Metric(name, self._direction(name))
+        metric = self._planned(name) or Metric(name, self._direction(name))
         own = mean_sequence(column.values, confidence=self.confidence, planned_units=self.tuned_for * arm.weight / 100)
         difference = None
         if arm.name != self.control:
@@ -362,16 +364,23 @@ class _Reader:
             return "primary"
         return "guardrail" if any(g.metric == metric for g in self.experiment.guardrails) else "other"
 
+    def _planned(self, metric: str) -> Metric | None:
+        """The metric as the plan has it."""
+        if self.experiment.metric is not None and self.experiment.metric.name == metric:
+            return self.experiment.metric
+        found = (item for item in self.experiment.guardrails if item.metric == metric)
+        return next((Metric(item.metric, item.direction, item.kind) for item in found), None)
+
     def _direction(self, metric: str) -> Direction:
         known = built_in(metric)
         return known.direction if known else "increase"
 
     def _metric_names(self) -> list[str]:
-        """The primary metric, the guardrails, what else clients reported, what else exposures give."""
+        """The primary metric, the guardrails, what else exposures give, what else clients reported; at most so many."""
         planned = [self.experiment.metric.name] if self.experiment.metric else []
         guarded = [guardrail.metric for guardrail in self.experiment.guardrails]
         reported = sorted({name for units in self.outcomes.values() for unit in units for name in unit.feedback})
-        return list(dict.fromkeys([*planned, *guarded, *reported, *sorted(BUILT_IN_METRICS)]))
+        return list(dict.fromkeys([*planned, *guarded, *sorted(BUILT_IN_METRICS), *reported]))[:_MAX_METRICS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,6 +398,10 @@ class _Column:
         if mean is not None and self.scale == "ratio":
             mean = math.exp(mean)
         return Side(len(self.values), self.num_missing, mean)
+
+    def as_shares(self) -> _Column:
+        """The values within 0 and 1: one outside, taken while its answer was still streamed, counts as the nearer."""
+        return replace(self, values=[min(max(value, 0.0), 1.0) for value in self.values])
 
     def until(self, moment: datetime) -> _Column:
         """The units that had come by then. Those without a value are not counted."""

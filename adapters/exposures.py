@@ -13,14 +13,16 @@ from sqlalchemy import ColumnElement, Select, case, func, select
 from sqlalchemy.orm import Session
 
 from adapters.database import actor_of
-from adapters.errors import FeedbackTooLateError, NotFoundError
-from adapters.experiment_config import check_feedback_name
+from adapters.errors import ConflictError, FeedbackTooLateError, NotFoundError
+from adapters.experiment_config import check_feedback_name, check_feedback_value
+from adapters.experiment_rows import load_plan
 from adapters.records import Exposure, Feedback, UnitOutcomes
 from adapters.tables import ExposureRow, FeedbackRow, utc_now
 
-__all__ = ["FEEDBACK_WINDOW", "add_exposure", "add_feedback", "in_stage", "read_outcomes"]
+__all__ = ["FEEDBACK_WINDOW", "MAX_FEEDBACK_NAMES", "add_exposure", "add_feedback", "in_stage", "read_outcomes"]
 
 FEEDBACK_WINDOW = timedelta(days=7)
+MAX_FEEDBACK_NAMES = 32  # of one response
 _MAX_ERROR_CHARS = 500
 _Conditions = tuple[ColumnElement[bool], ...]
 
@@ -31,7 +33,7 @@ def add_exposure(session: Session, exposure: Exposure, feedback: Sequence[Feedba
     session.add(
         ExposureRow(
             response_id=exposure.response_id,
-            served_at=utc_now(),
+            served_at=exposure.bound_at or utc_now(),
             alias=binding.alias,
             route=binding.route,
             number=binding.number,
@@ -60,8 +62,9 @@ def add_feedback(session: Session, feedback: Feedback, *, window: timedelta) -> 
     """Add an outcome, or replace the one that the response has for this metric.
 
     Raises:
-        InvalidInputError: the metric is one that is measured anyway.
+        InvalidInputError: the metric is one that is measured anyway, or a share and the value is none.
         NotFoundError: no response that the actor may see has this id.
+        ConflictError: there is feedback by as many metrics as there may be.
         FeedbackTooLateError: the response is older than the window.
     """
     check_feedback_name(feedback.metric)
@@ -74,9 +77,16 @@ def add_feedback(session: Session, feedback: Feedback, *, window: timedelta) -> 
             f"response {feedback.response_id!r} is {age.total_seconds() / 3600:.1f} hours old; feedback is taken for "
             f"{window.total_seconds() / 3600:g} hours"
         )
+    if exposure.experiment_id is not None:
+        check_feedback_value(load_plan(session, exposure.experiment_id), feedback.metric, feedback.value)
     if (before := session.get(FeedbackRow, (feedback.response_id, feedback.metric))) is not None:
         before.value, before.comment = feedback.value, feedback.comment  # it keeps its place among the outcomes
         return
+    names = select(func.count()).where(FeedbackRow.response_id == feedback.response_id)
+    if session.scalars(names).one() >= MAX_FEEDBACK_NAMES:
+        raise ConflictError(
+            f"{feedback.response_id!r} has feedback by {MAX_FEEDBACK_NAMES} metrics, the most there may be"
+        )
     session.add(_feedback_row(feedback))
 
 

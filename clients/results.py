@@ -166,6 +166,7 @@ class PrimaryMetric(_Record):
 
     name: str
     direction: Literal["increase", "decrease"]
+    kind: Literal["share", "number"] = "number"
 
 
 class Margin(_Record):
@@ -175,6 +176,7 @@ class Margin(_Record):
     direction: Literal["increase", "decrease"]
     margin: float
     is_relative: bool
+    kind: Literal["share", "number"] = "number"
 
 
 class Experiment(_Record):

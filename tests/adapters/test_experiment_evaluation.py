@@ -20,7 +20,7 @@ from adapters.experiment_report import ArmReport, MetricReport, stage_confidence
 from adapters.experiments import ExperimentService
 from adapters.exposures import FEEDBACK_WINDOW
 from adapters.manifest import ADAPTER_WEIGHTS_FILE
-from adapters.records import AnalysisPlan, Arm, Decision, Experiment, Feedback, Guardrail, Metric
+from adapters.records import BUILT_IN_METRICS, AnalysisPlan, Arm, Decision, Experiment, Feedback, Guardrail, Metric
 from adapters.registry import Registry
 from adapters.settled_values import read_settled
 from adapters.store import ArtifactStore
@@ -28,7 +28,7 @@ from adapters.tables import DecisionRow, ExperimentRow, ExposureRow, utc_now
 from tests.support.experiments import HALVES, add_users
 from tests.support.versions import publish_text
 
-SOLVED = Metric("solved", "increase")
+SOLVED = Metric("solved", "increase", "share")
 ERRORS = Guardrail("error_rate", "decrease", 0.02)
 YES, NO = {"solved": 1.0}, {"solved": 0.0}
 Start = Callable[..., Experiment]
@@ -405,6 +405,56 @@ def test_late_feedback_is_counted_last_when_others_were_counted_before(
         found = read_settled(session, experiment, now=utc_now(), window=FEEDBACK_WINDOW)
     assert found.values is not None
     assert [0.0] * 5 + [1.0] + [0.0] * 5 == [item.value for item in found.values["B"]]
+
+
+def test_method_is_the_plan_s_when_one_user_has_another_kind_of_value(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Values of 0 and 1 don't make a number a share, and one of 0.5 doesn't make a share a number."""
+    number = start(guardrails=(), metric=replace(SOLVED, kind="number"))
+    add_users(registry, number, "A", [YES] * 200)
+    add_users(registry, number, "B", [YES] * 200)
+    found = evaluation.report(number.id).treatments[0].primary
+    assert found is not None
+    assert None is found.interval  # an arm that doesn't vary has no interval but the exact one of shares
+    ExperimentService(registry.database).stop(number.id)
+    share = start(guardrails=(), metric=SOLVED)
+    add_users(registry, share, "A", [YES] * 200)
+    add_users(registry, share, "B", [YES] * 199)
+    before = evaluation.report(share.id).treatments[0].primary
+    add_users(registry, share, "B", [{"solved": 0.5}])
+    after = evaluation.report(share.id).treatments[0].primary
+    assert before is not None
+    assert after is not None
+    assert before.interval is not None
+    assert after.interval is not None
+    assert after.interval.low == pytest.approx(before.interval.low, abs=0.01)
+
+
+def test_value_outside_of_a_share_counts_as_the_nearest_when_it_came_with_the_answer(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """It is stored before anything is known of its experiment; the report must not fail for it."""
+    experiment = start(guardrails=(), metric=SOLVED)
+    add_users(registry, experiment, "A", [YES] * 100)
+    add_users(registry, experiment, "B", [{"solved": 1e9}] * 100)
+    found = evaluation.report(experiment.id).treatments[0].primary
+    assert found is not None
+    assert found.interval is not None
+    assert 0 == found.interval.estimate
+
+
+def test_report_names_the_plan_s_metrics_when_clients_report_hundreds(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Fifty at most, the plan's and the built-in ones among them."""
+    experiment = start()
+    for first in range(0, 120, 30):
+        add_users(registry, experiment, "A", [{f"a{number}": 1.0 for number in range(first, first + 30)}])
+    add_users(registry, experiment, "A", [YES])
+    names = [metric.metric for metric in _arm(evaluation, experiment, "A").metrics]
+    assert (50, ["solved", "error_rate"]) == (len(names), names[:2])
+    assert set(names) >= BUILT_IN_METRICS
 
 
 @pytest.mark.parametrize(("metric", "expected"), [("error_rate", [1.0]), ("feedback_rate", []), ("ttft_ms", [])])
