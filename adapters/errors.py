@@ -18,6 +18,7 @@ HotswapError
 |  |- AliasForbiddenError       making or moving an alias that the key is not for
 |- ForeignPageError             without API keys, a request that did not plainly come from this machine
 |- ConflictError                the request is fine, the present state forbids it
+|  |- FeedbackTooLateError      on a response from longer ago than feedback is taken for
 |- IntegrityError               a stored file is not what its manifest says
 |- DatabaseBusyError            others hold the database for too long: try again later
 |- BaseModelError               the base model can't be fetched, read or supported
@@ -48,6 +49,7 @@ __all__ = [
     "DeadlineExceededError",
     "EngineFailureError",
     "EngineUnavailableError",
+    "FeedbackTooLateError",
     "FingerprintMismatchError",
     "ForeignPageError",
     "HotswapError",
@@ -171,6 +173,10 @@ class ForeignPageError(HotswapError):
 
 class ConflictError(HotswapError):
     """The request is well formed, but the present state forbids it."""
+
+
+class FeedbackTooLateError(ConflictError):
+    """The response is from longer ago than feedback is taken for."""
 
 
 class IntegrityError(HotswapError):

@@ -1,29 +1,62 @@
-"""Experiments: the split of an alias between pinned versions, and what came of it.
+"""Experiments: the split of an alias between pinned versions, from draft to its end.
 
-Creates and stops them, records exposures and feedback, and sums outcomes up per arm. Knows no HTTP.
+Creates, starts, changes and stops them. Who gets which arm is computed in `assignment`, what came of it is written and
+read in `exposures`. Knows no HTTP.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timedelta
 from itertools import islice
+from typing import Any
 
 from sqlalchemy import ColumnElement, func, select
-from sqlalchemy.exc import IntegrityError as SqlIntegrityError
 from sqlalchemy.orm import Session
 
+from adapters.assignment import allot_traffic, shift_weights, unit_position
 from adapters.audit import record_act
 from adapters.database import Database, actor_of
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
+from adapters.experiment_config import check_arms, check_plan, check_times, check_traffic, parse_arm
+from adapters.experiment_rows import (
+    add_arms,
+    begin_stage,
+    find_experiment_row,
+    find_open_row,
+    load_arms,
+    load_decisions,
+    lock_alias,
+    record_decision,
+    settle_row,
+    shares_of,
+    state_of,
+    stretches_of,
+    to_experiment,
+)
+from adapters.exposures import FEEDBACK_WINDOW, add_exposure, add_feedback, read_outcomes
 from adapters.paging import unknown_place
-from adapters.records import Actor, Arm, Experiment, Exposure, Feedback, parse_model_name, version_name
+from adapters.records import (
+    Actor,
+    AnalysisPlan,
+    Arm,
+    Decision,
+    Experiment,
+    ExperimentState,
+    Exposure,
+    Feedback,
+    Stretch,
+    UnitOutcomes,
+    parse_model_name,
+    version_name,
+)
 from adapters.statistics import Interval, MeanEstimate, difference_interval, mean_interval
 from adapters.tables import (
     AliasRow,
     AliasVersionRow,
-    ArmRow,
     ExperimentRow,
     ExposureRow,
     FeedbackRow,
@@ -36,13 +69,11 @@ __all__ = [
     "ExperimentReport",
     "ExperimentService",
     "MetricReport",
-    "find_running",
-    "load_arms",
+    "find_room",
     "parse_arm",
 ]
 
-_WEIGHT_TOLERANCE = 1e-6
-_MAX_ERROR_CHARS = 500
+_MAX_HOLDOUT = 50.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,61 +115,188 @@ class ExperimentService:
         """The same service on somebody's behalf: what the actor may not see does not exist in it."""
         return ExperimentService(self.database.acting_for(actor))
 
-    def create(self, alias: str, arms: list[tuple[str, str, float]], *, salt: str | None = None) -> Experiment:
-        """Start splitting an alias between pinned versions.
+    def create(
+        self,
+        alias: str,
+        arms: Sequence[tuple[str, str, float]],
+        *,
+        salt: str | None = None,
+        traffic: float = 100.0,
+        starts_at: datetime | None = None,
+        ends_at: datetime | None = None,
+        plan: AnalysisPlan | None = None,
+        draft: bool = False,
+    ) -> Experiment:
+        """Split an alias between pinned versions, from this moment on unless it is a draft or starts later.
 
         Args:
             alias: An existing alias.
-            arms: Name, version (`v1`, `legal@v1`, or the beginning of a digest) and weight in percent, two or more;
-                weights add up to 100.
-            salt: Decides the assignment; random if not given, so that experiments are independent.
+            arms: Name, version (`v1`, `legal@v1`, or the beginning of a digest) and weight in percent, two or more, the
+                control first; weights add up to 100.
+            salt: Decides who gets which arm; random if not given, so that experiments are independent.
+            traffic: Percent of the alias's units that are in the experiment; the others get the alias's version.
+            starts_at: When it starts by itself; None is at once, or at `start` for a draft.
+            ends_at: When it ends by itself.
+            plan: How it will be read.
+            draft: Only write it down; `start` starts it.
 
         Raises:
-            InvalidInputError: fewer than two arms, a name twice, weights that don't add up, or a reward model.
+            InvalidInputError: arms, weights, times or the plan are wrong, or an arm is a reward model.
             NotFoundError: no such alias or version.
-            ConflictError: an experiment is running on the alias already.
+            ConflictError: the alias's other experiments leave too few units.
         """
-        _check_arms(arms)
+        plan = plan or AnalysisPlan()
+        check_arms(arms)
+        check_traffic(traffic)
+        check_plan(plan)
+        check_times(starts_at, ends_at, utc_now())
         row = ExperimentRow(
             id=f"exp-{secrets.token_hex(6)}",
             alias=alias,
             salt=salt if salt is not None else secrets.token_hex(8),
-            state="running",
+            state="draft",
             created_at=utc_now(),
+            traffic=traffic,
+            stage=1,
+            starts_at=starts_at,
+            ends_at=ends_at,
+            plan=asdict(plan),
         )
-        try:
-            with self.database.write() as session:
-                if session.get(AliasRow, alias) is None or not actor_of(session).can_see(alias):
-                    raise NotFoundError(f"there is no adapter {alias!r}")
-                session.add(row)
-                session.flush()
-                for position, (name, version, weight) in enumerate(arms):
-                    number, digest = _find_pinned(session, alias, version)
-                    session.add(
-                        ArmRow(
-                            experiment_id=row.id,
-                            position=position,
-                            name=name,
-                            number=number,
-                            digest=digest,
-                            weight=weight,
-                        )
-                    )
-                shares = {name: f"{version}={weight:g}" for name, version, weight in arms}
-                record_act(session, "start_experiment", row.id, alias=alias, arms=shares)
-        except SqlIntegrityError:
-            raise ConflictError(f"an experiment is running on {alias!r} already; stop it first") from None
-        return self.get(row.id)
+        with self.database.write() as session:
+            alias_row = lock_alias(session, alias)
+            session.add(row)
+            session.flush()
+            owned = shift_weights({}, {name: weight for name, _, weight in arms})
+            found = [
+                Arm(name, *_find_pinned(session, alias, version), weight, owned[name]) for name, version, weight in arms
+            ]
+            add_arms(session, row, found)
+            if draft:
+                record_decision(session, row, "create", "a draft was made", numbers={"arms": shares_of(found)})
+                record_act(session, "create_experiment", row.id, alias=alias, arms=shares_of(found))
+            else:
+                _start(session, row, alias_row)
+            return to_experiment(session, row, utc_now())
+
+    def start(self, name: str) -> Experiment:
+        """Start a draft, named by its id or its alias: at once, or at its time if that lies ahead.
+
+        Raises:
+            NotFoundError: there is none.
+            ConflictError: it is no draft, has been ordered to start already, its end has passed, or the alias's other
+                experiments leave too few units.
+        """
+        with self.database.write() as session:
+            now = utc_now()
+            row = find_open_row(session, name, now)
+            if row.state != "draft":
+                found = "to start at its time already" if state_of(row, now) == "draft" else state_of(row, now)
+                raise ConflictError(f"experiment {row.id} is {found}; only a draft can be started")
+            _start(session, row, lock_alias(session, row.alias))
+            return to_experiment(session, row, utc_now())
 
     def stop(self, name: str) -> Experiment:
-        """Stop an experiment, named by its id or its alias; the alias answers with the version it points to again."""
+        """Stop an experiment, named by its id or its alias; the alias answers with the version it points to again.
+
+        A draft is stopped without ever having run.
+
+        Raises:
+            NotFoundError: there is none.
+            ConflictError: it is at its end already, or the alias has several.
+        """
         with self.database.write() as session:
-            row = _find_row(session, name)
-            if row.state == "stopped":
-                raise ConflictError(f"experiment {row.id} is stopped already")
-            row.state, row.stopped_at = "stopped", utc_now()
+            now = utc_now()
+            row = find_open_row(session, name, now)
+            if state_of(row, now) not in ("draft", "running"):
+                raise ConflictError(f"experiment {row.id} is {state_of(row, now)} already")
+            row.state, row.stopped_at = "stopped", now
+            record_decision(session, row, "stop", "it was stopped")
             record_act(session, "stop_experiment", row.id, alias=row.alias)
-            return _to_experiment(session, row)
+            return to_experiment(session, row, now)
+
+    def change_weights(
+        self,
+        name: str,
+        arms: Sequence[tuple[str, str | None, float]],
+        *,
+        traffic: float | None = None,
+        reason: str = "weights were changed",
+        numbers: Mapping[str, Any] | None = None,
+    ) -> Experiment:
+        """Give the arms of a running experiment other weights; a new stage begins, which is analysed as such.
+
+        No unit moves that need not: each stays with its arm unless that shrinks. Exposures keep the stage that they
+        were made in.
+
+        Args:
+            name: The experiment's id, or its alias.
+            arms: Name, version and weight in percent of all arms of the new stage. The version may be None for an arm
+                that there is; with one, it is a new arm. Arms that are not named leave; the control stays the first.
+            traffic: Percent of the alias's units that are in the experiment from here on; None leaves it.
+            reason: One plain sentence for the log.
+            numbers: What led to it, for the log.
+
+        Raises:
+            InvalidInputError: weights don't add up to 100, a new arm has no version, or an old one another.
+            NotFoundError: no such experiment or version.
+            ConflictError: it isn't running, nothing would change, or other experiments leave too few units.
+        """
+        check_arms(arms)
+        if traffic is not None:
+            check_traffic(traffic)
+        with self.database.write() as session:
+            now = utc_now()
+            row = find_open_row(session, name, now)
+            lock_alias(session, row.alias)
+            if state_of(row, now) != "running":
+                raise ConflictError(f"experiment {row.id} is {state_of(row, now)}; weights change while it runs")
+            before = load_arms(session, row.id, row.stage)
+            after = _next_arms(session, row.alias, before, arms)
+            traffic = row.traffic if traffic is None else traffic
+            if after == before and traffic == row.traffic:
+                raise ConflictError(f"experiment {row.id} has these weights already")
+            stretches = find_room(session, row, traffic, now)
+            begin_stage(session, row, after, stretches, "change_weights", reason, traffic=traffic, numbers=numbers)
+            return to_experiment(session, row, now)
+
+    def set_holdout(self, alias: str, percent: float) -> None:
+        """Keep so many percent of an alias's units out of all its experiments, the same ones for as long as it stands.
+
+        Raises:
+            InvalidInputError: not from 0 to 50 percent.
+            NotFoundError: no such alias.
+            ConflictError: an experiment runs on the alias, or is to: units would come to it or leave it in its midst.
+        """
+        if not 0 <= percent <= _MAX_HOLDOUT:
+            raise InvalidInputError(
+                f"a holdout is 0 to {_MAX_HOLDOUT:g} percent of the units, found {percent:g}", param="percent"
+            )
+        with self.database.write() as session:
+            alias_row = lock_alias(session, alias)
+            if started := _started_rows(session, alias, utc_now()):
+                raise ConflictError(f"experiment {started[0].id} runs on {alias!r}, or is to; stop it first")
+            record_act(session, "set_holdout", alias, before=alias_row.holdout, after=percent)
+            alias_row.holdout = percent
+
+    def holdout(self, alias: str) -> float:
+        """The percent of an alias's units that no experiment touches.
+
+        Raises:
+            NotFoundError: no such alias.
+        """
+        with self.database.read() as session:
+            row = session.get(AliasRow, alias)
+            if row is None or not actor_of(session).can_see(alias):
+                raise NotFoundError(f"there is no adapter {alias!r}")
+            return row.holdout
+
+    def settle(self) -> None:
+        """Write down which experiments have ended at their time. That they have ended holds without it."""
+        with self.database.write() as session:
+            now = utc_now()
+            statement = select(ExperimentRow).where(ExperimentRow.state == "running", ExperimentRow.ends_at <= now)
+            for row in session.scalars(statement).all():
+                settle_row(session, row, now)
 
     def get(self, name: str) -> Experiment:
         """An experiment by its id, or the newest one of an alias.
@@ -147,70 +305,80 @@ class ExperimentService:
             NotFoundError: there is none.
         """
         with self.database.read() as session:
-            return _to_experiment(session, _find_row(session, name))
+            return to_experiment(session, find_experiment_row(session, name), utc_now())
 
-    def list(self, *, after: str | None = None, limit: int | None = None) -> list[Experiment]:
-        """The experiments behind one with a given id, at most `limit`, newest first; all if neither is given.
+    def arms_of(self, experiment_id: str, stage: int) -> tuple[Arm, ...]:
+        """The arms of one stage; none if there was no such stage.
+
+        Raises:
+            NotFoundError: no such experiment.
+        """
+        with self.database.read() as session:
+            return load_arms(session, find_experiment_row(session, experiment_id).id, stage)
+
+    def list(
+        self, *, state: ExperimentState | None = None, after: str | None = None, limit: int | None = None
+    ) -> list[Experiment]:
+        """The experiments behind one with a given id, at most `limit`, newest first; all if nothing is given.
 
         Raises:
             InvalidInputError: `after` is no experiment.
         """
         newest_first = select(ExperimentRow).order_by(ExperimentRow.created_at.desc(), ExperimentRow.id)
+        now = utc_now()
         with self.database.read() as session:
             if after is not None:
                 newest_first = newest_first.where(_is_behind(_find_place(session, after)))
-            rows = (row for row in session.scalars(newest_first) if actor_of(session).can_see(row.alias))
-            return [_to_experiment(session, row) for row in islice(rows, limit)]
+            seen = (row for row in session.scalars(newest_first) if actor_of(session).can_see(row.alias))
+            rows = (row for row in seen if state is None or state_of(row, now) == state)
+            return [to_experiment(session, row, now) for row in islice(rows, limit)]
 
-    def record_exposure(self, exposure: Exposure) -> None:
-        """Write one exposure; once this returns, a kill of this process doesn't lose it."""
-        binding = exposure.binding
+    def decisions(self, name: str, *, after: int = 0, limit: int | None = None) -> Sequence[Decision]:
+        """What was done to an experiment and why, the oldest first, behind the decision with an id.
+
+        Raises:
+            NotFoundError: no such experiment.
+        """
+        with self.database.read() as session:
+            row = find_experiment_row(session, name)
+            return load_decisions(session, row.id, after=after, limit=limit)
+
+    def record_exposure(self, exposure: Exposure, feedback: Sequence[Feedback] = ()) -> None:
+        """Write one exposure, and what was reported on it before it ended.
+
+        Once this returns, a kill of this process doesn't lose it.
+        """
         with self.database.write() as session:
-            session.add(
-                ExposureRow(
-                    response_id=exposure.response_id,
-                    served_at=utc_now(),
-                    alias=binding.alias,
-                    route=binding.route,
-                    number=binding.number,
-                    digest=binding.digest,
-                    experiment_id=binding.experiment_id,
-                    arm=binding.arm,
-                    unit=exposure.unit,
-                    unit_source=exposure.unit_source,
-                    prompt_tokens=exposure.prompt_tokens,
-                    completion_tokens=exposure.completion_tokens,
-                    ttft_ms=exposure.ttft_ms,
-                    total_ms=exposure.total_ms,
-                    finish_reason=exposure.finish_reason,
-                    error=exposure.error[:_MAX_ERROR_CHARS] if exposure.error else None,
-                )
-            )
+            add_exposure(session, exposure, feedback)
 
-    def record_feedback(self, feedback: Feedback) -> None:
+    def record_feedback(self, feedback: Feedback, *, window: timedelta = FEEDBACK_WINDOW) -> None:
         """Write an outcome; the same metric for the same response again replaces the value.
 
         Raises:
+            InvalidInputError: the metric is one that is measured anyway.
             NotFoundError: no response has this id.
+            FeedbackTooLateError: the response is older than the window.
         """
         with self.database.write() as session:
-            exposure = session.get(ExposureRow, feedback.response_id)
-            if exposure is None or not actor_of(session).can_see(exposure.alias):
-                raise NotFoundError(f"there is no response {feedback.response_id!r}")
-            session.merge(
-                FeedbackRow(
-                    response_id=feedback.response_id,
-                    metric=feedback.metric,
-                    value=feedback.value,
-                    comment=feedback.comment,
-                    reported_at=utc_now(),
-                )
-            )
+            add_feedback(session, feedback, window=window)
+
+    def outcomes(self, experiment_id: str, stage: int) -> dict[str, Sequence[UnitOutcomes]]:
+        """By arm, in the order of the arms, what came of each unit in one stage, the earliest exposed first.
+
+        Forced exposures are left out. Every arm of the stage is there, also without units.
+
+        Raises:
+            NotFoundError: no such experiment.
+        """
+        with self.database.read() as session:
+            row = find_experiment_row(session, experiment_id)
+            found = read_outcomes(session, row.id, stage)
+            return {arm.name: found.get(arm.name, []) for arm in load_arms(session, row.id, stage)}
 
     def report(self, name: str) -> ExperimentReport:
         """Sum an experiment up per arm; outcomes of one unit are averaged first, since they are not independent."""
         with self.database.read() as session:
-            experiment = _to_experiment(session, _find_row(session, name))
+            experiment = to_experiment(session, find_experiment_row(session, name), utc_now())
             counts = _count_exposures(session, experiment.id)
             outcomes = _unit_outcomes(session, experiment.id)
         control = experiment.arms[0].name
@@ -223,49 +391,95 @@ class ExperimentService:
         return ExperimentReport(experiment, tuple(reports))
 
 
-def parse_arm(text: str) -> tuple[str, str, float]:
-    """Parse `A@v1=50`, or `A@legal@v1=50`, into name, version and weight in percent.
+def _start(session: Session, row: ExperimentRow, alias_row: AliasRow) -> None:
+    """Give an experiment its units, from its time on."""
+    now = utc_now()
+    if row.ends_at is not None and row.ends_at <= now:
+        raise ConflictError(f"experiment {row.id} was to end at {row.ends_at:%Y-%m-%d %H:%M} UTC, which has passed")
+    if alias_row.number is None and (row.traffic < 100 or alias_row.holdout > 0):
+        raise ConflictError(
+            f"{row.alias!r} points to no version, which users outside of the experiment need; promote one first"
+        )
+    row.starts_at = max(now, row.starts_at or now)
+    stretches = find_room(session, row, row.traffic, now)
+    row.state, row.stretches = "running", [list(stretch) for stretch in stretches]
+    session.flush()
+    shares = shares_of(load_arms(session, row.id, row.stage))
+    when = "it was started" if row.starts_at == now else f"it is to start at {row.starts_at:%Y-%m-%d %H:%M} UTC"
+    numbers = {"arms": shares, "traffic": row.traffic, "config_hash": to_experiment(session, row, now).config_hash}
+    record_decision(session, row, "start", when, numbers=numbers)
+    record_act(session, "start_experiment", row.id, alias=row.alias, arms=shares)
+
+
+def find_room(session: Session, row: ExperimentRow, percent: float, now: datetime) -> tuple[Stretch, ...]:
+    """The experiment's positions on its alias for a share of its traffic: those that it has, and more or fewer.
+
+    No other experiment has them at the same time. The first one begins where the salt says.
 
     Raises:
-        InvalidInputError: the text has another shape.
+        ConflictError: the others leave too few.
     """
-    head, equals, weight = text.partition("=")
-    name, at, version = head.partition("@")
-    try:
-        number = float(weight)
-    except ValueError:
-        number = float("nan")
-    if not (equals and at and name and version) or not 0 < number <= 100:
-        raise InvalidInputError(
-            f"{text[:80]!r} is not an arm: expected NAME@VERSION=PERCENT, such as A@v1=50", param="arms"
+    others = [
+        other for other in _started_rows(session, row.alias, now) if other.id != row.id and _overlap_in_time(other, row)
+    ]
+    taken = [stretch for other in others for stretch in stretches_of(other.stretches)]
+    own = stretches_of(row.stretches)
+    start = own[-1][1] % 100 if own else unit_position(row.salt, "start")
+    found = allot_traffic(own, taken, percent, start=start)
+    if found is None:
+        listed = ", ".join(f"{other.id} with {other.traffic:g} %" for other in others)
+        raise ConflictError(
+            f"running on {row.alias!r} already: {listed}; no {percent:g} % of its users are left for another "
+            "experiment; stop one first, or take less traffic"
         )
-    return name, version, number
+    return found
 
 
-def find_running(session: Session, alias: str) -> ExperimentRow | None:
-    """The experiment that splits an alias at present, if any."""
+def _started_rows(session: Session, alias: str, now: datetime) -> list[ExperimentRow]:
+    """The alias's experiments that run, or were ordered to start at a time ahead."""
     statement = select(ExperimentRow).where(ExperimentRow.alias == alias, ExperimentRow.state == "running")
-    return session.scalar(statement)
+    return [row for row in session.scalars(statement.order_by(ExperimentRow.id)) if state_of(row, now) != "stopped"]
 
 
-def load_arms(session: Session, experiment_id: str) -> tuple[Arm, ...]:
-    """An experiment's arms in the order in which they were given."""
-    statement = select(ArmRow).where(ArmRow.experiment_id == experiment_id).order_by(ArmRow.position)
-    return tuple(Arm(row.name, row.number, row.digest, row.weight) for row in session.scalars(statement))
+def _overlap_in_time(first: ExperimentRow, second: ExperimentRow) -> bool:
+    assert first.starts_at is not None, "a started experiment has a start"
+    assert second.starts_at is not None, "a started experiment has a start"
+    return not (
+        (first.ends_at is not None and first.ends_at <= second.starts_at)
+        or (second.ends_at is not None and second.ends_at <= first.starts_at)
+    )
 
 
-def _check_arms(arms: list[tuple[str, str, float]]) -> None:
-    names = [name for name, _, _ in arms]
-    if len(arms) < 2 or len(set(names)) != len(names):
-        raise InvalidInputError(f"expected two or more arms with different names, found {names}", param="arms")
-    if any(len(name) > 32 or not name.isascii() or not name.isalnum() for name in names):
-        raise InvalidInputError(f"arm names are 1 to 32 letters and digits, found {names}", param="arms")
-    if not all(0 < weight <= 100 for _, _, weight in arms):  # false for NaN too
-        found = [weight for *_, weight in arms]
-        raise InvalidInputError(f"weights are above 0 and at most 100, found {found}", param="arms")
-    total = sum(weight for _, _, weight in arms)
-    if abs(total - 100) > _WEIGHT_TOLERANCE:
-        raise InvalidInputError(f"the arms' weights must add up to 100, found {total:g}", param="arms")
+def _next_arms(
+    session: Session, alias: str, before: Sequence[Arm], wanted: Sequence[tuple[str, str | None, float]]
+) -> tuple[Arm, ...]:
+    """The arms of a new stage, with stretches that move as few units as possible."""
+    known = {arm.name: arm for arm in before}
+    arms = [_next_arm(session, alias, known.get(name), name, version, weight) for name, version, weight in wanted]
+    if arms[0].name != before[0].name:
+        raise InvalidInputError(
+            f"the first arm is the control, and stays: expected {before[0].name!r}, found {arms[0].name!r}",
+            param="arms",
+        )
+    owned = shift_weights({arm.name: arm.stretches for arm in before}, {arm.name: arm.weight for arm in arms})
+    return tuple(replace(arm, stretches=owned[arm.name]) for arm in arms)
+
+
+def _next_arm(session: Session, alias: str, known: Arm | None, name: str, version: str | None, weight: float) -> Arm:
+    if version is None and known is None:
+        raise InvalidInputError(
+            f"there is no arm {name!r}; a new one needs a version, such as {name}@v3={weight:g}", param="arms"
+        )
+    if version is None:
+        assert known is not None, "checked above"
+        return replace(known, weight=weight)
+    number, digest = _find_pinned(session, alias, version)
+    if known is not None and known.digest != digest:
+        raise InvalidInputError(
+            f"arm {name!r} is {alias}@v{known.number} and stays so; give {alias}@v{number} an arm of its own",
+            param="arms",
+        )
+    return Arm(name, number, digest, weight)
 
 
 def _find_pinned(session: Session, alias: str, version: str) -> tuple[int, str]:
@@ -296,29 +510,6 @@ def _is_behind(row: ExperimentRow) -> ColumnElement[bool]:
     return is_older | ((ExperimentRow.created_at == row.created_at) & (ExperimentRow.id > row.id))
 
 
-def _find_row(session: Session, name: str) -> ExperimentRow:
-    row = session.get(ExperimentRow, name)
-    if row is None:
-        statement = select(ExperimentRow).where(ExperimentRow.alias == name).order_by(ExperimentRow.created_at.desc())
-        row = session.scalars(statement.limit(1)).first()
-    if row is None or not actor_of(session).can_see(row.alias):
-        raise NotFoundError(f"there is no experiment {name!r}: expected an id or an alias that has one")
-    return row
-
-
-def _to_experiment(session: Session, row: ExperimentRow) -> Experiment:
-    assert row.state in ("running", "stopped")
-    return Experiment(
-        id=row.id,
-        alias=row.alias,
-        salt=row.salt,
-        arms=load_arms(session, row.id),
-        state="running" if row.state == "running" else "stopped",
-        created_at=row.created_at,
-        stopped_at=row.stopped_at,
-    )
-
-
 def _count_exposures(session: Session, experiment_id: str) -> dict[str, tuple[int, int, int]]:
     statement = (
         select(
@@ -327,7 +518,7 @@ def _count_exposures(session: Session, experiment_id: str) -> dict[str, tuple[in
             func.count(ExposureRow.unit.distinct()),
             func.count(ExposureRow.error),
         )
-        .where(ExposureRow.experiment_id == experiment_id)
+        .where(ExposureRow.experiment_id == experiment_id, ExposureRow.forced.is_(False))
         .group_by(ExposureRow.arm)
     )
     return {arm or "": (total, units, errors) for arm, total, units, errors in session.execute(statement)}
@@ -338,7 +529,7 @@ def _unit_outcomes(session: Session, experiment_id: str) -> dict[tuple[str, str]
     statement = (
         select(ExposureRow.arm, FeedbackRow.metric, func.avg(FeedbackRow.value), func.count())
         .join(FeedbackRow, FeedbackRow.response_id == ExposureRow.response_id)
-        .where(ExposureRow.experiment_id == experiment_id)
+        .where(ExposureRow.experiment_id == experiment_id, ExposureRow.forced.is_(False))
         .group_by(ExposureRow.arm, FeedbackRow.metric, ExposureRow.unit)
         .order_by(ExposureRow.unit)
     )

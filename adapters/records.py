@@ -15,31 +15,42 @@ from adapters.errors import InvalidNameError, NotFoundError
 
 __all__ = [
     "BASE_MODEL_NAME",
+    "BUILT_IN_METRICS",
     "COMMAND_LINE",
     "SCOPES",
     "Actor",
     "AdapterVersion",
     "Alias",
     "AliasChange",
+    "AnalysisPlan",
     "ApiKey",
     "Arm",
     "AuditAction",
     "AuditEntry",
     "Binding",
     "CheckpointName",
+    "Decision",
+    "DecisionAction",
     "Experiment",
+    "ExperimentState",
     "Exposure",
     "Feedback",
+    "Guardrail",
     "Job",
     "JobCheckpoint",
     "JobError",
     "JobEvent",
     "JobStatus",
     "KeyLimits",
+    "Metric",
     "ModelName",
     "NumberedVersion",
     "Scope",
     "StoredFile",
+    "Stretch",
+    "Unit",
+    "UnitOutcomes",
+    "UnitSource",
     "VersionKind",
     "check_alias_name",
     "checkpoint_name",
@@ -58,12 +69,21 @@ _CHECKPOINT_PATTERN = re.compile(r"([^:@]+):([0-9a-f]{12}):ckpt-step-([1-9][0-9]
 _JOB_PREFIX = "ftjob-"
 _JOB_ID_CHARS = 12
 
-Route = Literal["base", "alias", "version", "checkpoint", "experiment"]
+Route = Literal["base", "alias", "version", "checkpoint", "experiment", "holdout", "rule", "router", "abstained"]
 VersionKind = Literal["chat", "reward"]
 ChangeAction = Literal["publish", "promote", "rollback"]
 JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Scope = Literal["chat", "feedback", "train", "adapters", "experiments", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+ExperimentState = Literal["draft", "running", "stopped", "decided"]
+Direction = Literal["increase", "decrease"]
+UnitSource = Literal["user", "header", "conversation", "request"]
+DecisionAction = Literal["create", "start", "change_weights", "stop", "promote", "roll_back", "verdict", "undo"]
+# What every exposure is measured by; any other metric is one that clients report as feedback.
+BUILT_IN_METRICS = frozenset(
+    {"error_rate", "ttft_ms", "total_ms", "completion_tokens", "length_finish_rate", "feedback_rate"}
+)
+Stretch = tuple[float, float]  # [low, high) of the positions from 0 to 100
 AuditAction = Literal[
     "publish",
     "import",
@@ -73,8 +93,13 @@ AuditAction = Literal[
     "pin",
     "unpin",
     "unload",
+    "create_experiment",
     "start_experiment",
+    "change_weights",
     "stop_experiment",
+    "decide_experiment",
+    "undo_decision",
+    "set_holdout",
     "create_key",
     "revoke_key",
     "create_job",
@@ -140,30 +165,135 @@ class AliasChange:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One side of an experiment: a pinned version and its share of the units, in percent."""
+    """One side of an experiment: a pinned version and its share of the units, in percent.
+
+    `stretches` are the positions of its units; their lengths add up to its weight.
+    """
 
     name: str
     number: int
     digest: str
     weight: float
+    stretches: tuple[Stretch, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Experiment:
-    """A split of one alias between pinned versions. `salt` makes its assignment independent of all others."""
+class Metric:
+    """What is measured by unit, and in which direction it gets better."""
+
+    name: str
+    direction: Direction
+
+
+@dataclass(frozen=True, slots=True)
+class Guardrail:
+    """A metric that may not get worse against the control by more than `margin`.
+
+    The margin is in the metric's own unit; if `is_relative`, it is a share of the control's mean: 0.1 is 10 %.
+    """
+
+    metric: str
+    direction: Direction
+    margin: float
+    is_relative: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnalysisPlan:
+    """How an experiment is read, fixed before its first exposure.
+
+    `smallest_effect` is the least difference of the metric's means that matters. `planned_units` is what the
+    intervals are made narrowest for; with `analysis` fixed, the number of units at which one looks, once.
+    """
+
+    metric: Metric | None = None
+    guardrails: tuple[Guardrail, ...] = ()
+    alpha: float = 0.05
+    smallest_effect: float | None = None
+    planned_units: int | None = None
+    analysis: Literal["sequential", "fixed"] = "sequential"
+    allocation: Literal["fixed", "thompson"] = "fixed"
+    auto_promote: bool = False
+    auto_rollback: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experiment(AnalysisPlan):
+    """A split of one alias between pinned versions; the first arm is the control.
+
+    Two positions of a unit decide: that on the alias says whether the unit is in the experiment, which has `stretches`
+    there of `traffic` percent in all, and that by `salt` says which arm it gets. With every change of weights a new
+    `stage` begins, from 1. The state is that of the moment of reading: `starts_at` and `ends_at` take effect by
+    themselves.
+    """
 
     id: str
     alias: str
     salt: str
     arms: tuple[Arm, ...]
-    state: Literal["running", "stopped"]
+    state: ExperimentState
     created_at: datetime
+    traffic: float = 100.0
+    stretches: tuple[Stretch, ...] = ()
+    stage: int = 1
+    starts_at: datetime | None = None
+    ends_at: datetime | None = None
     stopped_at: datetime | None = None
+    config_hash: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One act on an experiment, with the numbers that led to it; the list of them only grows.
+
+    `by` is the actor, `schedule` for a start or an end at its time, or what acted by itself.
+    """
+
+    id: int
+    experiment_id: str
+    stage: int
+    made_at: datetime
+    action: DecisionAction
+    by: str
+    reason: str
+    numbers: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Whom experiments keep together: a user, or a conversation. `key` is a hash, `source` what it was made from."""
+
+    key: str
+    source: UnitSource
+
+
+@dataclass(frozen=True, slots=True)
+class UnitOutcomes:
+    """What came of one unit's requests in one arm and stage.
+
+    Sums are over its exposures; `num_ttft` of them have a first token. `feedback` has by metric the mean of what was
+    reported and how many of its responses have it.
+    """
+
+    unit: str
+    first_at: datetime
+    num_exposures: int
+    num_errors: int
+    num_length: int
+    num_ttft: int
+    sum_ttft_ms: float
+    sum_total_ms: float
+    sum_completion_tokens: int
+    num_with_feedback: int
+    feedback: Mapping[str, tuple[float, int]]
 
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """What answers one request, fixed at admission and kept to its last token. `digest` None means the base model."""
+    """What answers one request, fixed at admission and kept to its last token. `digest` None means the base model.
+
+    `confidence` is the router's, for what it chose. `forced` marks a tester's choice of the arm, which never counts.
+    """
 
     alias: str
     route: Route
@@ -172,6 +302,9 @@ class Binding:
     experiment_id: str | None = None
     arm: str | None = None
     checkpoint: str | None = None
+    confidence: float | None = None
+    stage: int | None = None
+    forced: bool = False
 
     @property
     def version_label(self) -> str:
@@ -188,7 +321,7 @@ class Exposure:
     response_id: str
     binding: Binding
     unit: str
-    unit_source: Literal["user", "request"]
+    unit_source: UnitSource
     prompt_tokens: int
     completion_tokens: int
     ttft_ms: float | None

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from adapters.assignment import assign_arm
+from adapters.assignment import assign_arm, holds, is_held_out, traffic_position
 from adapters.audit import record_act
 from adapters.checkpoint_adapters import check_not_needed, find_checkpoint_digest, is_checkpoint
 from adapters.database import Database, actor_of
 from adapters.errors import AliasForbiddenError, ConflictError, InvalidInputError, NotFoundError
-from adapters.experiments import find_running, load_arms
+from adapters.experiment_rows import find_running, find_unfinished
 from adapters.manifest import Manifest
 from adapters.records import (
     BASE_MODEL_NAME,
@@ -27,8 +28,10 @@ from adapters.records import (
     AdapterVersion,
     Alias,
     AliasChange,
+    Arm,
     Binding,
     ChangeAction,
+    Experiment,
     ModelName,
     NumberedVersion,
     VersionKind,
@@ -39,8 +42,9 @@ from adapters.records import (
 from adapters.store import ArtifactStore
 from adapters.tables import KIND_KEY, AliasChangeRow, AliasRow, AliasVersionRow, PinRow, VersionRow, utc_now
 
-__all__ = ["Registry", "check_can_chat", "find_version"]
+__all__ = ["ARM_HEADER", "Registry", "check_can_chat", "find_version", "has_been_at", "move_alias"]
 
+ARM_HEADER = "x-hotswap-arm"
 _MAX_NAMES_SHOWN = 20
 _KIND_NAMES: dict[VersionKind, str] = {"chat": "a version for chat", "reward": "a reward model"}
 
@@ -103,8 +107,8 @@ class Registry:
                 row = session.get_one(AliasRow, alias)
                 may_move = promote(row.number) if callable(promote) else promote
                 is_fit = _is_of_same_kind(session, row, manifest.kind)
-                if may_move and is_fit and find_running(session, alias) is None:
-                    _move(session, row, number, "publish")
+                if may_move and is_fit and not find_running(session, alias):
+                    move_alias(session, row, number, "publish")
                 published, is_live = _load_numbered(session, alias, number), row.number == number
                 record_act(session, action, published.label, digest=digest, is_live=is_live)
                 if also is not None:
@@ -150,7 +154,7 @@ class Registry:
                     raise ConflictError(f"{alias!r} was moved by somebody else at the same time; look where it is")
                 _check_kind(session, row, chosen)
                 record_act(session, action, alias, from_number=row.number, to_number=chosen.number)
-                _move(session, row, chosen.number, action)
+                move_alias(session, row, chosen.number, action)
                 return _load_alias(session, alias)
 
     def remove(self, name: str) -> list[str]:
@@ -176,18 +180,22 @@ class Registry:
                 self.store.remove(digest)
         return [target.label for target in targets]
 
-    def resolve(self, model: str, *, unit: str) -> Binding:
+    def resolve(self, model: str, *, unit: str, arm: str | None = None) -> Binding:
         """Bind a request to what will answer it, to its last token.
 
         Args:
             model: `base`, an alias, `alias@vN`, `alias@<digest>`, or the name of a job's checkpoint.
             unit: The key that experiments split by.
+            arm: A tester's choice among the arms that answer for an alias at present: `B`, or `exp-.../B` where several
+                experiments have one of that name. It overrules every assignment, and is never counted.
 
         Raises:
             InvalidNameError: the name breaks the grammar.
             NotFoundError: no such alias or version.
-            InvalidInputError: the version is a reward model.
+            InvalidInputError: the version is a reward model, or there is no such arm.
         """
+        if arm is not None and (model == BASE_MODEL_NAME or "@" in model or ":" in model):
+            raise InvalidInputError(f"{model[:80]!r} is no alias that an experiment could split", param=ARM_HEADER)
         if model == BASE_MODEL_NAME and self.database.actor.can_see(model):
             return Binding(BASE_MODEL_NAME, "base")
         with self.database.read() as session:
@@ -201,13 +209,16 @@ class Registry:
                 found = find_version(session, parsed)
                 check_can_chat(found)
                 return Binding(parsed.alias, "version", found.version.digest, found.number)
-            _get_alias(session, parsed.alias)  # an experiment must not answer for an alias that the actor can't see
-            if experiment := find_running(session, parsed.alias):
-                arm = assign_arm(load_arms(session, experiment.id), experiment.salt, unit)
-                return Binding(parsed.alias, "experiment", arm.digest, arm.number, experiment.id, arm.name)
+            # An experiment must not answer for an alias that the actor can't see.
+            row = _get_alias(session, parsed.alias)
+            if arm is not None:
+                return _bind_to_arm(session, parsed.alias, arm)
+            is_out = row.holdout > 0 and is_held_out(row.name, row.holdout, unit)
+            if not is_out and (bound := _bind_by_experiment(session, parsed.alias, unit)):
+                return bound
             current = find_version(session, parsed)
             check_can_chat(current)
-            return Binding(parsed.alias, "alias", current.version.digest, current.number)
+            return Binding(parsed.alias, "holdout" if is_out else "alias", current.version.digest, current.number)
 
     def find(self, name: str) -> NumberedVersion:
         """The version that a name stands for; an alias alone stands for the one that it points to."""
@@ -259,6 +270,39 @@ class Registry:
             return [AliasChange(r.alias, _action(r), r.from_number, r.to_number, r.changed_at) for r in rows]
 
 
+def _bind_by_experiment(session: Session, alias: str, unit: str) -> Binding | None:
+    """The arm that a unit has in the experiment that it is in, if it is in one that runs."""
+    if not (running := find_running(session, alias)):
+        return None
+    position = traffic_position(alias, unit)
+    for experiment in running:
+        if holds(experiment.stretches, position):
+            return _bind_arm(experiment, assign_arm(experiment.arms, experiment.salt, unit))
+    return None
+
+
+def _bind_to_arm(session: Session, alias: str, wanted: str) -> Binding:
+    experiment_id, _, name = wanted.rpartition("/")
+    found = [
+        (experiment, arm)
+        for experiment in find_running(session, alias)
+        for arm in experiment.arms
+        if arm.name == name and experiment_id in ("", experiment.id)
+    ]
+    if len(found) != 1:
+        listed = ", ".join(f"{item.id}/{arm.name}" for item in find_running(session, alias) for arm in item.arms)
+        raise InvalidInputError(
+            f"{len(found)} arms of {alias!r} are called {wanted[:80]!r}; running: {listed or 'none'}", param=ARM_HEADER
+        )
+    return replace(_bind_arm(*found[0]), forced=True)
+
+
+def _bind_arm(experiment: Experiment, arm: Arm) -> Binding:
+    return Binding(
+        experiment.alias, "experiment", arm.digest, arm.number, experiment.id, arm.name, stage=experiment.stage
+    )
+
+
 def check_can_chat(found: NumberedVersion) -> None:
     """Refuse a version that writes no answers.
 
@@ -284,7 +328,13 @@ def _append_version(session: Session, alias: str, digest: str) -> int:
     return row.last_number
 
 
-def _move(session: Session, row: AliasRow, number: int, action: ChangeAction) -> None:
+def has_been_at(session: Session, alias: str, number: int) -> bool:
+    """Whether an alias pointed to a version before it came to where it is, so that going there is going back."""
+    return number in _trail(session, alias)[:-1]
+
+
+def move_alias(session: Session, row: AliasRow, number: int, action: ChangeAction) -> None:
+    """Point an alias to a version and write it into its history; nothing if it points there already."""
     if row.number == number:
         return
     moved_at = utc_now()
@@ -348,6 +398,7 @@ def _detach(session: Session, name: ModelName) -> list[NumberedVersion]:
 
 def _drop_versions(session: Session, targets: list[NumberedVersion]) -> list[str]:
     for target in targets:
+        _check_is_no_arm(session, target)
         check_not_needed(session, target)
         session.delete(session.get_one(AliasVersionRow, (target.alias, target.number)))
         session.execute(delete(PinRow).where(PinRow.alias == target.alias, PinRow.number == target.number))
@@ -361,10 +412,18 @@ def _drop_versions(session: Session, targets: list[NumberedVersion]) -> list[str
     return orphans
 
 
+def _check_is_no_arm(session: Session, target: NumberedVersion) -> None:
+    for experiment in find_unfinished(session, target.alias):
+        if target.number in (arm.number for arm in experiment.arms):
+            raise ConflictError(
+                f"{target.label} is an arm of the {experiment.state} experiment {experiment.id}; stop that first"
+            )
+
+
 def _movable_alias(session: Session, alias: str) -> AliasRow:
     row = _get_alias(session, alias)
-    if experiment := find_running(session, alias):
-        raise ConflictError(f"experiment {experiment.id} is running on {alias!r}; stop it first")
+    if running := find_running(session, alias):
+        raise ConflictError(f"experiment {running[0].id} is running on {alias!r}; stop it first")
     return row
 
 
@@ -442,13 +501,13 @@ def _list_versions(session: Session, alias: str, *, after: int = 0, limit: int |
 
 def _load_alias(session: Session, name: str) -> Alias:
     row = _get_alias(session, name)
-    experiment = find_running(session, name)
+    running = find_running(session, name)
     return Alias(
         name=name,
         current=_load_numbered(session, name, _pointed_to(row)),
         updated_at=row.updated_at,
         num_versions=len(_list_versions(session, name)),
-        experiment_id=experiment.id if experiment else None,
+        experiment_id=running[0].id if running else None,
     )
 
 

@@ -17,7 +17,7 @@ from sqlalchemy import (
     Integer,
     String,
     TypeDecorator,
-    text,
+    false,
     true,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -30,6 +30,7 @@ __all__ = [
     "ApiKeyRow",
     "ArmRow",
     "AuditRow",
+    "DecisionRow",
     "ExperimentRow",
     "ExposureRow",
     "FeedbackRow",
@@ -96,7 +97,8 @@ class AliasVersionRow(Table):
 class AliasRow(Table):
     """Where an alias points; promote and rollback change exactly this row.
 
-    A removed alias stays with `number` None, so that its version numbers are never given to other content.
+    A removed alias stays with `number` None, so that its version numbers are never given to other content. `holdout` is
+    the percent of its units that no experiment touches.
     """
 
     __tablename__ = "aliases"
@@ -104,6 +106,7 @@ class AliasRow(Table):
     number: Mapped[int | None] = mapped_column(Integer)
     last_number: Mapped[int] = mapped_column(Integer)
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    holdout: Mapped[float] = mapped_column(Float, default=0.0, server_default="0")
 
 
 class AliasChangeRow(Table):
@@ -128,50 +131,72 @@ class PinRow(Table):
 
 
 class ExperimentRow(Table):
-    """A split of one alias; the partial index allows one running experiment an alias."""
+    """A split of one alias. `state` is what was last written: what `starts_at` and `ends_at` make of it is computed.
+
+    `stretches` are its places among the alias's units, from the moment that it is started or scheduled. `plan` is an
+    `AnalysisPlan`.
+    """
 
     __tablename__ = "experiments"
-    __table_args__ = (
-        Index(
-            "one_running_experiment_per_alias",
-            "alias",
-            unique=True,
-            sqlite_where=text("state = 'running'"),
-            postgresql_where=text("state = 'running'"),
-        ),
-    )
+    __table_args__ = (Index("experiments_of_alias", "alias", "state"),)
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
-    alias: Mapped[str] = mapped_column(String(63), index=True)
+    alias: Mapped[str] = mapped_column(String(63))
     salt: Mapped[str] = mapped_column(String(64))
     state: Mapped[str] = mapped_column(String(16))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     stopped_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    traffic: Mapped[float] = mapped_column(Float)
+    stretches: Mapped[list[list[float]] | None] = mapped_column(JSON(none_as_null=True))
+    stage: Mapped[int] = mapped_column(Integer)
+    starts_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    ends_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    plan: Mapped[dict[str, Any]] = mapped_column(JSON)
 
 
 class ArmRow(Table):
-    """One arm of an experiment; `position` keeps the order in which arms were given."""
+    """One arm of one stage of an experiment; `position` keeps the order in which arms were given. Never changed."""
 
-    __tablename__ = "arms"
+    __tablename__ = "stage_arms"
     experiment_id: Mapped[str] = mapped_column(ForeignKey("experiments.id"), primary_key=True)
+    stage: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     position: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     name: Mapped[str] = mapped_column(String(32))
     number: Mapped[int] = mapped_column(Integer)
     digest: Mapped[str] = mapped_column(String(64))
     weight: Mapped[float] = mapped_column(Float)
+    stretches: Mapped[list[list[float]]] = mapped_column(JSON)
+
+
+class DecisionRow(Table):
+    """One act on an experiment, with its numbers; append-only."""
+
+    __tablename__ = "decisions"
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    experiment_id: Mapped[str] = mapped_column(ForeignKey("experiments.id"), index=True)
+    stage: Mapped[int] = mapped_column(Integer)
+    made_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    action: Mapped[str] = mapped_column(String(32))
+    by: Mapped[str] = mapped_column(String(64))
+    reason: Mapped[str] = mapped_column(String(1000))
+    numbers: Mapped[dict[str, Any]] = mapped_column(JSON)
 
 
 class ExposureRow(Table):
-    """One request that was admitted, and how it ended."""
+    """One request that was bound to what answers it, and how it ended. `forced` ones count in no experiment."""
 
     __tablename__ = "exposures"
+    __table_args__ = (Index("exposures_of_stage", "experiment_id", "stage", "arm", "unit"),)
     response_id: Mapped[str] = mapped_column(String(64), primary_key=True)
     served_at: Mapped[datetime] = mapped_column(UtcDateTime)
     alias: Mapped[str] = mapped_column(String(63), index=True)
     route: Mapped[str] = mapped_column(String(16))
     number: Mapped[int | None] = mapped_column(Integer)
     digest: Mapped[str | None] = mapped_column(String(64))
-    experiment_id: Mapped[str | None] = mapped_column(String(32), index=True)
+    experiment_id: Mapped[str | None] = mapped_column(String(32))
     arm: Mapped[str | None] = mapped_column(String(32))
+    stage: Mapped[int | None] = mapped_column(Integer)
+    forced: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
+    confidence: Mapped[float | None] = mapped_column(Float)
     unit: Mapped[str] = mapped_column(String(64))
     unit_source: Mapped[str] = mapped_column(String(16))
     prompt_tokens: Mapped[int] = mapped_column(Integer)

@@ -63,6 +63,7 @@ ANSWERS: dict[type[core.HotswapError], Answer] = {
     core.ForeignPageError: Answer(403, "invalid_request_error", "forbidden_origin"),
     # OpenAI's clients repeat a 409 by themselves; the state that forbids the request is not one that passes.
     core.ConflictError: Answer(409, "invalid_request_error", "conflict", should_retry=False),
+    core.FeedbackTooLateError: Answer(409, "invalid_request_error", "feedback_too_late", should_retry=False),
     core.IntegrityError: Answer(500, "server_error", "integrity_error", is_public=False),
     core.DatabaseBusyError: Answer(503, "server_error", "database_busy", should_retry=True),
     core.BaseModelError: Answer(500, "server_error", "base_model_error", is_public=False),

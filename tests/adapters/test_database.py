@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,17 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine, event, inspect, text
+from sqlalchemy import Engine, create_engine, event, inspect, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 import adapters
 from adapters.database import Database, open_database
 from adapters.errors import DatabaseBusyError
+from adapters.experiments import ExperimentService
 from adapters.tables import AliasRow, FeedbackRow, Table, VersionRow, utc_now
 
 REPOSITORY = Path(__file__).parents[2]
+_NAMES = ("aliases", "experiments", "arms", "exposures")
 OPEN_WHEN_TOLD = """
 import sys
 from adapters.database import open_database
@@ -44,22 +47,75 @@ def test_migrations_equal_the_tables_when_compared(database: Database) -> None:
     assert set(Table.metadata.tables) < set(inspect(database.engine).get_table_names())
 
 
-def test_migrations_equal_the_indexes_when_they_are_partial(database: Database) -> None:
-    """The comparison above doesn't look at an index's condition, so that is read from the database."""
-    with database.read() as session:
-        sql = session.scalar(text("SELECT sql FROM sqlite_master WHERE name = 'one_running_experiment_per_alias'"))
-    assert "UNIQUE INDEX" in str(sql)
-    assert "WHERE state = 'running'" in str(sql)
+def _database_of(revision: str, path: Path) -> Engine:
+    engine = create_engine(f"sqlite:///{path}")
+    config = Config()
+    config.set_main_option("script_location", str(Path(adapters.__file__).parent / "migrations"))
+    config.attributes["engine"] = engine
+    command.upgrade(config, revision)
+    return engine
+
+
+def test_experiments_go_on_when_rows_from_before_are_migrated(tmp_path: Path) -> None:
+    """Stage 1 of all units, each with the arm that the sum of the weights gave it; exposures know their stage."""
+    path = tmp_path / "hotswap.db"
+    engine = _database_of("0005", path)
+    moment = "2026-01-01 00:00:00"
+    arms = [("A", 100 / 3, 0), ("B", 100 / 3, 1), ("C", 100 / 3, 2)]
+    with engine.begin() as connection:
+        connection.execute(text(f"INSERT INTO experiments VALUES ('exp-1', 'legal', 's', 'running', '{moment}', NULL)"))
+        for name, weight, position in arms:
+            connection.execute(text(f"INSERT INTO arms VALUES ('exp-1', {position}, '{name}', 1, 'd', {weight!r})"))
+        for response, experiment in (("r1", "'exp-1'"), ("r2", "NULL")):
+            connection.execute(
+                text(
+                    "INSERT INTO exposures (response_id, served_at, alias, route, experiment_id, unit, unit_source, "
+                    "prompt_tokens, completion_tokens, total_ms) "
+                    f"VALUES ('{response}', '{moment}', 'legal', 'experiment', {experiment}, 'u', 'user', 1, 1, 1)"
+                )
+            )
+    engine.dispose()
+    opened = open_database(f"sqlite:///{path}")
+    found = ExperimentService(opened).get("exp-1")
+    assert ("running", 1, 100.0, ((0.0, 100.0),)) == (found.state, found.stage, found.traffic, found.stretches)
+    assert found.created_at == found.starts_at
+    cuts = [0.0, 100 / 3, 100 / 3 + 100 / 3, 100.0]
+    assert [((low, high),) for low, high in pairwise(cuts)] == [arm.stretches for arm in found.arms]
+    with opened.read() as session:
+        rows = session.execute(text("SELECT response_id, stage, forced FROM exposures ORDER BY response_id")).all()
+    assert [("r1", 1, 0), ("r2", None, 0)] == [tuple(row) for row in rows]
+    opened.close()
+
+
+def test_migrations_go_back_and_forth_when_asked_to(tmp_path: Path) -> None:
+    """An experiment keeps the arms of its stage on the way down, and is the same on the way up."""
+    path = tmp_path / "hotswap.db"
+    engine = _database_of("0005", path)
+    with engine.begin() as connection:
+        connection.execute(text("INSERT INTO experiments VALUES ('exp-1', 'legal', 's', 'running', '2026', NULL)"))
+        connection.execute(text("INSERT INTO arms VALUES ('exp-1', 0, 'A', 1, 'd', 40), ('exp-1', 1, 'B', 2, 'e', 60)"))
+    before = _tables(engine)
+    config = Config()
+    config.set_main_option("script_location", str(Path(adapters.__file__).parent / "migrations"))
+    config.attributes["engine"] = engine
+    command.upgrade(config, "0006")
+    command.downgrade(config, "0005")
+    assert before == _tables(engine)
+    engine.dispose()
+
+
+def _tables(engine: Engine) -> dict[str, object]:
+    with engine.connect() as connection:
+        rows = connection.execute(text("SELECT * FROM arms ORDER BY position")).all()
+        columns = {table: sorted(c["name"] for c in inspect(connection).get_columns(table)) for table in _NAMES}
+        indexes = {table: sorted(str(i["name"]) for i in inspect(connection).get_indexes(table)) for table in _NAMES}
+    return {"rows": [tuple(row) for row in rows], "columns": columns, "indexes": indexes}
 
 
 def test_files_know_their_job_when_rows_from_before_are_migrated(tmp_path: Path) -> None:
     """Kinds of training files and aliases of results are filled in, in a database of revision 0004 with rows."""
     path = tmp_path / "hotswap.db"
-    engine = create_engine(f"sqlite:///{path}")
-    config = Config()
-    config.set_main_option("script_location", str(Path(adapters.__file__).parent / "migrations"))
-    config.attributes["engine"] = engine
-    command.upgrade(config, "0004")
+    engine = _database_of("0004", path)
     moment = "2026-01-01 00:00:00"
     with engine.begin() as connection:
         for file_id, purpose in (

@@ -391,7 +391,7 @@ def test_resolve_splits_by_unit_when_an_experiment_runs(registry: Registry, expe
     seen = set()
     for index in range(40):
         arm = assign_arm(experiment.arms, "salt", f"user-{index}")
-        expected = Binding("legal", "experiment", arm.digest, arm.number, experiment.id, arm.name)
+        expected = Binding("legal", "experiment", arm.digest, arm.number, experiment.id, arm.name, stage=1)
         assert expected == registry.resolve("legal", unit=f"user-{index}")
         seen.add(arm.name)
     assert {"A", "B"} == seen

@@ -1,0 +1,180 @@
+"""Acts that end an experiment by moving its alias, and the undoing of acts: each is one transaction and one decision.
+
+Apart from `experiments`, since moving an alias takes the registry and its store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from sqlalchemy.orm import Session
+
+from adapters.audit import record_act
+from adapters.errors import ConflictError
+from adapters.experiment_rows import (
+    begin_stage,
+    find_experiment_row,
+    find_open_row,
+    load_arms,
+    load_decisions,
+    lock_alias,
+    record_decision,
+    state_of,
+    to_experiment,
+)
+from adapters.experiments import find_room
+from adapters.records import Arm, Decision, Experiment, ModelName
+from adapters.registry import Registry, find_version, has_been_at, move_alias
+from adapters.tables import AliasRow, ExperimentRow, utc_now
+
+__all__ = ["conclude", "undo"]
+
+_UNDOABLE = ("change_weights", "promote", "roll_back")
+
+
+def conclude(
+    registry: Registry,
+    name: str,
+    arm: str,
+    *,
+    action: Literal["promote", "roll_back"],
+    reason: str,
+    stage: int | None = None,
+    numbers: Mapping[str, Any] | None = None,
+    by: str | None = None,
+) -> Experiment:
+    """End a running experiment for good and point its alias to an arm's version.
+
+    Whoever comes second, in this process or another, finds the experiment decided and is refused.
+
+    Args:
+        registry: On behalf of whom, or what, it is done.
+        name: The experiment's id, or its alias.
+        arm: Whose version the alias answers with from here on; to roll back, the control.
+        action: What the log calls it.
+        reason: One plain sentence for the log.
+        stage: The stage that was looked at; None does not care.
+        numbers: What led to it, for the log.
+        by: Who decided, if not whom the registry acts for.
+
+    Raises:
+        NotFoundError: no such experiment.
+        ConflictError: it isn't running, or in another stage, or has no such arm.
+        IntegrityError: the version's stored files are damaged; nothing was changed.
+    """
+    with registry.store.held():  # nobody removes the files between their check and the move
+        with registry.database.read() as session:
+            chosen = _find_arm(session, find_open_row(session, name, utc_now()), arm)
+        registry.store.verify(chosen.digest)
+        with registry.database.write() as session:
+            now = utc_now()
+            row = find_open_row(session, name, now)
+            alias_row = lock_alias(session, row.alias)
+            if state_of(row, now) != "running":
+                raise ConflictError(f"experiment {row.id} is {state_of(row, now)}, not running")
+            if stage not in (None, row.stage):
+                raise ConflictError(f"experiment {row.id} is in stage {row.stage}, not {stage}")
+            if _find_arm(session, row, arm) != chosen:
+                raise ConflictError(f"experiment {row.id} was changed by somebody else at the same time")
+            moved = {"arm": arm, "from_number": alias_row.number, "to_number": chosen.number}
+            row.state, row.stopped_at = "decided", now
+            _point(session, alias_row, chosen.number)
+            record_decision(session, row, action, reason, numbers=dict(numbers or {}) | moved, by=by)
+            record_act(session, "decide_experiment", row.id, alias=row.alias, decision=action, **moved)
+            return to_experiment(session, row, now)
+
+
+def undo(registry: Registry, name: str) -> Experiment:
+    """Take the latest act on an experiment back that isn't yet; repeated calls go further back.
+
+    A change of weights is undone by a new stage with the weights from before, in which every unit has the arm that it
+    had. A promotion or a rollback is undone by pointing the alias back; the experiment stays ended, as stopped.
+
+    Raises:
+        NotFoundError: no such experiment, or the version to go back to was removed.
+        ConflictError: there is nothing to undo, the experiment's weights no longer count, or somebody has moved the
+            alias since.
+        IntegrityError: the version's stored files are damaged; nothing was changed.
+    """
+    with registry.store.held():
+        with registry.database.read() as session:
+            found = _find_undoable(session, find_experiment_row(session, name))
+            if found.action != "change_weights":
+                row = find_experiment_row(session, name)
+                registry.store.verify(_find_former(session, row, found))
+        with registry.database.write() as session:
+            row = find_experiment_row(session, name)
+            alias_row = lock_alias(session, row.alias)
+            if _find_undoable(session, row) != found:
+                raise ConflictError(f"experiment {row.id} was changed by somebody else at the same time")
+            if found.action == "change_weights":
+                _undo_weights(session, row, found)
+            else:
+                _undo_move(session, row, alias_row, found)
+            return to_experiment(session, row, utc_now())
+
+
+def _undo_weights(session: Session, row: ExperimentRow, found: Decision) -> None:
+    now = utc_now()
+    if state_of(row, now) != "running":
+        raise ConflictError(f"experiment {row.id} is {state_of(row, now)}; weights change while it runs")
+    arms = load_arms(session, row.id, found.numbers["from_stage"])
+    for arm in arms:
+        find_version(session, ModelName(row.alias, number=arm.number))  # an arm that left may be removed by now
+    begin_stage(
+        session,
+        row,
+        arms,
+        find_room(session, row, found.numbers["from_traffic"], now),
+        "undo",
+        f"undid: {found.reason}",
+        traffic=found.numbers["from_traffic"],
+        numbers={"undoes": found.id},
+    )
+
+
+def _undo_move(session: Session, row: ExperimentRow, alias_row: AliasRow, found: Decision) -> None:
+    back, there = found.numbers["from_number"], found.numbers["to_number"]
+    if alias_row.number != there:
+        raise ConflictError(f"{row.alias!r} points to v{alias_row.number} by now, not to v{there}; nothing to undo")
+    _find_former(session, row, found)
+    row.state = "stopped"
+    _point(session, alias_row, back)
+    record_decision(
+        session,
+        row,
+        "undo",
+        f"undid: {found.reason}",
+        numbers={"undoes": found.id, "from_number": there, "to_number": back},
+    )
+    record_act(session, "undo_decision", row.id, alias=row.alias, from_number=there, to_number=back)
+
+
+def _point(session: Session, alias_row: AliasRow, number: int) -> None:
+    """Point an alias to a version; back, if that is where it has been."""
+    move_alias(session, alias_row, number, "rollback" if has_been_at(session, alias_row.name, number) else "promote")
+
+
+def _find_arm(session: Session, row: ExperimentRow, name: str) -> Arm:
+    arms = {arm.name: arm for arm in load_arms(session, row.id, row.stage)}
+    if name not in arms:
+        raise ConflictError(f"experiment {row.id} has no arm {name!r}; it has {', '.join(arms)}")
+    return arms[name]
+
+
+def _find_undoable(session: Session, row: ExperimentRow) -> Decision:
+    decisions = load_decisions(session, row.id)
+    undone = {decision.numbers.get("undoes") for decision in decisions}
+    for decision in reversed(decisions):
+        if decision.action in _UNDOABLE and decision.id not in undone:
+            return decision
+    raise ConflictError(f"experiment {row.id} has nothing to undo")
+
+
+def _find_former(session: Session, row: ExperimentRow, found: Decision) -> str:
+    """The digest of the version that the alias pointed to before a decision."""
+    number = found.numbers["from_number"]
+    if number is None:
+        raise ConflictError(f"{row.alias!r} pointed to no version before; promote another one instead")
+    return find_version(session, ModelName(row.alias, number=number)).version.digest
