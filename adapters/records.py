@@ -107,6 +107,8 @@ AuditAction = Literal[
     "pause_job",
     "resume_job",
     "delete_file",
+    "set_routing_rules",
+    "rollback_router",
 ]
 
 

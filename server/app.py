@@ -29,6 +29,8 @@ from adapters.keys import KeyService
 from adapters.pins import PinService
 from adapters.process_log import configure_log
 from adapters.registry import Registry
+from adapters.routing.embeddings import TokenEmbeddings, open_embeddings
+from adapters.routing.service import RoutingService
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
 from server.api import EngineBuilder, LitServeTransport, RoutesSpec, build_server, guard_processes, wrap_lifespan
@@ -49,6 +51,7 @@ from server.observe import RequestIdMiddleware
 from server.openapi import describe_api
 from server.pins import PinKeeper
 from server.routes import router
+from server.routing import keep_router
 from server.services import Services
 from server.tracing import check_tracing, exported_traces
 from server.uploads import Uploads, sweep_uploads
@@ -123,11 +126,12 @@ async def _running_services(
 ) -> AsyncIterator[None]:
     """Build one API process's parts after LitServe has forked it, and run the engine's client beside the routes."""
     registry = _open_registry(core)
-    tokenizer = load_tokenizer(pull_base(core.base, core.home))
-    services = join_services(registry, LitServeTransport(spec), tokenizer, core, settings)
+    base_folder = pull_base(core.base, core.home)
+    tokenizer, embeddings = load_tokenizer(base_folder), open_embeddings(base_folder)
+    services = join_services(registry, LitServeTransport(spec), tokenizer, core, settings, embeddings)
     app.state.services, engine = services, services.engine
     services.files.sweep()
-    tasks = [asyncio.create_task(engine.run()), asyncio.create_task(services.pins.run())]
+    tasks = [asyncio.create_task(work) for work in (engine.run(), services.pins.run(), keep_router(services.routing))]
     for task in tasks:
         task.add_done_callback(_end_if_crashed)
     drain_before_exit(engine, limit_s=settings.drain_s)
@@ -152,7 +156,12 @@ def equip_app(app: FastAPI, settings: ServeSettings) -> None:
 
 
 def join_services(
-    registry: Registry, transport: Transport, tokenizer: Any, core: CoreSettings, settings: ServeSettings
+    registry: Registry,
+    transport: Transport,
+    tokenizer: Any,
+    core: CoreSettings,
+    settings: ServeSettings,
+    embeddings: TokenEmbeddings | None = None,
 ) -> Services:
     """Make one API process's parts; starts none of them.
 
@@ -162,6 +171,7 @@ def join_services(
         tokenizer: The base model's, with the chat template.
         core: Base model and home folder.
         settings: Limits.
+        embeddings: The base model's, for the router; it does without if there are none.
     """
     database = registry.database
     experiments = ExperimentService(database)
@@ -174,18 +184,20 @@ def join_services(
     )
     metrics.watch(engine)
     base_name = public_name(core.base)
+    routing = RoutingService(registry, embeddings, threshold=settings.route_threshold)
     jobs = JobService(database, max_queued=settings.max_queued_jobs)
     return Services(
         registry=registry,
         experiments=experiments,
         engine=engine,
-        chat=ChatService(registry, experiments, engine, tokenizer, settings, metrics, base_name=base_name),
+        chat=ChatService(registry, experiments, engine, tokenizer, settings, metrics, routing, base_name=base_name),
         metrics=metrics,
         keys=KeyService(database),
         pins=PinKeeper(PinService(database), engine, always=settings.pinned, max_versions=max(0, settings.slots - 1)),
         uploads=Uploads(core, timeout_s=settings.timeout_s),
         files=FileService(database, core.home / "files", max_bytes=settings.max_file_bytes),
         fine_tuning=FineTuningService(jobs, base_name=base_name, max_rank=core.max_rank),
+        routing=routing,
         base_name=base_name,
     )
 

@@ -21,6 +21,7 @@ from adapters.errors import (
 from adapters.experiments import ExperimentService
 from adapters.records import Exposure
 from adapters.registry import Registry
+from adapters.routing.service import Decision, RoutingService
 from server.callers import Caller
 from server.calls import ID_PREFIXES, Call, Choice, Operation, headers_of, make_answers, time_per_token, unit_of
 from server.completion_schemas import CompletionRequest
@@ -32,6 +33,7 @@ from server.logprobs import LogprobsWriter
 from server.metrics import Metrics
 from server.model_names import resolve_model
 from server.prompts import chat_prompt, check_length, text_prompt, token_prompt
+from server.routing import AUTO_MODEL, apply_decision, check_may_answer, metadata_of, turns_of
 from server.schema_check import SchemaChecker
 from server.schemas import ChatRequest, GenerationOptions
 from server.tools import ToolUse, find_tool_format, plan_tools
@@ -55,10 +57,12 @@ class ChatService:
         tokenizer: Any,
         settings: ServeSettings,
         metrics: Metrics,
+        routing: RoutingService,
         *,
         base_name: str,
     ) -> None:
         self._base_name = base_name
+        self._routing = routing
         self._metrics = metrics
         self._registry = registry
         self._experiments = experiments
@@ -116,9 +120,13 @@ class ChatService:
         registry = self._registry.acting_for(caller.actor(request_id))
         unit, unit_source = unit_of(body.user, request_id)
         try:
-            binding = await asyncio.to_thread(resolve_model, registry, body.model, unit=unit, base_name=self._base_name)
+            decision = await asyncio.to_thread(self._route, body, request_id, caller)
+            model = body.model if decision is None else decision.alias
+            binding = await asyncio.to_thread(resolve_model, registry, model, unit=unit, base_name=self._base_name)
         except (NotFoundError, InvalidNameError) as error:
             raise InvalidNameError(str(error), param="model") from None
+        if decision is not None:
+            binding = apply_decision(binding, decision)
         self._metrics.name_binding(binding)
         return Call(
             operation=operation,
@@ -134,6 +142,15 @@ class ChatService:
             started=time.monotonic(),
             headers=headers_of(binding),
         )
+
+    def _route(self, body: GenerationOptions, request_id: str, caller: Caller) -> Decision | None:
+        """Where a request for `auto` goes; None for one that names its model."""
+        if body.model != AUTO_MODEL:
+            return None
+        routing = self._routing.acting_for(caller.actor(request_id))
+        decision = routing.route(turns_of(body, self._tokenizer), metadata=metadata_of(body), key=caller.client or None)
+        check_may_answer(routing, decision)
+        return decision
 
     async def _prepare(
         self,
@@ -276,6 +293,7 @@ class ChatService:
             "chat_answered",
             version=call.binding.version_label,
             route=call.binding.route,
+            confidence=call.binding.confidence,
             arm=call.binding.arm,
             finish_reason=call.finish_reason,
             prompt_tokens=exposure.prompt_tokens,

@@ -101,6 +101,13 @@ class ServeSettings(SettingsSection):
     max_file_bytes: int = Field(
         100_000_000, ge=1000, le=10_000_000_000, description="Largest file that may be uploaded."
     )
+    route_threshold: float = Field(
+        0.5,
+        ge=0.01,
+        le=0.99,
+        allow_inf_nan=False,
+        description="Least probability by which the router chooses an alias; below it the base model answers.",
+    )
     traces: bool = Field(False, description="Send OpenTelemetry spans, one an answer; OTEL_* variables say where to.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 

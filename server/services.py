@@ -11,6 +11,7 @@ from adapters.experiments import ExperimentService
 from adapters.files import FileService
 from adapters.keys import KeyService
 from adapters.registry import Registry
+from adapters.routing.service import RoutingService
 from server.auth import caller_of
 from server.callers import Caller
 from server.chat import ChatService
@@ -38,6 +39,7 @@ class Services:
     uploads: Uploads
     files: FileService
     fine_tuning: FineTuningService
+    routing: RoutingService
     base_name: str  # the base model's own, beside `base`
 
 
@@ -54,6 +56,7 @@ def _services(request: Request, caller: CurrentCaller) -> Services:
         experiments=services.experiments.acting_for(actor),
         files=services.files.acting_for(actor),
         fine_tuning=services.fine_tuning.acting_for(actor),
+        routing=services.routing.acting_for(actor),
     )
 
 

@@ -31,6 +31,7 @@ from adapters.pulse import EnginePulse, pulse_path
 from adapters.records import NumberedVersion, check_alias_name
 from adapters.registry import Registry
 from adapters.reward_head import read_reward_head
+from adapters.routing.prompts import prompts_of
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
 from training.config import TrainSettings
@@ -66,7 +67,12 @@ __all__ = [
     "train_and_publish",
 ]
 
-_NOT_RECORDED = {"home", "promote", "sample_file"}  # where it runs and what becomes of the result, not what it is
+_NOT_RECORDED = {
+    "home",
+    "keep_prompts",
+    "promote",
+    "sample_file",
+}  # where it runs and what becomes of the result, not what it is
 _RECORDED_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
 # Writes an adapter into a folder and checks it as strictly as the server; returns its manifest with these metrics.
@@ -76,8 +82,9 @@ AdapterSaver = Callable[[Path, dict[str, float | None]], Manifest]
 VersionOpener = Callable[[], AbstractContextManager[Registry]]
 # What may move an alias: asked with the number that it points to when the version is published.
 MoveRule = Callable[[int | None], bool]
-# Makes the checked adapter in a folder a version; returns it, and whether its alias points to it.
-Publisher = Callable[[Path, Manifest, TrainedCounts, MoveRule], tuple[NumberedVersion, bool]]
+# Makes the checked adapter in a folder a version, with prompts for the router; returns it, and whether its alias points
+# to it.
+Publisher = Callable[[Path, Manifest, TrainedCounts, MoveRule, Sequence[str]], tuple[NumberedVersion, bool]]
 
 
 class TrainingListener(StepListener, RunListener, Protocol):
@@ -176,6 +183,7 @@ class _RenderedData:
     reference: DataReference
     sampled: list[SamplePrompt]  # answered at each validation
     judged: list[SamplePrompt]  # answered for the gate
+    prompts: list[str]  # kept for the router
 
 
 def run_training(
@@ -206,10 +214,10 @@ def run_training(
             yield Registry(database, ArtifactStore(core.home / "store"))
 
     def publish(
-        folder: Path, manifest: Manifest, counts: TrainedCounts, may_move: MoveRule
+        folder: Path, manifest: Manifest, counts: TrainedCounts, may_move: MoveRule, prompts: Sequence[str]
     ) -> tuple[NumberedVersion, bool]:
         with open_versions() as registry:
-            return registry.publish(folder, manifest, alias=alias, promote=may_move)
+            return registry.publish(folder, manifest, alias=alias, promote=may_move, prompts=prompts)
 
     train = DataFile(train_path, str(train_path), "data", options)
     validation = (
@@ -311,7 +319,7 @@ def train_and_publish(
         write_curves(log)
         listener.on_stage("Publishing")
         judged = manifest.model_copy(update={"gate": report})
-        published, is_live = publish(saved, judged, counts, _move_rule(settings, report, present))
+        published, is_live = publish(saved, judged, counts, _move_rule(settings, report, present), data.prompts)
     best = watch.best
     return TrainingResult(
         published=published,
@@ -370,6 +378,7 @@ def _prepare_data(
         reference,
         sampled=_sampled_prompts(tokenizer, rows, settings),
         judged=make_prompts(tokenizer, rows, limit=settings.gate_samples),
+        prompts=prompts_of(numbered.row for numbered in train.rows) if settings.keep_prompts else [],
     )
 
 

@@ -5,6 +5,7 @@ Rows are read from the model's file where they lie, mapped into memory: no model
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ class TokenEmbeddings:
     Args:
         tokenizer: The base model's.
         table: `[vocab_size, hidden_size]`; uint16 holds the upper half of a float32 (bfloat16).
+
+    `identity` is a hash by which the embeddings of different models are told apart.
     """
 
     def __init__(self, tokenizer: Tokenizer, table: npt.NDArray[Any]) -> None:
@@ -38,6 +41,7 @@ class TokenEmbeddings:
         sample = self._rows(np.linspace(0, len(table) - 1, min(_SAMPLE_ROWS, len(table)), dtype=np.int64))
         self._mean = sample.mean(axis=0)
         self._scale = 1 / (sample.std(axis=0) + 1e-6)
+        self.identity = hashlib.sha256(self._mean.tobytes() + self._scale.tobytes()).hexdigest()
 
     @property
     def size(self) -> int:
@@ -51,7 +55,7 @@ class TokenEmbeddings:
 
     def rows(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """The scaled embeddings of some tokens, `[num_tokens, size]`."""
-        return (self._rows(tokens) - self._mean) * self._scale
+        return np.asarray((self._rows(tokens) - self._mean) * self._scale, dtype=np.float32)
 
     def _rows(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         rows = self._table[tokens]

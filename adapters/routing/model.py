@@ -23,8 +23,9 @@ from adapters.routing.embeddings import TokenEmbeddings
 from adapters.routing.features import Vectors, Vocabulary, count_grams, normalise
 from adapters.routing.templates import strip_templates
 
-__all__ = ["Calibration", "Meaning", "Neighbour", "RouterModel", "Scores", "gate_inputs", "to_matrix"]
+__all__ = ["MIN_ALIASES", "Calibration", "Meaning", "Neighbour", "RouterModel", "Scores", "gate_inputs", "to_matrix"]
 
+MIN_ALIASES = 2  # fewer leave nothing to choose between
 _FORMAT = 1
 _CONFIG_KEY = "router"
 
@@ -36,7 +37,10 @@ class Meaning:
     """From a text's tokens to a vector of length 1: rare tokens count more, and what all texts share is taken away.
 
     `tokens` ascending with their `weights`, `default` for all others; `mean [size]`; `shared [num, size]` orthonormal.
+    `source` is the identity of the embeddings that all of this is about.
     """
+
+    source: str
 
     tokens: npt.NDArray[np.int64]
     weights: FloatArray
@@ -115,17 +119,12 @@ class RouterModel:
     calibration: Calibration
 
     def score(self, texts: Sequence[str], embeddings: TokenEmbeddings | None = None) -> list[Scores]:
-        """Probabilities for each text; `embeddings` are those that the router was trained with, if it was.
-
-        Raises:
-            IntegrityError: it was trained with other embeddings.
-        """
+        """Probabilities for each text; `embeddings` are those that the router was trained with, if it was."""
         cleaned = [self._clean(text) for text in texts]
         values = np.asarray(self._vectorise(cleaned) @ self.coefficients) + self.intercepts
         if self.meaning is not None:
             assert self.meaning_coefficients is not None, "they come together"
-            if embeddings is None or embeddings.size != len(self.meaning.mean):
-                raise IntegrityError("the router was trained with another base model's embeddings; it has to be trained anew")
+            assert embeddings is not None, "whoever loads the router checks"
             values = values + self.meaning.vectorise(cleaned, embeddings) @ self.meaning_coefficients
         calibration = self.calibration
         gates = expit(gate_inputs(values) @ np.array(calibration.gate_weights) + calibration.gate_bias)
@@ -170,7 +169,7 @@ class RouterModel:
         }
         if self.meaning is not None:
             assert self.meaning_coefficients is not None, "they come together"
-            config["default_weight"] = self.meaning.default
+            config |= {"default_weight": self.meaning.default, "embeddings": self.meaning.source}
             arrays |= {
                 "tokens": self.meaning.tokens,
                 "token_weights": self.meaning.weights,
@@ -179,7 +178,7 @@ class RouterModel:
                 "meaning_coefficients": self.meaning_coefficients,
             }
         whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        return save(whole, metadata={_CONFIG_KEY: json.dumps(config)})
+        return bytes(save(whole, metadata={_CONFIG_KEY: json.dumps(config)}))
 
     @classmethod
     def from_bytes(cls, content: bytes) -> RouterModel:
@@ -224,7 +223,12 @@ def _build(config: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) ->
     meaning = None
     if "tokens" in arrays:
         meaning = Meaning(
-            arrays["tokens"], arrays["token_weights"], config["default_weight"], arrays["mean"], arrays["shared"]
+            config["embeddings"],
+            arrays["tokens"],
+            arrays["token_weights"],
+            config["default_weight"],
+            arrays["mean"],
+            arrays["shared"],
         )
     return RouterModel(
         aliases=tuple(config["aliases"]),
@@ -238,7 +242,5 @@ def _build(config: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) ->
         prompts=sparse.csr_matrix(parts, shape=(len(arrays["classes"]), len(vocabulary.ids))),
         classes=arrays["classes"],
         positions=arrays["positions"],
-        calibration=Calibration(
-            calibration["sharpness"], tuple(calibration["gate_weights"]), calibration["gate_bias"]
-        ),
+        calibration=Calibration(calibration["sharpness"], tuple(calibration["gate_weights"]), calibration["gate_bias"]),
     )

@@ -18,16 +18,15 @@ from sklearn.linear_model import LogisticRegression
 
 from adapters.routing.embeddings import TokenEmbeddings
 from adapters.routing.features import count_grams, learn_vocabulary, normalise
-from adapters.routing.model import Calibration, Meaning, RouterModel, gate_inputs, to_matrix
+from adapters.routing.model import MIN_ALIASES, Calibration, Meaning, RouterModel, gate_inputs, to_matrix
 from adapters.routing.templates import find_templates, strip_templates
 
-__all__ = ["MIN_ALIASES", "train_router"]
+__all__ = ["train_router"]
 
-MIN_ALIASES = 2
 _PENALTY = 1.0
-_BIAS = 0.1  # what all texts have in common, in the kernel
+_BIAS = 0.3  # what all texts have in common, in the kernel
 _MEANING = 1.0  # the weight of embeddings in the kernel, beside n-grams
-_NUM_SHARED = 3  # directions that all texts share, taken away. Source: Mu and Viswanath, arXiv 1702.01417, algorithm 1
+_NUM_SHARED = 1  # direction that all texts share, taken away. Source: Mu and Viswanath, arXiv 1702.01417, algorithm 1
 _LEAST_TOKEN_WEIGHT = 0.05
 _GATE_INVERSE_PENALTY = 10.0
 _OUT_SHARE = 0.25  # of requests are assumed to belong to no alias: what probabilities are calibrated for
@@ -102,11 +101,11 @@ def _learn_meaning(texts: Sequence[str], embeddings: TokenEmbeddings) -> tuple[M
     weights = np.log((1 + most) / (1 + frequencies)) + _LEAST_TOKEN_WEIGHT
     default = float(np.log(1 + most) + _LEAST_TOKEN_WEIGHT)
     nothing = np.zeros(embeddings.size, dtype=np.float32)
-    plain = Meaning(tokens, weights.astype(np.float32), default, nothing, nothing[None, :][:0])
+    plain = Meaning(embeddings.identity, tokens, weights.astype(np.float32), default, nothing, nothing[None, :][:0])
     totals = np.stack([plain.total(embeddings, own) for own in found])
     mean = totals.mean(axis=0)
     shared = np.linalg.svd(totals - mean, full_matrices=False)[2][:_NUM_SHARED]
-    meaning = Meaning(tokens, plain.weights, default, mean, np.ascontiguousarray(shared))
+    meaning = Meaning(embeddings.identity, tokens, plain.weights, default, mean, np.ascontiguousarray(shared))
     return meaning, meaning.project(totals)
 
 
@@ -124,11 +123,11 @@ def _solve(kernel: Array, classes: npt.NDArray[np.int32], num_aliases: int) -> _
     weights = (len(classes) / (num_aliases * np.maximum(sizes, 1)))[classes]
     targets = _targets(classes, num_aliases)
     inverse = np.linalg.inv(kernel + _PENALTY * np.diag(1 / weights))
-    return _Fit(inverse, inverse @ targets)
+    return _Fit(inverse.astype(np.float64), inverse @ targets)
 
 
 def _targets(classes: npt.NDArray[np.int32], num_aliases: int) -> Array:
-    return (classes[:, None] == np.arange(num_aliases)).astype(np.float64)
+    return np.asarray(classes[:, None] == np.arange(num_aliases), dtype=np.float64)
 
 
 def _calibrate(fit: _Fit, classes: npt.NDArray[np.int32], num_aliases: int) -> Calibration:
@@ -157,7 +156,9 @@ def _fit_gate(inside: Array, left_out: Array, general: Array) -> LogisticRegress
     shares = [1 - _OUT_SHARE, _OUT_SHARE * _LEFT_OUT_SHARE, _OUT_SHARE * (1 - _LEFT_OUT_SHARE)]
     groups = [inside, left_out, general]
     total = sum(map(len, groups))
-    weights = [np.full(len(group), share * total / max(1, len(group))) for group, share in zip(groups, shares, strict=True)]
+    weights = [
+        np.full(len(group), share * total / max(1, len(group))) for group, share in zip(groups, shares, strict=True)
+    ]
     labels = np.concatenate([np.ones(len(inside)), np.zeros(len(left_out) + len(general))])
     gate = LogisticRegression(C=_GATE_INVERSE_PENALTY, max_iter=1000)
     return gate.fit(np.concatenate(groups), labels, sample_weight=np.concatenate(weights))

@@ -2,10 +2,10 @@
 
 from fastapi import APIRouter
 
-from server.routes import adapters, chat, completions, experiments, files, fine_tuning, models, operations
+from server.routes import adapters, chat, completions, experiments, files, fine_tuning, models, operations, routing
 
 __all__ = ["router"]
 
 router = APIRouter()
-for topic in (chat, completions, models, files, fine_tuning, adapters, experiments, operations):
+for topic in (chat, completions, models, files, fine_tuning, adapters, experiments, routing, operations):
     router.include_router(topic.router, tags=[topic.__name__.rpartition(".")[2]])
