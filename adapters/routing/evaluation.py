@@ -9,11 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Evaluation", "Predictor", "RiskPoint", "add_typos", "evaluate"]
+from adapters.routing.embeddings import TokenEmbeddings
+from adapters.routing.model import RouterModel
+
+__all__ = ["Evaluation", "Predictor", "RiskPoint", "add_typos", "evaluate", "predictor_of"]
 
 _NUM_BINS = 10
 _COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
 _TYPO_SEED = 7
+_LETTERS_A_SLIP = 40  # people who type leave about 2 % of the letters wrong
 
 # From texts to the probabilities [num_texts, num_aliases], in the order of the aliases.
 Predictor = Callable[[Sequence[str]], npt.NDArray[np.float32]]
@@ -95,13 +99,24 @@ def evaluate(
     )
 
 
+def predictor_of(model: RouterModel, embeddings: TokenEmbeddings | None) -> Predictor:
+    """What a model says, in the form that is measured."""
+
+    def predict(texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        return np.stack([scores.probabilities for scores in model.score(texts, embeddings)])
+
+    return predict
+
+
 def add_typos(text: str) -> str:
-    """The text with about one slip in twelve letters: two swapped, one left out, doubled or hit beside."""
+    """The text with a slip every forty letters, one at least: two swapped, one left out, doubled or another hit."""
     # Reproducible misspelling, not a secret.
     chance = random.Random(f"{_TYPO_SEED}:{text}")  # noqa: S311
     letters = list(text)
     places = [place for place, letter in enumerate(letters[:-1]) if letter.isalpha() and letters[place + 1].isalpha()]
-    for place in sorted(chance.sample(places, k=min(len(places), max(1, len(places) // 12))), reverse=True):
+    for place in sorted(
+        chance.sample(places, k=min(len(places), max(1, len(places) // _LETTERS_A_SLIP))), reverse=True
+    ):
         kind = chance.randrange(4)
         if kind == 0:
             letters[place], letters[place + 1] = letters[place + 1], letters[place]

@@ -23,9 +23,8 @@ from adapters.routing.embeddings import TokenEmbeddings
 from adapters.routing.features import Vectors, Vocabulary, count_grams, normalise
 from adapters.routing.templates import strip_templates
 
-__all__ = ["MIN_ALIASES", "Calibration", "Meaning", "Neighbour", "RouterModel", "Scores", "gate_inputs", "to_matrix"]
+__all__ = ["Calibration", "Meaning", "Neighbour", "RouterModel", "Scores", "gate_inputs", "to_matrix"]
 
-MIN_ALIASES = 2  # fewer leave nothing to choose between
 _FORMAT = 1
 _CONFIG_KEY = "router"
 

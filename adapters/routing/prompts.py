@@ -12,9 +12,19 @@ from typing import Any
 from adapters.chat_rows import ChatRow, Row, TextRow
 from adapters.errors import DataError
 
-__all__ = ["MAX_KEPT", "hash_prompts", "prompts_of", "read_background", "read_labelled", "sample_prompts"]
+__all__ = [
+    "MAX_KEPT",
+    "MIN_ALIASES",
+    "group_labelled",
+    "hash_prompts",
+    "prompts_of",
+    "read_background",
+    "read_labelled",
+    "sample_prompts",
+]
 
 MAX_KEPT = 300
+MIN_ALIASES = 2  # fewer leave nothing to choose between
 _MAX_CHARS = 1200
 _BACKGROUND = Path(__file__).with_name("background.jsonl")
 _MAX_LINES = 1_000_000
@@ -64,6 +74,21 @@ def read_labelled(path: Path) -> list[dict[str, Any]]:
     if problems or not rows:
         raise DataError(problems[:20] or [f"{path} holds no rows"], num_more=max(0, len(problems) - 20))
     return rows
+
+
+def group_labelled(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The texts of each alias in these rows, in the order of the aliases' names.
+
+    Raises:
+        DataError: there are fewer than two aliases.
+    """
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        if row["alias"] is not None:
+            groups.setdefault(row["alias"], []).append(row["text"])
+    if len(groups) < MIN_ALIASES:
+        raise DataError([f"expected texts of {MIN_ALIASES} aliases or more, found {', '.join(groups) or 'none'}"])
+    return dict(sorted(groups.items()))
 
 
 def _read_line(line: bytes) -> tuple[dict[str, Any], str]:

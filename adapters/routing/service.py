@@ -19,8 +19,8 @@ from adapters.records import BASE_MODEL_NAME, Actor, parse_model_name
 from adapters.registry import Registry, find_version
 from adapters.routing.conversation import MAX_TURNS, follow_turns
 from adapters.routing.embeddings import TokenEmbeddings
-from adapters.routing.model import MIN_ALIASES, RouterModel
-from adapters.routing.prompts import read_background
+from adapters.routing.model import RouterModel
+from adapters.routing.prompts import MIN_ALIASES, read_background
 from adapters.routing.rules import Asked, RoutingRule, find_rule
 from adapters.routing.store import (
     RouterVersion,

@@ -18,14 +18,15 @@ from sklearn.linear_model import LogisticRegression
 
 from adapters.routing.embeddings import TokenEmbeddings
 from adapters.routing.features import count_grams, learn_vocabulary, normalise
-from adapters.routing.model import MIN_ALIASES, Calibration, Meaning, RouterModel, gate_inputs, to_matrix
+from adapters.routing.model import Calibration, Meaning, RouterModel, gate_inputs, to_matrix
+from adapters.routing.prompts import MIN_ALIASES
 from adapters.routing.templates import find_templates, strip_templates
 
 __all__ = ["train_router"]
 
-_PENALTY = 1.0
+_PENALTY = 2.0
 _BIAS = 0.3  # what all texts have in common, in the kernel
-_MEANING = 1.0  # the weight of embeddings in the kernel, beside n-grams
+_MEANING = 0.5  # the weight of embeddings in the kernel, beside n-grams
 _NUM_SHARED = 1  # direction that all texts share, taken away. Source: Mu and Viswanath, arXiv 1702.01417, algorithm 1
 _LEAST_TOKEN_WEIGHT = 0.05
 _GATE_INVERSE_PENALTY = 10.0

@@ -7,7 +7,22 @@ from typing import Annotated
 
 import typer
 
-from clients.cli import adapters, audit, base, bench, chat, data, demo, doctor, experiments, jobs, keys, serve, train
+from clients.cli import (
+    adapters,
+    audit,
+    base,
+    bench,
+    chat,
+    data,
+    demo,
+    doctor,
+    experiments,
+    jobs,
+    keys,
+    route,
+    serve,
+    train,
+)
 
 __all__ = ["app", "main"]
 
@@ -25,6 +40,7 @@ app.command("serve")(serve.serve)
 app.command("chat")(chat.chat)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(experiments.app, name="experiments")
+app.add_typer(route.app, name="route")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(base.app, name="base")
 app.add_typer(keys.app, name="keys")
