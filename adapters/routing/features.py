@@ -33,6 +33,7 @@ def normalise(text: str) -> str:
     """The text without what says nothing of its topic: case, kinds of space and quotes, which number, which address."""
     if len(text) > MAX_CHARS:
         text = f"{text[: MAX_CHARS // 2]} {text[-MAX_CHARS // 2 :]}"
+    text = text.encode("utf-8", "ignore").decode()  # half a surrogate pair has no bytes to hash
     text = unicodedata.normalize("NFKC", text)[: 2 * MAX_CHARS].casefold().replace("\u2019", "'")
     text = _NUMBER.sub("0", _URL.sub(" url ", text))
     return " ".join(_WORD.findall(text))

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 
 from adapters.routing.embeddings import TokenEmbeddings
 from adapters.routing.features import count_grams, learn_vocabulary, normalise
@@ -29,7 +30,7 @@ _BIAS = 0.3  # what all texts have in common, in the kernel
 _MEANING = 0.5  # the weight of embeddings in the kernel, beside n-grams
 _NUM_SHARED = 1  # direction that all texts share, taken away. Source: Mu and Viswanath, arXiv 1702.01417, algorithm 1
 _LEAST_TOKEN_WEIGHT = 0.05
-_GATE_INVERSE_PENALTY = 10.0
+_GATE_INVERSE_PENALTY = 1.0
 _OUT_SHARE = 0.25  # of requests are assumed to belong to no alias: what probabilities are calibrated for
 _LEFT_OUT_SHARE = 0.5  # of those are like an alias that was left out, the others like general texts
 
@@ -39,7 +40,7 @@ Array = npt.NDArray[np.float64]
 def train_router(
     prompts: Mapping[str, Sequence[str]], background: Sequence[str], embeddings: TokenEmbeddings | None = None
 ) -> RouterModel:
-    """Train a router.
+    """Train a router, on one core: the others are for those who wait for answers.
 
     Args:
         prompts: For each alias, in the order of the model's classes, some of what it was trained on; two aliases or
@@ -47,6 +48,13 @@ def train_router(
         background: Texts of no domain.
         embeddings: The base model's; None to do without.
     """
+    with threadpool_limits(limits=1):
+        return _train(prompts, background, embeddings)
+
+
+def _train(
+    prompts: Mapping[str, Sequence[str]], background: Sequence[str], embeddings: TokenEmbeddings | None
+) -> RouterModel:
     assert len(prompts) >= MIN_ALIASES, "there is nothing to choose between"
     aliases = tuple(prompts)
     normalised = [[normalise(text) for text in prompts[alias]] for alias in aliases]
