@@ -33,6 +33,7 @@ __all__ = [
     "promote",
     "readiness",
     "rollback",
+    "route",
     "show_adapter",
     "show_experiment",
     "show_version",
