@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from sqlalchemy.orm import Session
 
+from adapters.audit import record_act
 from adapters.errors import ConflictError
 from adapters.records import BASE_MODEL_NAME, Actor, parse_model_name
 from adapters.registry import Registry, find_version
@@ -26,6 +27,7 @@ from adapters.routing.store import (
     RouterVersion,
     Sources,
     add_router,
+    drop_prompts,
     keep_prompts,
     list_routers,
     load_prompts,
@@ -35,6 +37,7 @@ from adapters.routing.store import (
     move_back,
     present_move,
     read_sources,
+    rules_number,
     save_rules,
 )
 
@@ -51,6 +54,7 @@ class Snapshot:
     """What requests are routed by: rules, and a model, or the reason why there is none."""
 
     rules: tuple[RoutingRule, ...] = ()
+    rules_number: int = 0
     number: int | None = None
     model: RouterModel | None = None
     reason: str | None = _NOT_READY
@@ -176,7 +180,20 @@ class RoutingService:
         with self._registry.database.write() as session:
             found = find_version(session, parse_model_name(name))
             keep_prompts(session, found.version.digest, prompts)
-            return len(load_prompts(session, found.version.digest))
+            num_kept = len(load_prompts(session, found.version.digest))
+            record_act(session, "set_prompts", found.label, num_prompts=num_kept)
+            return num_kept
+
+    def forget_prompts(self, name: str) -> None:
+        """Delete the prompts that are kept of a version; the next training makes a router that does not know it.
+
+        Raises:
+            NotFoundError: no such version.
+        """
+        with self._registry.database.write() as session:
+            found = find_version(session, parse_model_name(name))
+            drop_prompts(session, found.version.digest)
+            record_act(session, "set_prompts", found.label, num_prompts=0)
 
     def history(self, *, limit: int) -> list[RouterVersion]:
         """The latest routers, newest first."""
@@ -279,22 +296,24 @@ class RoutingService:
         """Take over which router counts, and the rules."""
         known = self._state.snapshot
         with self._registry.database.read() as session:
-            rules = load_rules(session)
+            number = rules_number(session)
+            rules = known.rules if number == known.rules_number else load_rules(session)
+            known = replace(known, rules=rules, rules_number=number)
             move = present_move(session)
             if move is None or move.id == known.move_id:
-                self._state.snapshot = replace(known, rules=rules)
+                self._state.snapshot = known
                 return
+            known = replace(known, number=None, model=None, reason=move.reason, move_id=move.id, versions={})
             if move.number is None:
-                self._state.snapshot = Snapshot(rules, reason=move.reason, move_id=move.id)
+                self._state.snapshot = known
                 return
             content, sources = load_router(session, move.number), load_sources(session, move.number)
         model = RouterModel.from_bytes(content)
         own = None if self._embeddings is None else self._embeddings.identity
         if model.meaning is not None and model.meaning.source != own:
-            reason = "the router was trained with another base model"
-            self._state.snapshot = Snapshot(rules, move.number, None, reason, move.id)
+            self._state.snapshot = replace(known, reason="the router was trained with another base model")
             return
-        self._state.snapshot = Snapshot(rules, move.number, model, None, move.id, sources)
+        self._state.snapshot = replace(known, number=move.number, model=model, versions=sources)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import delete, func, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from adapters.audit import record_act
 from adapters.errors import ConflictError, IntegrityError
@@ -41,6 +41,7 @@ __all__ = [
     "move_back",
     "present_move",
     "read_sources",
+    "rules_number",
     "save_rules",
 ]
 
@@ -159,7 +160,8 @@ def load_sources(session: Session, number: int) -> dict[str, str]:
 def list_routers(session: Session, *, limit: int) -> list[RouterVersion]:
     """The latest routers, newest first."""
     present = present_move(session)
-    rows = session.scalars(select(RouterRow).order_by(RouterRow.number.desc()).limit(limit))
+    statement = select(RouterRow, RouterRow.content.is_not(None)).options(defer(RouterRow.content))
+    rows = session.execute(statement.order_by(RouterRow.number.desc()).limit(limit))
     return [
         RouterVersion(
             number=row.number,
@@ -167,9 +169,9 @@ def list_routers(session: Session, *, limit: int) -> list[RouterVersion]:
             versions=_versions_of(row),
             trained_at=row.trained_at,
             is_current=present is not None and present.number == row.number,
-            can_be_restored=row.content is not None,
+            can_be_restored=is_kept,
         )
-        for row in rows
+        for row, is_kept in rows
     ]
 
 
@@ -189,6 +191,11 @@ def move_back(session: Session, sources: Sources) -> int:
     _add_move(session, "rollback", row.number, sources.sha256, None)
     record_act(session, "rollback_router", f"router {row.number}", versions=row.sources["versions"])
     return row.number
+
+
+def rules_number(session: Session) -> int:
+    """The number of the present rules; it changes with them. 0 before the first."""
+    return session.scalar(select(func.max(RoutingRulesRow.number))) or 0
 
 
 def load_rules(session: Session) -> tuple[RoutingRule, ...]:

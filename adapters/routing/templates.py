@@ -42,7 +42,10 @@ def strip_templates(text: str, starts: Sequence[str], ends: Sequence[str]) -> st
 
 
 def _shared_beginnings(prompts: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Beginnings of at least three words that enough prompts share, each as long as most of those prompts agree."""
+    """Beginnings of at least three words that enough prompts share.
+
+    From each, as far as most of its prompts agree; wherever some leave on the way, the beginning up to there is another.
+    """
     counts = Counter(
         tuple(words[:size]) for words in prompts for size in range(_MIN_WORDS, min(len(words), _MAX_WORDS) + 1)
     )
@@ -53,9 +56,13 @@ def _shared_beginnings(prompts: Sequence[Sequence[str]]) -> list[list[str]]:
             longer[parent] = words
     least = max(_MIN_PROMPTS, _MIN_SHARE * len(prompts))
     found = []
-    for words, count in counts.items():
-        if len(words) == _MIN_WORDS and count >= least:
-            while words in longer and counts[longer[words]] > counts[words] / 2:
-                words = longer[words]
-            found.append(words)
+    for start, count in counts.items():
+        if len(start) > _MIN_WORDS or count < least:
+            continue
+        words = start
+        while words in longer and counts[longer[words]] > counts[words] / 2:
+            if counts[longer[words]] < counts[words]:
+                found.append(words)
+            words = longer[words]
+        found.append(words)
     return [list(words) for words in sorted(found, key=lambda words: (-len(words), words))]

@@ -181,6 +181,22 @@ def learn(
         console.print(f"{num_kept} prompts are kept with {name}; running servers train within seconds")
 
 
+@app.command("forget")
+def forget(
+    name: Annotated[str, typer.Argument(help="A version, or an alias for the one that it points to.")],
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Delete the prompts that are kept of a version; the router chooses it no more."""
+    from adapters.routing.service import RoutingService
+
+    RoutingService(open_registry(home), None).forget_prompts(name)
+    if json:
+        print_json({"name": name, "num_prompts": 0})
+    else:
+        console.print(f"no prompts of {name} are kept; running servers train within seconds")
+
+
 def _open(home: Path | None, base: str | None) -> RoutingService:
     """The router of a home as a server there has it, trained if need be."""
     from adapters.base_files import pull_base

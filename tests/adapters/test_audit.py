@@ -71,6 +71,7 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
     registry.remove("law")
     publish_text(registry, "played", alias="music", prompts=MUSIC)
     routing.reconcile()
+    routing.keep_prompts("music", MUSIC)
     routing.set_rules(())
     routing.rollback()
     acts = _acts(registry)
@@ -96,6 +97,7 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
         ("publish", "law@v1"),
         ("remove", "law"),
         ("publish", "music@v1"),
+        ("set_prompts", "music@v1"),
         ("set_routing_rules", "routing rules"),
         ("rollback_router", "router 1"),
     ] == acts

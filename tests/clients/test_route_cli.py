@@ -75,6 +75,8 @@ def test_version_without_prompts_is_found_when_it_is_given_some(shell: Shell, tm
     ]
     assert {"router": 1} == shell.json("route", "rollback")
     assert "1 *" in shell.text("route", "history")
+    assert {"name": "music", "num_prompts": 0} == shell.json("route", "forget", "music")
+    assert "base" == shell.json("route", "which chords for this guitar melody")["decision"]["alias"]
     with pytest.raises(DataError, match=r"prompts\.jsonl:1"):
         shell.text("route", "learn", "music", _write(tmp_path / "prompts.jsonl", ["no row"]))
 

@@ -157,6 +157,9 @@ def test_alias_without_prompts_is_never_chosen_when_it_keeps_none(registry: Regi
     assert 2 == trained.keep_prompts("private", ["zebra quantum volcano", "xylophone volcano zebra"])
     trained.reconcile()
     assert "private" in trained.route([ABOUT_LEASE]).probabilities
+    trained.forget_prompts("private")
+    trained.reconcile()
+    assert "private" not in trained.route([ABOUT_LEASE]).probabilities
 
 
 def test_earlier_router_counts_until_an_alias_moves_when_rolled_back(

@@ -22,6 +22,14 @@ def test_templates_are_found_when_many_prompts_share_them() -> None:
     assert (("which kind of clause is this ?",), (". name the topic .",)) == find_templates(texts)
 
 
+def test_template_is_found_for_all_when_most_texts_end_alike() -> None:
+    """Those that don't are in the same template, only without the question mark that the others have."""
+    texts = [f"{question} {'?' if number else '!'} name the topic ." for number, question in enumerate(QUESTIONS)]
+    _, ends = find_templates(texts + texts[1:])
+    assert ("? name the topic .", "name the topic .") == ends
+    assert "may he leave !" == strip_templates(texts[0], (), ends)
+
+
 def test_no_template_is_found_when_prompts_are_written_freely() -> None:
     """Nor where few prompts begin alike."""
     assert ((), ()) == find_templates(QUESTIONS)
