@@ -14,7 +14,6 @@ from adapters.audit import record_act
 from adapters.errors import ConflictError
 from adapters.experiment_rows import (
     begin_stage,
-    find_experiment_row,
     find_open_row,
     load_arms,
     load_decisions,
@@ -93,18 +92,18 @@ def undo(registry: Registry, name: str) -> Experiment:
 
     Raises:
         NotFoundError: no such experiment, or the version to go back to was removed.
-        ConflictError: there is nothing to undo, the experiment's weights no longer count, or somebody has moved the
-            alias since.
+        ConflictError: there is nothing to undo, the alias has several experiments, the experiment's weights no longer
+            count, or somebody has moved the alias since.
         IntegrityError: the version's stored files are damaged; nothing was changed.
     """
     with registry.store.held():
         with registry.database.read() as session:
-            found = _find_undoable(session, find_experiment_row(session, name))
+            row = find_open_row(session, name, utc_now())
+            found = _find_undoable(session, row)
             if found.action != "change_weights":
-                row = find_experiment_row(session, name)
                 registry.store.verify(_find_former(session, row, found))
         with registry.database.write() as session:
-            row = find_experiment_row(session, name)
+            row = find_open_row(session, name, utc_now())
             alias_row = lock_alias(session, row.alias)
             if _find_undoable(session, row) != found:
                 raise ConflictError(f"experiment {row.id} was changed by somebody else at the same time")

@@ -7,21 +7,20 @@ read in `exposures`. Knows no HTTP.
 from __future__ import annotations
 
 import secrets
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from adapters.assignment import allot_traffic, shift_weights, unit_position
 from adapters.audit import record_act
 from adapters.database import Database, actor_of
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
-from adapters.experiment_config import check_arms, check_plan, check_times, check_traffic, parse_arm
+from adapters.experiment_config import check_arms, check_plan, check_times, check_traffic
 from adapters.experiment_rows import (
     add_arms,
     begin_stage,
@@ -53,67 +52,32 @@ from adapters.records import (
     parse_model_name,
     version_name,
 )
-from adapters.statistics import Interval, MeanEstimate, difference_interval, mean_interval
 from adapters.tables import (
     AliasRow,
     AliasVersionRow,
     ExperimentRow,
-    ExposureRow,
-    FeedbackRow,
     VersionRow,
     utc_now,
 )
 
 __all__ = [
-    "ArmReport",
-    "ExperimentReport",
     "ExperimentService",
-    "MetricReport",
     "find_room",
-    "parse_arm",
 ]
 
 _MAX_HOLDOUT = 50.0
 
 
-@dataclass(frozen=True, slots=True)
-class MetricReport:
-    """One metric in one arm; the mean is over units, and the interval is for one look planned in advance."""
-
-    metric: str
-    num_outcomes: int
-    estimate: MeanEstimate
-    difference: Interval | None
-
-
-@dataclass(frozen=True, slots=True)
-class ArmReport:
-    """One arm: its share, what it was exposed to and its outcomes."""
-
-    arm: Arm
-    num_exposures: int
-    num_units: int
-    num_errors: int
-    metrics: tuple[MetricReport, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ExperimentReport:
-    """An experiment and its arms in the order in which they were given; differences are against the first."""
-
-    experiment: Experiment
-    arms: tuple[ArmReport, ...]
-
-
 class ExperimentService:
     """Experiments, exposures and feedback over one database."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, feedback_window: timedelta = FEEDBACK_WINDOW) -> None:
         self.database = database
+        self._feedback_window = feedback_window
 
     def acting_for(self, actor: Actor) -> ExperimentService:
         """The same service on somebody's behalf: what the actor may not see does not exist in it."""
-        return ExperimentService(self.database.acting_for(actor))
+        return ExperimentService(self.database.acting_for(actor), feedback_window=self._feedback_window)
 
     def create(
         self,
@@ -351,7 +315,7 @@ class ExperimentService:
         with self.database.write() as session:
             add_exposure(session, exposure, feedback)
 
-    def record_feedback(self, feedback: Feedback, *, window: timedelta = FEEDBACK_WINDOW) -> None:
+    def record_feedback(self, feedback: Feedback) -> None:
         """Write an outcome; the same metric for the same response again replaces the value.
 
         Raises:
@@ -360,7 +324,7 @@ class ExperimentService:
             FeedbackTooLateError: the response is older than the window.
         """
         with self.database.write() as session:
-            add_feedback(session, feedback, window=window)
+            add_feedback(session, feedback, window=self._feedback_window)
 
     def outcomes(self, experiment_id: str, stage: int) -> dict[str, Sequence[UnitOutcomes]]:
         """By arm, in the order of the arms, what came of each unit in one stage, the earliest exposed first.
@@ -374,21 +338,6 @@ class ExperimentService:
             row = find_experiment_row(session, experiment_id)
             found = read_outcomes(session, row.id, stage)
             return {arm.name: found.get(arm.name, []) for arm in load_arms(session, row.id, stage)}
-
-    def report(self, name: str) -> ExperimentReport:
-        """Sum an experiment up per arm; outcomes of one unit are averaged first, since they are not independent."""
-        with self.database.read() as session:
-            experiment = to_experiment(session, find_experiment_row(session, name), utc_now())
-            counts = _count_exposures(session, experiment.id)
-            outcomes = _unit_outcomes(session, experiment.id)
-        control = experiment.arms[0].name
-        metrics = sorted({metric for _, metric in outcomes})
-        reports = []
-        for arm in experiment.arms:
-            present = [metric for metric in metrics if outcomes.get((arm.name, metric))]
-            rows = tuple(_report_metric(outcomes, metric, arm.name, control) for metric in present)
-            reports.append(ArmReport(arm, *counts.get(arm.name, (0, 0, 0)), metrics=rows))
-        return ExperimentReport(experiment, tuple(reports))
 
 
 def _start(session: Session, row: ExperimentRow, alias_row: AliasRow) -> None:
@@ -508,42 +457,3 @@ def _is_behind(row: ExperimentRow) -> ColumnElement[bool]:
     """Whether another row stands behind this one where the newest is the first."""
     is_older = ExperimentRow.created_at < row.created_at
     return is_older | ((ExperimentRow.created_at == row.created_at) & (ExperimentRow.id > row.id))
-
-
-def _count_exposures(session: Session, experiment_id: str) -> dict[str, tuple[int, int, int]]:
-    statement = (
-        select(
-            ExposureRow.arm,
-            func.count(),
-            func.count(ExposureRow.unit.distinct()),
-            func.count(ExposureRow.error),
-        )
-        .where(ExposureRow.experiment_id == experiment_id, ExposureRow.forced.is_(False))
-        .group_by(ExposureRow.arm)
-    )
-    return {arm or "": (total, units, errors) for arm, total, units, errors in session.execute(statement)}
-
-
-def _unit_outcomes(session: Session, experiment_id: str) -> dict[tuple[str, str], list[tuple[float, int]]]:
-    """By (arm, metric): each unit's mean outcome and how many outcomes it is the mean of."""
-    statement = (
-        select(ExposureRow.arm, FeedbackRow.metric, func.avg(FeedbackRow.value), func.count())
-        .join(FeedbackRow, FeedbackRow.response_id == ExposureRow.response_id)
-        .where(ExposureRow.experiment_id == experiment_id, ExposureRow.forced.is_(False))
-        .group_by(ExposureRow.arm, FeedbackRow.metric, ExposureRow.unit)
-        .order_by(ExposureRow.unit)
-    )
-    outcomes: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
-    for arm, metric, mean, count in session.execute(statement):
-        outcomes[(arm or "", metric)].append((float(mean), count))
-    return dict(outcomes)
-
-
-def _report_metric(
-    outcomes: dict[tuple[str, str], list[tuple[float, int]]], metric: str, arm: str, control: str
-) -> MetricReport:
-    rows = outcomes[(arm, metric)]
-    values = [mean for mean, _ in rows]
-    reference = [mean for mean, _ in outcomes.get((control, metric), [])]
-    difference = None if arm == control else difference_interval(values, reference)
-    return MetricReport(metric, sum(count for _, count in rows), mean_interval(values), difference)

@@ -55,7 +55,7 @@ def add_exposure(session: Session, exposure: Exposure, feedback: Sequence[Feedba
         session.add_all(_feedback_row(item) for item in feedback)
 
 
-def add_feedback(session: Session, feedback: Feedback, *, window: timedelta = FEEDBACK_WINDOW) -> None:
+def add_feedback(session: Session, feedback: Feedback, *, window: timedelta) -> None:
     """Add an outcome, or replace the one that the response has for this metric.
 
     Raises:

@@ -17,6 +17,7 @@ __all__ = [
     "BASE_MODEL_NAME",
     "BUILT_IN_METRICS",
     "COMMAND_LINE",
+    "EXPERIMENT_STATES",
     "SCOPES",
     "Actor",
     "AdapterVersion",
@@ -76,9 +77,12 @@ JobStatus = Literal["validating_files", "queued", "running", "paused", "succeede
 Scope = Literal["chat", "feedback", "train", "adapters", "experiments", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 ExperimentState = Literal["draft", "running", "stopped", "decided"]
+EXPERIMENT_STATES: tuple[ExperimentState, ...] = get_args(ExperimentState)
 Direction = Literal["increase", "decrease"]
 UnitSource = Literal["user", "header", "conversation", "request"]
-DecisionAction = Literal["create", "start", "change_weights", "stop", "promote", "roll_back", "verdict", "undo"]
+DecisionAction = Literal[
+    "create", "start", "change_weights", "stop", "promote", "roll_back", "verdict", "accept_feedback", "undo"
+]
 # What every exposure is measured by; any other metric is one that clients report as feedback.
 BUILT_IN_METRICS = frozenset(
     {"error_rate", "ttft_ms", "total_ms", "completion_tokens", "length_finish_rate", "feedback_rate"}
@@ -98,6 +102,7 @@ AuditAction = Literal[
     "change_weights",
     "stop_experiment",
     "decide_experiment",
+    "accept_feedback",
     "undo_decision",
     "set_holdout",
     "create_key",

@@ -15,7 +15,7 @@ from adapters.base_model import pick_device
 from adapters.settings import CoreSettings
 from server.engine.kernels import find_compiler
 
-__all__ = ["describe_machine", "format_conditions"]
+__all__ = ["describe_host", "describe_machine", "format_conditions"]
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "litserve")
 _ROOT = Path(__file__).resolve().parents[1]
@@ -24,17 +24,24 @@ _ROOT = Path(__file__).resolve().parents[1]
 def describe_machine(core: CoreSettings) -> dict[str, Any]:
     """The machine, its load, the libraries, the commit and the base model."""
     return {
+        **describe_host(),
+        "device": _device_name(core.device),
+        "C++ compiler for native kernels": find_compiler() or "none: torch alone",
+        **{name: version(name) for name in _LIBRARIES},
+        "base model": public_name(core.base),
+        "quantisation": core.quantisation,
+    }
+
+
+def describe_host() -> dict[str, Any]:
+    """The machine, its load, Python and the commit: for what needs no base model."""
+    return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
-        "device": _device_name(core.device),
-        "C++ compiler for native kernels": find_compiler() or "none: torch alone",
         "load average at the start": " ".join(f"{load:.2f}" for load in os.getloadavg()),
         "Python": platform.python_version(),
-        **{name: version(name) for name in _LIBRARIES},
         "commit": _commit(),
-        "base model": public_name(core.base),
-        "quantisation": core.quantisation,
     }
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -21,24 +22,36 @@ from clients.errors import UnexpectedAnswerError
 __all__ = [
     "ArmSpec",
     "Call",
+    "ExperimentSpec",
+    "GuardrailSpec",
+    "WeightSpec",
+    "accept_feedback",
+    "change_weights",
+    "create_experiment",
     "delete",
     "export_path",
     "feedback",
     "health",
+    "holdout",
     "list_adapters",
     "list_changes",
+    "list_decisions",
     "list_experiments",
     "list_versions",
     "pin",
     "promote",
+    "promote_arm",
     "readiness",
+    "roll_back",
     "rollback",
     "route",
+    "set_holdout",
     "show_adapter",
     "show_experiment",
     "show_version",
     "start_experiment",
     "stop_experiment",
+    "undo_decision",
     "unload",
     "unpin",
     "upload",
@@ -60,6 +73,53 @@ class ArmSpec:
     name: str
     version: str
     weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """The share of one arm in the next stage; a new arm has a version."""
+
+    name: str
+    weight: float
+    version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GuardrailSpec:
+    """A metric that may not get worse against the control by more than `margin`, or by that share if `is_relative`."""
+
+    metric: str
+    margin: float
+    direction: Literal["increase", "decrease"] = "decrease"
+    is_relative: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExperimentSpec:
+    """All that an experiment may be told beside its alias and arms; the server's documentation has each field."""
+
+    salt: str | None = None
+    traffic: float = 100.0
+    metric: str | None = None
+    direction: Literal["increase", "decrease"] = "increase"
+    guardrails: Sequence[GuardrailSpec] = ()
+    alpha: float = 0.05
+    smallest_effect: float | None = None
+    planned_units: int | None = None
+    analysis: Literal["sequential", "fixed"] = "sequential"
+    allocation: Literal["fixed", "thompson"] = "fixed"
+    auto_promote: bool = False
+    auto_rollback: bool = False
+    starts_at: datetime | None = None
+    ends_at: datetime | None = None
+
+    def body(self) -> dict[str, Any]:
+        """The fields as the API takes them."""
+        fields = asdict(self)
+        direction = fields.pop("direction")
+        moments = {name: fields[name] and int(fields[name].timestamp()) for name in ("starts_at", "ends_at")}
+        metric = None if self.metric is None else {"name": self.metric, "direction": direction}
+        return fields | moments | {"metric": metric, "guardrails": [asdict(item) for item in self.guardrails]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,9 +267,10 @@ def unload(alias: str, version: str | None) -> Call[results.Unloaded]:
     return Call(results.Unloaded, "POST", _adapter(alias, "unload"), body={"version": version})
 
 
-def list_experiments(after: str | None, limit: int) -> Call[results.Page[results.Experiment]]:
+def list_experiments(state: str | None, after: str | None, limit: int) -> Call[results.Page[results.Experiment]]:
     """GET /v1/experiments."""
-    return Call(results.Page[results.Experiment], "GET", "/v1/experiments", {"after": after, "limit": limit})
+    params = {"state": state, "after": after, "limit": limit}
+    return Call(results.Page[results.Experiment], "GET", "/v1/experiments", params)
 
 
 def show_experiment(experiment_id: str) -> Call[results.ExperimentDetail]:
@@ -217,10 +278,63 @@ def show_experiment(experiment_id: str) -> Call[results.ExperimentDetail]:
     return Call(results.ExperimentDetail, "GET", f"/v1/experiments/{_part(experiment_id)}")
 
 
-def start_experiment(alias: str, arms: Sequence[ArmSpec], salt: str | None) -> Call[results.Experiment]:
+def create_experiment(
+    alias: str, arms: Sequence[ArmSpec], spec: ExperimentSpec, draft: bool
+) -> Call[results.Experiment]:
     """POST /v1/experiments."""
-    given = [{"name": arm.name, "version": arm.version, "weight": arm.weight} for arm in arms]
-    return Call(results.Experiment, "POST", "/v1/experiments", body={"alias": alias, "arms": given, "salt": salt})
+    body = {"alias": alias, "arms": [asdict(arm) for arm in arms], "draft": draft, **spec.body()}
+    return Call(results.Experiment, "POST", "/v1/experiments", body=body)
+
+
+def start_experiment(experiment_id: str) -> Call[results.Experiment]:
+    """POST /v1/experiments/{id}/start."""
+    return Call(results.Experiment, "POST", f"/v1/experiments/{_part(experiment_id)}/start")
+
+
+def change_weights(experiment_id: str, arms: Sequence[WeightSpec], traffic: float | None) -> Call[results.Experiment]:
+    """POST /v1/experiments/{id}/weights."""
+    body = {"arms": [asdict(arm) for arm in arms], "traffic": traffic}
+    return Call(results.Experiment, "POST", f"/v1/experiments/{_part(experiment_id)}/weights", body=body)
+
+
+def promote_arm(experiment_id: str, arm: str | None, reason: str | None) -> Call[results.Experiment]:
+    """POST /v1/experiments/{id}/promote."""
+    body = {"arm": arm, "reason": reason}
+    return Call(results.Experiment, "POST", f"/v1/experiments/{_part(experiment_id)}/promote", body=body)
+
+
+def roll_back(experiment_id: str, reason: str | None) -> Call[results.Experiment]:
+    """POST /v1/experiments/{id}/rollback."""
+    body = {"reason": reason}
+    return Call(results.Experiment, "POST", f"/v1/experiments/{_part(experiment_id)}/rollback", body=body)
+
+
+def accept_feedback(experiment_id: str, reason: str) -> Call[results.Experiment]:
+    """POST /v1/experiments/{id}/accept-feedback."""
+    body = {"reason": reason}
+    return Call(results.Experiment, "POST", f"/v1/experiments/{_part(experiment_id)}/accept-feedback", body=body)
+
+
+def undo_decision(experiment_id: str) -> Call[results.Experiment]:
+    """POST /v1/experiments/{id}/undo."""
+    return Call(results.Experiment, "POST", f"/v1/experiments/{_part(experiment_id)}/undo")
+
+
+def list_decisions(experiment_id: str, after: int, limit: int) -> Call[results.Page[results.Decision]]:
+    """GET /v1/experiments/{id}/decisions."""
+    params = {"after": after, "limit": limit}
+    path = f"/v1/experiments/{_part(experiment_id)}/decisions"
+    return Call(results.Page[results.Decision], "GET", path, params)
+
+
+def holdout(alias: str) -> Call[results.Holdout]:
+    """GET /v1/adapters/{alias}/holdout."""
+    return Call(results.Holdout, "GET", _adapter(alias, "holdout"))
+
+
+def set_holdout(alias: str, percent: float) -> Call[results.Holdout]:
+    """PUT /v1/adapters/{alias}/holdout."""
+    return Call(results.Holdout, "PUT", _adapter(alias, "holdout"), body={"percent": percent})
 
 
 def stop_experiment(experiment_id: str) -> Call[results.Experiment]:

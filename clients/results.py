@@ -13,23 +13,33 @@ __all__ = [
     "Arm",
     "ArmReport",
     "Change",
+    "Comparison",
+    "Decision",
     "Deleted",
+    "Effect",
     "Experiment",
     "ExperimentDetail",
     "Feedback",
+    "Guardrail",
     "Health",
+    "Holdout",
     "Imported",
     "Interval",
+    "Margin",
     "Metric",
     "Moment",
     "NearPrompt",
     "Page",
     "Pins",
+    "PrimaryMetric",
     "Probability",
     "Readiness",
     "Residency",
     "Route",
+    "Split",
+    "Treatment",
     "Unloaded",
+    "Verdict",
     "Version",
     "VersionDetail",
 ]
@@ -154,19 +164,70 @@ class Arm(_Record):
     weight: float
 
 
+class PrimaryMetric(_Record):
+    """What decides an experiment, and in which direction it gets better."""
+
+    name: str
+    direction: Literal["increase", "decrease"]
+
+
+class Margin(_Record):
+    """By how much a metric may get worse against the control; if `is_relative`, as a share of the control's mean."""
+
+    metric: str
+    direction: Literal["increase", "decrease"]
+    margin: float
+    is_relative: bool
+
+
 class Experiment(_Record):
     """A split of one alias between pinned versions."""
 
     id: str
     alias: str
-    state: Literal["running", "stopped"]
+    state: Literal["draft", "running", "stopped", "decided"]
     arms: list[Arm]
+    salt: str
+    traffic: float
+    stage: int
+    metric: PrimaryMetric | None
+    guardrails: list[Margin]
+    alpha: float
+    smallest_effect: float | None
+    planned_units: int | None
+    analysis: Literal["sequential", "fixed"]
+    allocation: Literal["fixed", "thompson"]
+    auto_promote: bool
+    auto_rollback: bool
+    starts_at: Moment | None
+    ends_at: Moment | None
     created_at: Moment
     stopped_at: Moment | None
+    config_hash: str
+
+
+class Decision(_Record):
+    """One act on an experiment, with the numbers that led to it."""
+
+    id: int
+    experiment: str
+    stage: int
+    made_at: Moment
+    action: str
+    by: str
+    reason: str
+    numbers: dict[str, Any]
+
+
+class Holdout(_Record):
+    """The percent of an alias's users that no experiment touches."""
+
+    id: str
+    percent: float
 
 
 class Interval(_Record):
-    """An estimate with its two-sided confidence interval, for one look planned in advance."""
+    """An estimate with its two-sided confidence interval; it holds at all looks at once."""
 
     estimate: float
     low: float
@@ -175,11 +236,17 @@ class Interval(_Record):
 
 
 class Metric(_Record):
-    """One metric in one arm, over users; `difference` is against the first arm."""
+    """One metric in one arm, over users; `difference` is against the first arm.
+
+    With the scale `ratio` the mean is a geometric one, and differences are relative: 0.1 is 10 % more.
+    """
 
     metric: str
+    role: Literal["primary", "guardrail", "other"]
+    scale: Literal["share", "ratio", "number"]
     num_outcomes: int
     num_units: int
+    num_missing: int
     mean: float
     interval: Interval | None
     difference: Interval | None
@@ -194,10 +261,70 @@ class ArmReport(Arm):
     metrics: list[Metric]
 
 
-class ExperimentDetail(Experiment):
-    """An experiment with its counts and outcomes by arm."""
+class Comparison(_Record):
+    """One metric of a treatment against the control."""
 
+    metric: str
+    direction: Literal["increase", "decrease"]
+    scale: Literal["share", "ratio", "number"]
+    difference: Interval | None
+
+
+class Guardrail(Comparison):
+    """A guardrail: held if worse than the margin is ruled out, breached if anything better is."""
+
+    margin: float | None
+    state: Literal["held", "breached", "open", "no_data"]
+
+
+class Treatment(_Record):
+    """A treatment against the control. `gaps` say how much more often its requests have a value of a metric at all."""
+
+    arm: str
+    version: str
+    outcome: Literal["better", "worse", "equivalent", "open", "no_data"]
+    primary: Comparison | None
+    guardrails: list[Guardrail]
+    gaps: list[Comparison]
+
+
+class Split(_Record):
+    """Users by arm against the weights; `fired`: chance does not explain the difference, and there is no verdict."""
+
+    counts: list[int]
+    weights: list[float]
+    p_value: float | None
+    fired: bool
+
+
+class Verdict(_Record):
+    """What the numbers allow, in one plain sentence; `arm` is the treatment that is meant."""
+
+    kind: Literal["promote", "roll_back", "continue", "inconclusive"]
+    arm: str | None
+    sentence: str
+    notes: list[str]
+    next_step: str
+
+
+class Effect(_Record):
+    """The primary metric's effect after so many users of a treatment and the control."""
+
+    arm: str
+    num_units: int
+    at: Moment
+    interval: Interval
+
+
+class ExperimentDetail(Experiment):
+    """An experiment with what came of its present stage; `confidence` is that of every interval."""
+
+    confidence: float
+    verdict: Verdict
     report: list[ArmReport]
+    treatments: list[Treatment]
+    split: Split
+    history: list[Effect]
 
 
 class Feedback(_Record):

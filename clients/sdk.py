@@ -22,7 +22,7 @@ import httpx
 from pydantic import BaseModel
 
 from clients import calls
-from clients.calls import ArmSpec, Call
+from clients.calls import ArmSpec, Call, ExperimentSpec, GuardrailSpec, WeightSpec
 from clients.errors import error_of, no_answer
 from clients.http import API_KEY_VARIABLE, is_local
 from clients.results import Feedback, Health, Readiness, Route
@@ -39,8 +39,11 @@ __all__ = [
     "AsyncAdaptersResource",
     "AsyncExperimentsResource",
     "AsyncHotswap",
+    "ExperimentSpec",
     "ExperimentsResource",
+    "GuardrailSpec",
     "Hotswap",
+    "WeightSpec",
 ]
 
 _DEFAULT_URL = "http://127.0.0.1:8000"

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from clients import calls
-from clients.calls import ArmSpec
+from clients.calls import ArmSpec, ExperimentSpec, WeightSpec
 from clients.results import (
     Adapter,
     AdapterDetail,
     Change,
+    Decision,
     Deleted,
     Experiment,
     ExperimentDetail,
+    Holdout,
     Imported,
     Page,
     Pins,
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from clients.sdk import AsyncHotswap, Hotswap
 
 __all__ = ["AdaptersResource", "AsyncAdaptersResource", "AsyncExperimentsResource", "ExperimentsResource"]
+
+ExperimentState = Literal["draft", "running", "stopped", "decided"]
+_USUAL = ExperimentSpec()
 
 
 class AdaptersResource:
@@ -156,21 +161,63 @@ class ExperimentsResource:
     def __init__(self, client: Hotswap) -> None:
         self._client = client
 
-    def list(self, *, after: str | None = None, limit: int = 20) -> Page[Experiment]:
-        """The experiments behind one, the newest first."""
-        return self._client.send(calls.list_experiments(after, limit))
+    def list(
+        self, *, state: ExperimentState | None = None, after: str | None = None, limit: int = 20
+    ) -> Page[Experiment]:
+        """The experiments behind one, in one state or all, the newest first."""
+        return self._client.send(calls.list_experiments(state, after, limit))
 
     def get(self, experiment_id: str) -> ExperimentDetail:
-        """One experiment with its counts and outcomes by arm."""
+        """One experiment with its verdict, its counts and its outcomes by arm."""
         return self._client.send(calls.show_experiment(experiment_id))
 
-    def start(self, alias: str, arms: Sequence[ArmSpec], *, salt: str | None = None) -> Experiment:
-        """Split an alias between versions; weights add up to 100."""
-        return self._client.send(calls.start_experiment(alias, arms, salt))
+    def create(
+        self, alias: str, arms: Sequence[ArmSpec], spec: ExperimentSpec = _USUAL, *, draft: bool = False
+    ) -> Experiment:
+        """Split an alias between versions, at once unless it is a draft; weights add up to 100."""
+        return self._client.send(calls.create_experiment(alias, arms, spec, draft))
+
+    def start(self, experiment_id: str) -> Experiment:
+        """Start a draft: at once, or at its `starts_at` if that lies ahead."""
+        return self._client.send(calls.start_experiment(experiment_id))
+
+    def change_weights(
+        self, experiment_id: str, arms: Sequence[WeightSpec], *, traffic: float | None = None
+    ) -> Experiment:
+        """Give all arms of a running experiment other weights: a new stage begins."""
+        return self._client.send(calls.change_weights(experiment_id, arms, traffic))
 
     def stop(self, experiment_id: str) -> Experiment:
         """End an experiment."""
         return self._client.send(calls.stop_experiment(experiment_id))
+
+    def promote(self, experiment_id: str, arm: str | None = None, *, reason: str | None = None) -> Experiment:
+        """End an experiment: everybody gets a treatment's version, by default of the one that the verdict promotes."""
+        return self._client.send(calls.promote_arm(experiment_id, arm, reason))
+
+    def rollback(self, experiment_id: str, *, reason: str | None = None) -> Experiment:
+        """End an experiment: everybody gets the control's version."""
+        return self._client.send(calls.roll_back(experiment_id, reason))
+
+    def accept_feedback(self, experiment_id: str, reason: str) -> Experiment:
+        """Let arms differ in how often outcomes are known; says why that is harmless."""
+        return self._client.send(calls.accept_feedback(experiment_id, reason))
+
+    def undo(self, experiment_id: str) -> Experiment:
+        """Take the latest change of weights, promotion or rollback back that is not yet."""
+        return self._client.send(calls.undo_decision(experiment_id))
+
+    def decisions(self, experiment_id: str, *, after: int = 0, limit: int = 20) -> Page[Decision]:
+        """What was done to an experiment and why, the oldest first."""
+        return self._client.send(calls.list_decisions(experiment_id, after, limit))
+
+    def holdout(self, alias: str) -> Holdout:
+        """The percent of an alias's users that no experiment touches."""
+        return self._client.send(calls.holdout(alias))
+
+    def set_holdout(self, alias: str, percent: float) -> Holdout:
+        """Keep so many percent of an alias's users out of all its experiments."""
+        return self._client.send(calls.set_holdout(alias, percent))
 
 
 class AsyncExperimentsResource:
@@ -179,18 +226,60 @@ class AsyncExperimentsResource:
     def __init__(self, client: AsyncHotswap) -> None:
         self._client = client
 
-    async def list(self, *, after: str | None = None, limit: int = 20) -> Page[Experiment]:
+    async def list(
+        self, *, state: ExperimentState | None = None, after: str | None = None, limit: int = 20
+    ) -> Page[Experiment]:
         """See `ExperimentsResource.list`."""
-        return await self._client.send(calls.list_experiments(after, limit))
+        return await self._client.send(calls.list_experiments(state, after, limit))
 
     async def get(self, experiment_id: str) -> ExperimentDetail:
         """See `ExperimentsResource.get`."""
         return await self._client.send(calls.show_experiment(experiment_id))
 
-    async def start(self, alias: str, arms: Sequence[ArmSpec], *, salt: str | None = None) -> Experiment:
+    async def create(
+        self, alias: str, arms: Sequence[ArmSpec], spec: ExperimentSpec = _USUAL, *, draft: bool = False
+    ) -> Experiment:
+        """See `ExperimentsResource.create`."""
+        return await self._client.send(calls.create_experiment(alias, arms, spec, draft))
+
+    async def start(self, experiment_id: str) -> Experiment:
         """See `ExperimentsResource.start`."""
-        return await self._client.send(calls.start_experiment(alias, arms, salt))
+        return await self._client.send(calls.start_experiment(experiment_id))
+
+    async def change_weights(
+        self, experiment_id: str, arms: Sequence[WeightSpec], *, traffic: float | None = None
+    ) -> Experiment:
+        """See `ExperimentsResource.change_weights`."""
+        return await self._client.send(calls.change_weights(experiment_id, arms, traffic))
 
     async def stop(self, experiment_id: str) -> Experiment:
         """See `ExperimentsResource.stop`."""
         return await self._client.send(calls.stop_experiment(experiment_id))
+
+    async def promote(self, experiment_id: str, arm: str | None = None, *, reason: str | None = None) -> Experiment:
+        """See `ExperimentsResource.promote`."""
+        return await self._client.send(calls.promote_arm(experiment_id, arm, reason))
+
+    async def rollback(self, experiment_id: str, *, reason: str | None = None) -> Experiment:
+        """See `ExperimentsResource.rollback`."""
+        return await self._client.send(calls.roll_back(experiment_id, reason))
+
+    async def accept_feedback(self, experiment_id: str, reason: str) -> Experiment:
+        """See `ExperimentsResource.accept_feedback`."""
+        return await self._client.send(calls.accept_feedback(experiment_id, reason))
+
+    async def undo(self, experiment_id: str) -> Experiment:
+        """See `ExperimentsResource.undo`."""
+        return await self._client.send(calls.undo_decision(experiment_id))
+
+    async def decisions(self, experiment_id: str, *, after: int = 0, limit: int = 20) -> Page[Decision]:
+        """See `ExperimentsResource.decisions`."""
+        return await self._client.send(calls.list_decisions(experiment_id, after, limit))
+
+    async def holdout(self, alias: str) -> Holdout:
+        """See `ExperimentsResource.holdout`."""
+        return await self._client.send(calls.holdout(alias))
+
+    async def set_holdout(self, alias: str, percent: float) -> Holdout:
+        """See `ExperimentsResource.set_holdout`."""
+        return await self._client.send(calls.set_holdout(alias, percent))

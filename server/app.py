@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +23,7 @@ from adapters.base_files import public_name, pull_base
 from adapters.base_model import load_tokenizer
 from adapters.database import open_database
 from adapters.errors import BaseModelError
+from adapters.experiment_evaluation import EVALUATOR, ExperimentEvaluation
 from adapters.experiments import ExperimentService
 from adapters.files import FileService
 from adapters.jobs import JobService
@@ -42,6 +44,7 @@ from server.engine.families import SUPPORTED_FAMILIES
 from server.engine_client import EngineClient, Transport
 from server.engine_factory import build_engine, find_pinned
 from server.errors import install_error_handlers
+from server.evaluator import Evaluator
 from server.fine_tuning import FineTuningService
 from server.home_lock import held_home
 from server.job_supervisor import SupervisorProcess
@@ -131,7 +134,9 @@ async def _running_services(
     services = join_services(registry, LitServeTransport(spec), tokenizer, core, settings, embeddings)
     app.state.services, engine = services, services.engine
     services.files.sweep()
-    tasks = [asyncio.create_task(work) for work in (engine.run(), services.pins.run(), keep_router(services.routing))]
+    evaluator = Evaluator(services.evaluation.acting_for(EVALUATOR), interval_s=settings.experiment_interval_s)
+    work = [part.run() for part in (engine, services.pins, evaluator)]
+    tasks = [asyncio.create_task(part) for part in (*work, keep_router(services.routing))]
     for task in tasks:
         task.add_done_callback(_end_if_crashed)
     drain_before_exit(engine, limit_s=settings.drain_s)
@@ -174,7 +179,7 @@ def join_services(
         embeddings: The base model's, for the router; it does without if there are none.
     """
     database = registry.database
-    experiments = ExperimentService(database)
+    experiments = ExperimentService(database, feedback_window=timedelta(days=settings.feedback_days))
     metrics = Metrics()
     engine = EngineClient(
         transport,
@@ -189,6 +194,7 @@ def join_services(
     return Services(
         registry=registry,
         experiments=experiments,
+        evaluation=ExperimentEvaluation(registry),
         engine=engine,
         chat=ChatService(registry, experiments, engine, tokenizer, settings, metrics, routing, base_name=base_name),
         metrics=metrics,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from adapters.records import Binding
+from adapters.records import Binding, Feedback, Unit
 from server.callers import Meter
 from server.engine.core import GenerationRequest
 from server.tools import ToolUse
 
-__all__ = ["ID_PREFIXES", "Call", "Choice", "Operation", "headers_of", "make_answers", "time_per_token", "unit_of"]
+__all__ = ["ID_PREFIXES", "Call", "Choice", "Operation", "headers_of", "make_answers", "time_per_token"]
 
 
 Operation = Literal["chat", "text_completion"]  # OpenTelemetry's names for them
@@ -40,8 +40,7 @@ class Call:
     client: str  # whose turn it takes in the engine's queue
     meter: Meter
     binding: Binding
-    unit: str
-    unit_source: Literal["user", "request"]
+    unit: Unit
     answers: dict[str, Choice]  # by the engine's request id
     num_answers: int  # to each prompt
     created: int
@@ -52,6 +51,8 @@ class Call:
     finish_reason: str | None = None
     error: str | None = None
     is_recorded: bool = False
+    is_written: asyncio.Event = field(default_factory=asyncio.Event)
+    feedback: dict[str, Feedback] = field(default_factory=dict)  # by metric, what came before the exposure
     headers: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -85,13 +86,6 @@ def make_answers(request_id: str, requests: Sequence[GenerationRequest], count: 
             sampling = replace(request.sampling, seed=None if seed is None else seed + number)
             answers[own_id] = Choice(index, replace(request, id=own_id, sampling=sampling))
     return answers
-
-
-def unit_of(user: str | None, request_id: str) -> tuple[str, Literal["user", "request"]]:
-    """The key that experiments split by. A user's name is hashed: the database needs to tell users apart, no more."""
-    if user is None:
-        return request_id, "request"
-    return hashlib.sha256(user.encode()).hexdigest()[:32], "user"
 
 
 def headers_of(binding: Binding) -> dict[str, str]:

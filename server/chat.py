@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import structlog
 
 from adapters.errors import (
     AdapterLoadError,
+    ConflictError,
     DeadlineExceededError,
     EngineFailureError,
     HotswapError,
@@ -18,12 +20,13 @@ from adapters.errors import (
     InvalidNameError,
     NotFoundError,
 )
+from adapters.experiment_config import check_feedback_name
 from adapters.experiments import ExperimentService
-from adapters.records import Exposure
+from adapters.records import Actor, Exposure, Feedback
 from adapters.registry import Registry
 from adapters.routing.service import Decision, RoutingService
 from server.callers import Caller
-from server.calls import ID_PREFIXES, Call, Choice, Operation, headers_of, make_answers, time_per_token, unit_of
+from server.calls import ID_PREFIXES, Call, Choice, Operation, headers_of, make_answers, time_per_token
 from server.completion_schemas import CompletionRequest
 from server.config import ServeSettings
 from server.engine.core import Constraint, EngineEvent, GenerationRequest
@@ -38,11 +41,14 @@ from server.schema_check import SchemaChecker
 from server.schemas import ChatRequest, GenerationOptions
 from server.tools import ToolUse, find_tool_format, plan_tools
 from server.tracing import trace_answer
+from server.units import ExperimentHeaders, unit_of
 
 __all__ = ["ChatService"]
 
 _log = structlog.get_logger(__name__)
 
+_MAX_EARLY_FEEDBACK = 32  # metrics; what waits in memory is bounded
+_NO_HEADERS = ExperimentHeaders()
 _FAILURES = frozenset({"adapter_failed", "constraint_failed", "deadline", "engine_failed", "cancelled"})
 
 
@@ -72,6 +78,7 @@ class ChatService:
         self._vocab_size = len(tokenizer)
         self._schemas = SchemaChecker()
         self._tool_format = find_tool_format(tokenizer)
+        self._running: dict[str, Call] = {}  # by the response's id, until their exposures are written
         self.logprobs = LogprobsWriter(tokenizer)
 
     @property
@@ -80,7 +87,13 @@ class ChatService:
         return self._settings.timeout_s
 
     async def accept(
-        self, body: ChatRequest, *, request_id: str, caller: Caller, timeout_s: float | None = None
+        self,
+        body: ChatRequest,
+        *,
+        request_id: str,
+        caller: Caller,
+        timeout_s: float | None = None,
+        headers: ExperimentHeaders = _NO_HEADERS,
     ) -> Call:
         """Bind a chat request to a version and render its prompt. The binding holds to the last token.
 
@@ -89,40 +102,83 @@ class ChatService:
             request_id: Names the request in the engine and in the answer.
             caller: Who asks; aliases that its key may not use don't exist.
             timeout_s: Seconds that the answer may take in the engine; None is the server's own limit.
+            headers: Whom the request counts for, and which arm a tester wants.
 
         Raises:
             InvalidNameError: no such model.
-            InvalidInputError: the chat template refuses the conversation, or an option can't be followed.
+            InvalidInputError: the chat template refuses the conversation, an option can't be followed, or no such arm.
             PromptTooLongError: it leaves no room for an answer.
             OverloadedError: too many JSON schemas are being checked.
         """
-        call = await self._bind(body, "chat", request_id, caller)
-        call.tools = plan_tools(body, self._tool_format)
-        prompt = await asyncio.to_thread(chat_prompt, self._tokenizer, body, call.tools)
-        check_length(prompt, max_context=self._settings.max_context, param="messages")
-        await self._prepare(call, body, [prompt], request_id, timeout_s)
+        call = await self._bind(body, "chat", request_id, caller, headers)
+        async with self._counting_refusals(call):
+            call.tools = plan_tools(body, self._tool_format)
+            prompt = await asyncio.to_thread(chat_prompt, self._tokenizer, body, call.tools)
+            check_length(prompt, max_context=self._settings.max_context, param="messages")
+            await self._prepare(call, body, [prompt], request_id, timeout_s)
         return call
 
     async def accept_completion(
-        self, body: CompletionRequest, *, request_id: str, caller: Caller, timeout_s: float | None = None
+        self,
+        body: CompletionRequest,
+        *,
+        request_id: str,
+        caller: Caller,
+        timeout_s: float | None = None,
+        headers: ExperimentHeaders = _NO_HEADERS,
     ) -> Call:
         """Bind a request for completions to a version and tokenise its prompts; otherwise as `accept`."""
-        call = await self._bind(body, "text_completion", request_id, caller)
-        prompts = await asyncio.to_thread(self._tokenise, body)
-        await self._prepare(call, body, prompts, request_id, timeout_s)
+        call = await self._bind(body, "text_completion", request_id, caller, headers)
+        async with self._counting_refusals(call):
+            prompts = await asyncio.to_thread(self._tokenise, body)
+            await self._prepare(call, body, prompts, request_id, timeout_s)
         return call
+
+    async def take_feedback(self, feedback: Feedback, actor: Actor) -> bool:
+        """Keep feedback on an answer that is still being written, to be stored with its exposure.
+
+        Returns:
+            False if no such answer is being written; its exposure, if there is one, can then be found.
+
+        Raises:
+            InvalidInputError: the metric is one that is measured anyway.
+            ConflictError: there is feedback by too many metrics already.
+        """
+        check_feedback_name(feedback.metric)
+        call = self._running.get(feedback.response_id)
+        if call is None or not actor.can_see(call.binding.alias):
+            return False
+        if call.is_recorded:
+            await call.is_written.wait()
+            return False
+        if len(call.feedback) >= _MAX_EARLY_FEEDBACK and feedback.metric not in call.feedback:
+            raise ConflictError(
+                f"{feedback.response_id!r} is still being written and has {_MAX_EARLY_FEEDBACK} metrics already; "
+                "send others when it has ended"
+            )
+        call.feedback[feedback.metric] = feedback
+        return True
 
     def prompt_text(self, prompt: Sequence[int]) -> str:
         """A prompt as text, control tokens included."""
         return str(self._tokenizer.decode(prompt, clean_up_tokenization_spaces=False))
 
-    async def _bind(self, body: GenerationOptions, operation: Operation, request_id: str, caller: Caller) -> Call:
+    async def _bind(
+        self,
+        body: GenerationOptions,
+        operation: Operation,
+        request_id: str,
+        caller: Caller,
+        headers: ExperimentHeaders,
+    ) -> Call:
         registry = self._registry.acting_for(caller.actor(request_id))
-        unit, unit_source = unit_of(body.user, request_id)
+        unit = unit_of(body, headers.unit)
         try:
             decision = await asyncio.to_thread(self._route, body, request_id, caller)
             model = body.model if decision is None else decision.alias
-            binding = await asyncio.to_thread(resolve_model, registry, model, unit=unit, base_name=self._base_name)
+            binding = await asyncio.to_thread(
+                resolve_model, registry, model, unit=unit.key, base_name=self._base_name, arm=headers.arm
+            )
         except (NotFoundError, InvalidNameError) as error:
             raise InvalidNameError(str(error), param="model") from None
         if decision is not None:
@@ -135,7 +191,6 @@ class ChatService:
             meter=caller.meter,
             binding=binding,
             unit=unit,
-            unit_source=unit_source,
             answers={},
             num_answers=body.n,
             created=int(time.time()),
@@ -151,6 +206,22 @@ class ChatService:
         decision = routing.route(turns_of(body, self._tokenizer), metadata=metadata_of(body), key=caller.client or None)
         check_may_answer(routing, decision)
         return decision
+
+    @asynccontextmanager
+    async def _counting_refusals(self, call: Call) -> AsyncIterator[None]:
+        """Write an exposure for a request of an experiment that fails before the engine has it.
+
+        Whoever was assigned counts, or an arm would look the better the more it turns away. Outside of experiments a
+        refusal leaves nothing behind.
+        """
+        try:
+            yield
+        except Exception as error:
+            if call.binding.experiment_id is not None:
+                call.error = str(error) if isinstance(error, HotswapError) else type(error).__name__
+                call.is_recorded = True
+                await asyncio.shield(self._store_exposure(call, _exposure_of(call)))
+            raise
 
     async def _prepare(
         self,
@@ -203,15 +274,18 @@ class ChatService:
         If one answer fails, the request fails and the others are cancelled.
 
         Raises:
-            RateLimitError: the key's tokens are used up; nothing was started and no exposure is written.
-            OverloadedError, EngineUnavailableError: not accepted; nothing was started and no exposure is written.
+            RateLimitError: the key's tokens are used up; nothing was started, and outside of an experiment no exposure
+                is written.
+            OverloadedError, EngineUnavailableError: not accepted; the same.
             EngineUnavailableError: the worker died under this request.
             AdapterLoadError: the version can't be loaded; says why.
             InvalidInputError: the model can't follow the form that was asked for.
             EngineFailureError: the model failed under this request.
             DeadlineExceededError: the answer was not finished in its time.
         """
-        events = self._admit(call)
+        async with self._counting_refusals(call):
+            events = self._admit(call)
+        self._running[call.response_id] = call
         try:
             async for event in events:
                 self._note(call, event)
@@ -272,23 +346,18 @@ class ChatService:
             call.meter.take_answer(call.completion_tokens)
             await asyncio.shield(self._write_exposure(call))
 
+    async def _store_exposure(self, call: Call, exposure: Exposure) -> None:
+        try:
+            await asyncio.to_thread(self._experiments.record_exposure, exposure, [*call.feedback.values()])
+        finally:
+            self._running.pop(call.response_id, None)
+            call.is_written.set()
+
     async def _write_exposure(self, call: Call) -> None:
-        ended = time.monotonic()
-        exposure = Exposure(
-            response_id=call.response_id,
-            binding=call.binding,
-            unit=call.unit,
-            unit_source=call.unit_source,
-            prompt_tokens=call.prompt_tokens,
-            completion_tokens=call.completion_tokens,
-            ttft_ms=None if call.first_token is None else (call.first_token - call.started) * 1000,
-            total_ms=(ended - call.started) * 1000,
-            finish_reason=call.finish_reason,
-            error=call.error,
-        )
+        exposure = _exposure_of(call)
         self._metrics.count_answer(exposure, per_token_s=time_per_token(call))
         trace_answer(exposure, operation=call.operation)
-        await asyncio.to_thread(self._experiments.record_exposure, exposure)
+        await self._store_exposure(call, exposure)
         _log.info(
             "chat_answered",
             version=call.binding.version_label,
@@ -302,6 +371,21 @@ class ChatService:
             total_ms=round(exposure.total_ms, 1),
             error=call.error,
         )
+
+
+def _exposure_of(call: Call) -> Exposure:
+    return Exposure(
+        response_id=call.response_id,
+        binding=call.binding,
+        unit=call.unit.key,
+        unit_source=call.unit.source,
+        prompt_tokens=call.prompt_tokens,
+        completion_tokens=call.completion_tokens,
+        ttft_ms=None if call.first_token is None else (call.first_token - call.started) * 1000,
+        total_ms=(time.monotonic() - call.started) * 1000,
+        finish_reason=call.finish_reason,
+        error=call.error,
+    )
 
 
 def _raise_failure(event: EngineEvent, tools: ToolUse | None) -> None:

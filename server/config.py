@@ -108,6 +108,16 @@ class ServeSettings(SettingsSection):
         allow_inf_nan=False,
         description="Least probability by which the router chooses an alias; below it the base model answers.",
     )
+    feedback_days: float = Field(
+        7.0, ge=0.01, le=3650, allow_inf_nan=False, description="Days after an answer in which feedback on it is taken."
+    )
+    experiment_interval_s: float = Field(
+        60.0,
+        ge=0.1,
+        le=86_400,
+        allow_inf_nan=False,
+        description="Seconds between two evaluations of running experiments: the longest that a rollback takes.",
+    )
     traces: bool = Field(False, description="Send OpenTelemetry spans, one an answer; OTEL_* variables say where to.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 

@@ -8,14 +8,16 @@ from adapters.registry import Registry
 __all__ = ["names_base", "resolve_model"]
 
 
-def resolve_model(registry: Registry, model: str, *, unit: str, base_name: str) -> Binding:
+def resolve_model(registry: Registry, model: str, *, unit: str, base_name: str, arm: str | None = None) -> Binding:
     """Bind a request to what will answer it, to its last token; see `Registry.resolve`.
 
     Raises:
         InvalidNameError: the name breaks the grammar.
         NotFoundError: no such alias or version.
+        InvalidInputError: no such arm.
     """
-    return registry.resolve(BASE_MODEL_NAME if names_base(registry, model, base_name) else model, unit=unit)
+    name = BASE_MODEL_NAME if names_base(registry, model, base_name) else model
+    return registry.resolve(name, unit=unit, arm=arm)
 
 
 def names_base(registry: Registry, model: str, base_name: str) -> bool:

@@ -11,31 +11,38 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from fastapi import Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 
+from adapters.experiment_config import (
+    ALIAS_PATTERN,
+    ARM_PATTERN,
+    VERSION_PATTERN,
+    ExperimentConfig,
+    GuardrailConfig,
+    MetricConfig,
+)
 from adapters.manifest import Manifest
 from adapters.paging import cut_page
-from adapters.records import VersionKind
+from adapters.records import DecisionAction, ExperimentState, VersionKind
 
 __all__ = [
     "ALIAS_PATTERN",
     "EXPERIMENT_PATTERN",
     "VERSION_PATTERN",
+    "AcceptRequest",
     "AdapterDetail",
     "AdapterObject",
     "AfterNumber",
     "AliasPath",
-    "ArmBody",
     "ArmObject",
-    "ArmReportObject",
     "ChangeObject",
+    "DecisionObject",
     "DeletedObject",
-    "ExperimentDetail",
     "ExperimentObject",
     "ExperimentPath",
     "ExperimentRequest",
     "FeedbackObject",
+    "HoldoutObject",
+    "HoldoutRequest",
     "ImportedObject",
-    "IntervalObject",
-    "MetricObject",
     "NearPromptObject",
     "Page",
     "PageLimit",
@@ -43,17 +50,18 @@ __all__ = [
     "PinRequest",
     "ProbabilityObject",
     "PromoteRequest",
+    "PromotionRequest",
     "ResidencyObject",
+    "RollbackRequest",
     "RouteObject",
     "UnloadObject",
     "VersionDetail",
     "VersionObject",
     "VersionPath",
+    "WeightsRequest",
     "make_page",
 ]
 
-ALIAS_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
-VERSION_PATTERN = r"^([a-z0-9][a-z0-9._-]{0,62}@)?(v[1-9][0-9]{0,8}|[0-9a-f]{8,64})$"
 EXPERIMENT_PATTERN = r"^exp-[0-9a-f]{12}$"
 _VERSION = "v1, v2, ..., or the beginning of a digest; with or without its alias: legal@v2."
 _Item = TypeVar("_Item")
@@ -88,15 +96,7 @@ class PinRequest(_Body):
     version: str | None = Field(None, pattern=VERSION_PATTERN, description=_VERSION)
 
 
-class ArmBody(_Body):
-    """One arm of an experiment to be started."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9]{1,32}$", description="Letters and digits.")
-    version: str = Field(pattern=VERSION_PATTERN, description=_VERSION)
-    weight: float = Field(gt=0, le=100, allow_inf_nan=False, description="Share of the users, in percent.")
-
-
-class ExperimentRequest(_Body):
+class ExperimentRequest(ExperimentConfig):
     """Body of POST /v1/experiments."""
 
     model_config = ConfigDict(
@@ -108,13 +108,65 @@ class ExperimentRequest(_Body):
                         {"name": "A", "version": "v1", "weight": 50},
                         {"name": "B", "version": "v2", "weight": 50},
                     ],
+                    "metric": {"name": "solved", "direction": "increase"},
+                    "guardrails": [{"metric": "error_rate", "direction": "decrease", "margin": 0.01}],
                 }
             ]
         }
     )
-    alias: str = Field(pattern=ALIAS_PATTERN, description="The alias to split.")
-    arms: list[ArmBody] = Field(min_length=2, max_length=16, description="Weights add up to 100.")
-    salt: str | None = Field(None, min_length=1, max_length=64, description="Decides who gets which arm; else random.")
+    draft: bool = Field(False, description="Only write it down; POST .../start starts it.")
+
+
+class WeightBody(_Body):
+    """The share of one arm in the next stage."""
+
+    name: str = Field(pattern=ARM_PATTERN, description="An arm that there is, or a new one.")
+    weight: float = Field(ge=0.01, le=100, allow_inf_nan=False, description="Share of the users, in percent.")
+    version: str | None = Field(None, pattern=VERSION_PATTERN, description=f"For a new arm: {_VERSION}")
+
+
+class WeightsRequest(_Body):
+    """Body of a change of weights. Arms that are not named leave the experiment."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"arms": [{"name": "A", "weight": 90}, {"name": "B", "weight": 10}]}]}
+    )
+    arms: list[WeightBody] = Field(min_length=2, max_length=16, description="The control first; weights add up to 100.")
+    traffic: float | None = Field(
+        None, ge=0.01, le=100, allow_inf_nan=False, description="Percent of the alias's users; as it is if not given."
+    )
+
+
+class RollbackRequest(_Body):
+    """Body of an experiment's rollback by hand."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{}, {"reason": "users complain"}]})
+    reason: str | None = Field(
+        None, min_length=1, max_length=1000, description="Why, for the log; else the verdict's sentence."
+    )
+
+
+class PromotionRequest(RollbackRequest):
+    """Body of an experiment's promotion by hand."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{}, {"arm": "B"}]})
+    arm: str | None = Field(
+        None, pattern=ARM_PATTERN, description="The treatment; else the one that the verdict promotes."
+    )
+
+
+class AcceptRequest(_Body):
+    """Body of a word that an experiment's arms may differ in how often outcomes are known."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"reason": "B's button is lower on the page"}]})
+    reason: str = Field(min_length=1, max_length=1000, description="Why the difference is harmless, for the log.")
+
+
+class HoldoutRequest(_Body):
+    """Body of PUT /v1/adapters/{alias}/holdout."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"percent": 5}]})
+    percent: float = Field(ge=0, le=50, allow_inf_nan=False, description="Of the alias's users; 0 is no holdout.")
 
 
 class Page(BaseModel, Generic[_Item]):
@@ -288,42 +340,44 @@ class ExperimentObject(BaseModel):
     id: str
     object: Literal["experiment"] = "experiment"
     alias: str
-    state: Literal["running", "stopped"]
-    arms: list[ArmObject]
+    state: ExperimentState
+    arms: list[ArmObject] = Field(description="Those of the present stage; the first is the control.")
+    salt: str
+    traffic: float = Field(description="Percent of the alias's users that are in the experiment.")
+    stage: int = Field(description="Counts the changes of weights, from 1.")
+    metric: MetricConfig | None
+    guardrails: list[GuardrailConfig]
+    alpha: float
+    smallest_effect: float | None
+    planned_units: int | None
+    analysis: Literal["sequential", "fixed"]
+    allocation: Literal["fixed", "thompson"]
+    auto_promote: bool
+    auto_rollback: bool
+    starts_at: int | None
+    ends_at: int | None
     created_at: int
     stopped_at: int | None
+    config_hash: str = Field(description="SHA-256 of what decides who gets what and how it is read.")
 
 
-class IntervalObject(BaseModel):
-    """An estimate with its two-sided confidence interval, for one look planned in advance."""
+class DecisionObject(BaseModel):
+    """One act on an experiment, with the numbers that led to it."""
 
-    estimate: float
-    low: float
-    high: float
-    confidence: float
-
-
-class MetricObject(BaseModel):
-    """One metric in one arm; the mean is over users."""
-
-    metric: str
-    num_outcomes: int
-    num_units: int
-    mean: float
-    interval: IntervalObject | None
-    difference: IntervalObject | None = Field(description="Against the first arm.")
+    id: int
+    object: Literal["experiment.decision"] = "experiment.decision"
+    experiment: str
+    stage: int
+    made_at: int
+    action: DecisionAction
+    by: str = Field(description="A key, `local`, `command line`, `schedule`, or what acted by itself.")
+    reason: str
+    numbers: dict[str, Any]
 
 
-class ArmReportObject(ArmObject):
-    """One arm and what came of it."""
+class HoldoutObject(BaseModel):
+    """The users of an alias that no experiment touches."""
 
-    num_exposures: int
-    num_units: int
-    num_errors: int
-    metrics: list[MetricObject]
-
-
-class ExperimentDetail(ExperimentObject):
-    """An experiment with its counts and outcomes by arm."""
-
-    report: list[ArmReportObject]
+    id: str = Field(description="The alias.")
+    object: Literal["adapter.holdout"] = "adapter.holdout"
+    percent: float

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from adapters.experiment_evaluation import ExperimentEvaluation
 from adapters.experiments import ExperimentService
 from adapters.files import FileService
 from adapters.keys import KeyService
@@ -31,6 +32,7 @@ class Services:
 
     registry: Registry
     experiments: ExperimentService
+    evaluation: ExperimentEvaluation
     engine: EngineClient
     chat: ChatService
     metrics: Metrics
@@ -54,6 +56,7 @@ def _services(request: Request, caller: CurrentCaller) -> Services:
         services,
         registry=services.registry.acting_for(actor),
         experiments=services.experiments.acting_for(actor),
+        evaluation=services.evaluation.acting_for(actor),
         files=services.files.acting_for(actor),
         fine_tuning=services.fine_tuning.acting_for(actor),
         routing=services.routing.acting_for(actor),

@@ -44,7 +44,7 @@ def strip_templates(text: str, starts: Sequence[str], ends: Sequence[str]) -> st
 def _shared_beginnings(prompts: Sequence[Sequence[str]]) -> list[list[str]]:
     """Beginnings of at least three words that enough prompts share.
 
-    From each, as far as most of its prompts agree; wherever some leave on the way, the beginning up to there is another.
+    From each, as far as most of its prompts agree; where some leave on the way, the beginning up to there is another.
     """
     counts = Counter(
         tuple(words[:size]) for words in prompts for size in range(_MIN_WORDS, min(len(words), _MAX_WORDS) + 1)

@@ -16,6 +16,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -277,10 +278,9 @@ async def _split_traffic(shell: _Shell, url: str, stable: str, candidate: str, q
     from clients.load import LoadRequest, run_load
     from clients.sdk import AsyncHotswap
 
-    arms = [f"A@{stable.split('@')[1]}=50", f"B@{candidate.split('@')[1]}=50"]
-    experiment = await asyncio.to_thread(
-        shell.json, "experiments", "create", "support", "--arms", *arms, "--salt", _SALT
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        config = _write_experiment(Path(folder) / "experiment.yaml", stable, candidate)
+        experiment = await asyncio.to_thread(shell.json, "experiments", "create", "--config", str(config))
     requests = [
         LoadRequest("support", prompt, {"user": f"user-{user}", "temperature": 0, "max_tokens": 80})
         for user, prompt in enumerate(itertools.islice(itertools.cycle(questions), _NUM_USERS))
@@ -306,6 +306,21 @@ async def _split_traffic(shell: _Shell, url: str, stable: str, candidate: str, q
     )
     report: dict[str, Any] = await asyncio.to_thread(shell.json, "experiments", "show", experiment["id"])
     return report
+
+
+def _write_experiment(path: Path, stable: str, candidate: str) -> Path:
+    """An experiment with a primary metric and a guardrail, as a file; JSON is YAML, too."""
+    arms = [{"name": name, "version": version, "weight": 50} for name, version in (("A", stable), ("B", candidate))]
+    experiment = {
+        "alias": "support",
+        "arms": arms,
+        "salt": _SALT,
+        "metric": {"name": _METRIC},
+        "guardrails": [{"metric": "error_rate", "margin": 0.25}],
+        "planned_units": _NUM_USERS,
+    }
+    path.write_text(json.dumps(experiment), encoding="utf-8")
+    return path
 
 
 def _read_own_manifests(shell: _Shell, examples: Path) -> dict[str, dict[str, Any]]:
@@ -367,7 +382,8 @@ def _print_summary(
 
 
 def _describe_arm(arm: dict[str, Any]) -> str:
-    shares = [f"{metric['estimate']['mean']:.0%} end with a ticket" for metric in arm["metrics"]]
+    found = [metric for metric in arm["metrics"] if metric["metric"] == _METRIC]
+    shares = [f"{metric['mean']:.0%} end with a ticket" for metric in found]
     return (
         f"{arm['arm']['name']} (v{arm['arm']['number']}): {arm['num_units']} users, {''.join(shares) or 'no outcomes'}"
     )

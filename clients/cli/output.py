@@ -102,7 +102,7 @@ def print_gate(report: GateReport) -> None:
 
 
 def _plain(value: Any) -> Any:
-    if hasattr(value, "verdict"):
+    if hasattr(value, "verdict") and hasattr(value, "model_dump"):  # a gate's report
         return {"verdict": value.verdict, "reason": value.reason, **value.model_dump()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         document = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}

@@ -2,7 +2,17 @@
 
 from fastapi import APIRouter
 
-from server.routes import adapters, chat, completions, experiments, files, fine_tuning, models, operations, routing
+from server.routes import (
+    adapters,
+    chat,
+    completions,
+    experiments,
+    files,
+    fine_tuning,
+    models,
+    operations,
+    routing,
+)
 
 __all__ = ["router"]
 

@@ -12,6 +12,7 @@ from server.limits import TIMEOUT_HEADER, read_timeout
 from server.observe import request_id_of
 from server.routes.answering import respond
 from server.services import CurrentCaller, CurrentServices
+from server.units import read_experiment_headers
 
 __all__ = ["router"]
 
@@ -25,7 +26,10 @@ async def create_completion(
     """Continue one text or several with the version that `model` names."""
     timeout_s = read_timeout(request.headers.get(TIMEOUT_HEADER), limit_s=services.chat.timeout_s)
     request_id = request_id_of(request.scope)
-    call = await services.chat.accept_completion(body, request_id=request_id, caller=caller, timeout_s=timeout_s)
+    headers = read_experiment_headers(request.headers, caller)
+    call = await services.chat.accept_completion(
+        body, request_id=request_id, caller=caller, timeout_s=timeout_s, headers=headers
+    )
     request.state.binding = call.binding  # for the count of errors
     echoes: dict[str, str] = {}
     if body.echo:

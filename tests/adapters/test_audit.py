@@ -9,6 +9,8 @@ import pytest
 
 from adapters.audit import AuditLog
 from adapters.errors import HotswapError
+from adapters.experiment_acts import undo
+from adapters.experiment_evaluation import ExperimentEvaluation
 from adapters.experiments import ExperimentService
 from adapters.files import FileService
 from adapters.jobs import JobOrder, JobService
@@ -45,6 +47,14 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
     experiments = ExperimentService(registry.database)
     experiment = experiments.create("legal", HALVES)
     experiments.stop("legal")
+    experiments.set_holdout("legal", 5)
+    second = experiments.create("legal", HALVES, draft=True)
+    experiments.start(second.id)
+    experiments.change_weights(second.id, [("A", None, 80), ("B", None, 20)])
+    evaluation = ExperimentEvaluation(registry)
+    evaluation.accept_feedback(second.id, "known")
+    evaluation.promote(second.id, "B")
+    undo(registry, second.id)
     pins = PinService(registry.database)
     pins.pin("legal", max_versions=1)
     pins.pin("legal", max_versions=1)
@@ -82,6 +92,13 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
         ("rollback", "legal"),
         ("start_experiment", experiment.id),
         ("stop_experiment", experiment.id),
+        ("set_holdout", "legal"),
+        ("create_experiment", second.id),
+        ("start_experiment", second.id),
+        ("change_weights", second.id),
+        ("accept_feedback", second.id),
+        ("decide_experiment", second.id),
+        ("undo_decision", second.id),
         ("pin", "legal"),
         ("unpin", "legal"),
         ("unload", "legal@v2"),

@@ -1,27 +1,42 @@
-"""Experiments: pinned arms, exposures that survive, and reports by unit."""
+"""Experiments: pinned arms, and exposures that survive."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from adapters.database import open_database
-from adapters.errors import ConflictError, InvalidInputError, NotFoundError
-from adapters.experiments import ArmReport, ExperimentService, parse_arm
-from adapters.records import Binding, Experiment, Exposure, Feedback
+from adapters.errors import ConflictError, FeedbackTooLateError, InvalidInputError, NotFoundError
+from adapters.experiment_config import parse_arm, parse_weight
+from adapters.experiments import ExperimentService
+from adapters.records import (
+    BUILT_IN_METRICS,
+    Actor,
+    AnalysisPlan,
+    Binding,
+    Experiment,
+    Exposure,
+    Feedback,
+    Guardrail,
+    Metric,
+    UnitOutcomes,
+)
 from adapters.registry import Registry
-from adapters.statistics import difference_interval, mean_interval
-from adapters.tables import ExposureRow
+from adapters.tables import ExperimentRow, ExposureRow, utc_now
 from tests.support.versions import publish_text
 
 REPOSITORY = Path(__file__).parents[2]
 HALVES = [("A", "v1", 50.0), ("B", "v2", 50.0)]
+GUARD = Guardrail("error_rate", "decrease", 0.01)
 
 
 @pytest.fixture
@@ -33,10 +48,20 @@ def experiments(registry: Registry) -> ExperimentService:
 
 
 def _expose(
-    service: ExperimentService, experiment: Experiment, arm: str, unit: str, response: str, error: str | None = None
+    service: ExperimentService,
+    experiment: Experiment,
+    arm: str,
+    unit: str,
+    response: str,
+    error: str | None = None,
+    *,
+    forced: bool = False,
 ) -> None:
     found = next(candidate for candidate in experiment.arms if candidate.name == arm)
-    binding = Binding(experiment.alias, "experiment", found.digest, found.number, experiment.id, arm)
+    stage = experiment.stage
+    binding = Binding(
+        experiment.alias, "experiment", found.digest, found.number, experiment.id, arm, stage=stage, forced=forced
+    )
     service.record_exposure(Exposure(response, binding, unit, "user", 5, 7, 1.5, 9.5, None if error else "stop", error))
 
 
@@ -52,10 +77,6 @@ def _outcome(
 def _exposures(service: ExperimentService) -> list[ExposureRow]:
     with service.database.read() as session:
         return list(session.query(ExposureRow).all())
-
-
-def _arm(service: ExperimentService, experiment: Experiment, name: str) -> ArmReport:
-    return next(report for report in service.report(experiment.id).arms if report.arm.name == name)
 
 
 def test_create_pins_versions_when_numbers_or_digests_are_given(
@@ -156,7 +177,7 @@ def test_stop_ends_the_experiment_when_named_by_id_or_alias(experiments: Experim
 
 def test_unknown_experiments_raise_when_asked_for(experiments: ExperimentService) -> None:
     """The message holds the name."""
-    for act in (experiments.get, experiments.stop, experiments.report):
+    for act in (experiments.get, experiments.stop):
         with pytest.raises(NotFoundError, match="no experiment 'legal'"):
             act("legal")
 
@@ -193,89 +214,14 @@ def test_feedback_replaces_when_the_metric_is_reported_again(experiments: Experi
     response = _outcome(experiments, experiment, "A", "u", 0.25)
     experiments.record_feedback(Feedback(response, "score", 0.75, "better"))
     experiments.record_feedback(Feedback(response, "length", 3.0))
-    assert [
-        (metric.metric, metric.num_outcomes, metric.estimate.mean)
-        for metric in _arm(experiments, experiment, "A").metrics
-    ] == [("length", 1, 3.0), ("score", 1, 0.75)]
+    (unit,) = experiments.outcomes(experiment.id, 1)["A"]
+    assert {"length": (3.0, 1), "score": (0.75, 1)} == unit.feedback
 
 
 def test_feedback_raises_when_the_response_is_unknown(experiments: ExperimentService) -> None:
     """The id stands in the message, and nothing is stored."""
     with pytest.raises(NotFoundError, match="no response 'nope'"):
         experiments.record_feedback(Feedback("nope", "score", 1.0))
-
-
-def test_report_counts_a_heavy_user_once_when_averaging(experiments: ExperimentService) -> None:
-    """Outcomes of a unit are averaged first: 9 x 1.0 of one user and 0.0 of another are 0.5, not 0.9."""
-    experiment = experiments.create("legal", HALVES)
-    for _ in range(9):
-        _outcome(experiments, experiment, "A", "heavy", 1.0)
-    _outcome(experiments, experiment, "A", "light", 0.0)
-    report = _arm(experiments, experiment, "A")
-    (metric,) = report.metrics
-    assert (report.num_exposures, report.num_units, report.num_errors) == (10, 2, 0)
-    assert (10, mean_interval([1.0, 0.0])) == (metric.num_outcomes, metric.estimate)
-
-
-def test_report_gives_differences_against_the_first_arm_when_there_are_several(
-    experiments: ExperimentService,
-) -> None:
-    """The first arm is the control and has no difference to itself; the interval is that of the unit means."""
-    experiment = experiments.create("legal", [("A", "v1", 40), ("B", "v2", 40), ("C", "v3", 20)])
-    control, treatment = [0.1, 0.4, 0.3, 0.6], [0.9, 0.7, 0.2]
-    for arm, values in (("A", control), ("B", treatment)):
-        for index, value in enumerate(values):
-            _outcome(experiments, experiment, arm, f"u{index}", value - 0.05)
-            _outcome(experiments, experiment, arm, f"u{index}", value + 0.05)
-    report = experiments.report(experiment.id)
-    assert [arm.arm.name for arm in report.arms] == ["A", "B", "C"]
-    (first,), (second,), third = (arm.metrics for arm in report.arms)
-    assert first.difference is None
-    assert second.difference is not None
-    expected = stats.ttest_ind(treatment, control, equal_var=False).confidence_interval(0.95)
-    assert (expected.low, expected.high) == pytest.approx((second.difference.low, second.difference.high))
-    exact = difference_interval(treatment, control)
-    assert exact is not None
-    assert exact.estimate == pytest.approx(second.difference.estimate)
-    assert third == ()
-
-
-def test_report_has_no_difference_when_the_control_has_no_outcome(experiments: ExperimentService) -> None:
-    """A metric that only the treatment has is shown without a comparison."""
-    experiment = experiments.create("legal", HALVES)
-    _outcome(experiments, experiment, "B", "u1", 1.0)
-    _outcome(experiments, experiment, "B", "u2", 0.0)
-    (metric,) = _arm(experiments, experiment, "B").metrics
-    assert (metric.num_outcomes, metric.estimate.mean, metric.difference) == (2, 0.5, None)
-    assert _arm(experiments, experiment, "A").metrics == ()
-
-
-def test_report_counts_errors_when_requests_failed(experiments: ExperimentService) -> None:
-    """A failed request is exposed all the same."""
-    experiment = experiments.create("legal", HALVES)
-    _expose(experiments, experiment, "A", "u1", "r1")
-    _expose(experiments, experiment, "A", "u1", "r2", "engine died")
-    _expose(experiments, experiment, "A", "u2", "r3", "engine died")
-    report = _arm(experiments, experiment, "A")
-    assert (report.num_exposures, report.num_units, report.num_errors, report.metrics) == (3, 2, 2, ())
-    empty = _arm(experiments, experiment, "B")
-    assert (empty.num_exposures, empty.num_units, empty.num_errors) == (0, 0, 0)
-
-
-def test_report_leaves_out_other_requests_when_they_are_not_of_the_experiment(
-    experiments: ExperimentService,
-) -> None:
-    """An earlier experiment's exposures, with arms of the same names, don't count."""
-    first = experiments.create("legal", HALVES)
-    _outcome(experiments, first, "A", "u", 1.0)
-    experiments.stop("legal")
-    second = experiments.create("legal", HALVES)
-    experiments.record_exposure(
-        Exposure("r", Binding("legal", "alias", "a" * 64, 3), "u", "user", 1, 1, 1, 1, "", None)
-    )
-    experiments.record_feedback(Feedback("r", "score", 0.0))
-    assert _arm(experiments, second, "A").num_exposures == 0
-    assert _arm(experiments, first, "A").num_exposures == 1
 
 
 RECORD_AND_DIE = """
@@ -335,3 +281,343 @@ def test_parse_arm_gives_a_valid_weight_or_refuses_when_given_any_text(text: str
     assert name
     assert version
     assert 0 < weight <= 100
+
+
+def _units(registry: Registry, count: int = 300) -> dict[str, Binding]:
+    """What answers each of many units."""
+    return {unit: registry.resolve("legal", unit=unit) for unit in (f"user-{index}" for index in range(count))}
+
+
+def _set_times(service: ExperimentService, experiment: Experiment, **times: datetime) -> None:
+    """Let time pass: moves a start or an end instead of waiting for it."""
+    with service.database.write() as session:
+        row = session.get_one(ExperimentRow, experiment.id)
+        for name, moment in times.items():
+            setattr(row, name, moment)
+
+
+def test_draft_splits_nothing_until_it_is_started(registry: Registry, experiments: ExperimentService) -> None:
+    """Then it does, and is no draft any more; its log has both."""
+    draft = experiments.create("legal", HALVES, draft=True)
+    assert ("draft", None, ()) == (draft.state, draft.starts_at, draft.stretches)
+    assert {"alias"} == {binding.route for binding in _units(registry, 20).values()}
+    started = experiments.start(draft.id)
+    assert ("running", ((0.0, 100.0),), draft.config_hash) == (started.state, started.stretches, started.config_hash)
+    assert {"experiment"} == {binding.route for binding in _units(registry, 20).values()}
+    assert ["create", "start"] == [decision.action for decision in experiments.decisions(draft.id)]
+    with pytest.raises(ConflictError, match=r"is running; only a draft can be started"):
+        experiments.start(draft.id)
+
+
+def test_draft_is_stopped_without_having_run_when_nobody_wants_it(experiments: ExperimentService) -> None:
+    """It then is in nobody's way."""
+    draft = experiments.create("legal", HALVES, draft=True)
+    assert "stopped" == experiments.stop("legal").state
+    with pytest.raises(ConflictError, match="is stopped; only a draft"):
+        experiments.start(draft.id)
+
+
+def test_experiment_starts_and_ends_at_its_times_when_nobody_does_anything(
+    registry: Registry, experiments: ExperimentService
+) -> None:
+    """What answers is read from the times, not from what a task has written."""
+    now = utc_now()
+    hour = timedelta(hours=1)
+    experiment = experiments.create("legal", HALVES, starts_at=now + hour, ends_at=now + 2 * hour)
+    assert ("draft", "alias") == (experiment.state, registry.resolve("legal", unit="u").route)
+    registry.promote("legal@v1")  # it doesn't run yet
+    _set_times(experiments, experiment, starts_at=now - hour)
+    assert ("running", "experiment") == (experiments.get("legal").state, registry.resolve("legal", unit="u").route)
+    with pytest.raises(ConflictError, match="is running on 'legal'"):
+        registry.promote("legal@v2")
+    _set_times(experiments, experiment, ends_at=now - hour / 2)
+    ended = experiments.get("legal")
+    assert ("stopped", now - hour / 2, "alias") == (
+        ended.state,
+        ended.stopped_at,
+        registry.resolve("legal", unit="u").route,
+    )
+    registry.promote("legal@v2")
+    experiments.settle()
+    experiments.settle()
+    assert [("start", "command line"), ("stop", "schedule")] == [
+        (decision.action, decision.by) for decision in experiments.decisions("legal")
+    ]
+
+
+def test_experiment_has_its_units_beforehand_when_it_starts_later(experiments: ExperimentService) -> None:
+    """Whoever wants them at the same time is refused; before and after it there is room."""
+    now = utc_now()
+    day = timedelta(days=1)
+    experiments.create("legal", HALVES, starts_at=now + day, ends_at=now + 2 * day)
+    with pytest.raises(ConflictError, match="running on 'legal' already"):
+        experiments.create("legal", HALVES)
+    assert "running" == experiments.create("legal", HALVES, ends_at=now + day).state
+    assert "draft" == experiments.create("legal", HALVES, starts_at=now + 2 * day).state
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"traffic": 0.0}, "traffic is from"),
+        ({"traffic": 100.5}, "traffic is from"),
+        ({"ends_at": utc_now() - timedelta(seconds=1)}, "ends_at must be after the start"),
+        (
+            {"starts_at": utc_now() + timedelta(days=2), "ends_at": utc_now() + timedelta(days=1)},
+            "ends_at must be after the start",
+        ),
+        ({"plan": AnalysisPlan(alpha=0.0)}, "alpha is from"),
+        ({"plan": AnalysisPlan(analysis="fixed")}, "planned_units must say when"),
+        ({"plan": AnalysisPlan(auto_promote=True)}, "auto_promote follows the metric"),
+        ({"plan": AnalysisPlan(allocation="thompson")}, "allocation follows the metric"),
+        ({"plan": AnalysisPlan(auto_rollback=True)}, "auto_rollback follows the guardrails"),
+        ({"plan": AnalysisPlan(guardrails=(GUARD, GUARD))}, "one guardrail a metric"),
+        ({"plan": AnalysisPlan(guardrails=(replace(GUARD, margin=0.0),))}, "margin of a guardrail is above 0"),
+    ],
+)
+def test_create_refuses_when_the_plan_can_not_be_followed(
+    experiments: ExperimentService, fields: dict[str, Any], message: str
+) -> None:
+    """The message says which field asks for what."""
+    with pytest.raises(InvalidInputError, match=message):
+        experiments.create("legal", HALVES, **fields)
+    assert [] == experiments.list()
+
+
+def test_plan_comes_back_whole_when_an_experiment_is_read(experiments: ExperimentService) -> None:
+    """Metric, guardrails and all; another plan has another hash."""
+    plan = AnalysisPlan(
+        metric=Metric("solved", "increase"),
+        guardrails=(GUARD,),
+        alpha=0.1,
+        smallest_effect=0.02,
+        planned_units=5000,
+        auto_promote=True,
+        auto_rollback=True,
+    )
+    created = experiments.create("legal", HALVES, plan=plan, salt="s")
+    assert created == experiments.get(created.id)
+    assert plan == AnalysisPlan(**{name: getattr(created, name) for name in AnalysisPlan.__dataclass_fields__})
+    experiments.stop("legal")
+    other = experiments.create("legal", HALVES, plan=replace(plan, alpha=0.05), salt="s")
+    assert created.config_hash != other.config_hash
+    experiments.stop("legal")
+    assert created.config_hash == experiments.create("legal", HALVES, plan=plan, salt="s").config_hash
+
+
+def test_units_are_in_one_experiment_at_most_when_several_share_an_alias(
+    registry: Registry, experiments: ExperimentService
+) -> None:
+    """Each has its share of the units; what is left over gets the alias's version; more than all is refused."""
+    first = experiments.create("legal", HALVES, traffic=50)
+    second = experiments.create("legal", HALVES, traffic=30)
+    assert 0 == sum(min(a[1], b[1]) > max(a[0], b[0]) for a in first.stretches for b in second.stretches)
+    counts = Counter(binding.experiment_id for binding in _units(registry, 1000).values())
+    for experiment, share in ((first.id, 0.5), (second.id, 0.3), (None, 0.2)):
+        assert abs(counts[experiment] / 1000 - share) < 4 * (share * (1 - share) / 1000) ** 0.5
+    with pytest.raises(ConflictError, match=rf"{first.id} with 50 %.*no 21 % of its users are left"):
+        experiments.create("legal", HALVES, traffic=21)
+    assert 20 == experiments.create("legal", HALVES, traffic=20).traffic
+    with pytest.raises(ConflictError, match="'legal' has several experiments; say which one"):
+        experiments.stop("legal")
+
+
+def test_who_is_in_says_nothing_about_the_arm_when_traffic_is_shared(
+    registry: Registry, experiments: ExperimentService
+) -> None:
+    """Two salts: of the half that is in the experiment, half gets each arm."""
+    experiments.create("legal", HALVES, traffic=50)
+    arms = Counter(binding.arm for binding in _units(registry, 2000).values() if binding.experiment_id)
+    inside = sum(arms.values())
+    assert abs(arms["A"] - inside / 2) < 4 * (inside / 4) ** 0.5
+
+
+def test_held_out_units_are_in_no_experiment_when_one_follows_the_other(
+    registry: Registry, experiments: ExperimentService
+) -> None:
+    """The same units, by the alias's version, whatever runs; it can't change in the midst."""
+    experiments.set_holdout("legal", 20)
+    assert 20 == experiments.holdout("legal")
+    held = []
+    for _ in range(2):
+        experiments.create("legal", HALVES)
+        bound = _units(registry)
+        held.append({unit for unit, binding in bound.items() if binding.route == "holdout"})
+        assert {3} == {bound[unit].number for unit in held[-1]}
+        assert {"experiment"} == {binding.route for unit, binding in bound.items() if unit not in held[-1]}
+        with pytest.raises(ConflictError, match="runs on 'legal'"):
+            experiments.set_holdout("legal", 0)
+        experiments.stop("legal")
+    assert held[0] == held[1] != set()
+    assert abs(len(held[0]) / 300 - 0.2) < 4 * (0.2 * 0.8 / 300) ** 0.5
+    for percent in (-1, 50.1, float("nan")):
+        with pytest.raises(InvalidInputError, match="a holdout is 0 to 50 percent"):
+            experiments.set_holdout("legal", percent)
+    with pytest.raises(NotFoundError, match="no adapter 'medical'"):
+        experiments.set_holdout("medical", 1)
+
+
+def test_arm_is_who_is_forced_into_it_when_a_tester_asks(registry: Registry, experiments: ExperimentService) -> None:
+    """Whatever the assignment and the holdout say; several arms of one name have to be told apart."""
+    experiments.set_holdout("legal", 50)
+    first = experiments.create("legal", HALVES, traffic=40)
+    for arm, number in (("A", 1), ("B", 2)):
+        bound = {registry.resolve("legal", unit=f"user-{index}", arm=arm) for index in range(20)}
+        expected = next(item for item in first.arms if item.name == arm)
+        assert {Binding("legal", "experiment", expected.digest, number, first.id, arm, stage=1, forced=True)} == bound
+    second = experiments.create("legal", HALVES, traffic=40)
+    with pytest.raises(InvalidInputError, match=f"2 arms of 'legal' are called 'A'; running: {first.id}/A"):
+        registry.resolve("legal", unit="u", arm="A")
+    assert second.id == registry.resolve("legal", unit="u", arm=f"{second.id}/A").experiment_id
+    for model in ("legal@v1", "base"):
+        with pytest.raises(InvalidInputError, match="is no alias that an experiment could split"):
+            registry.resolve(model, unit="u", arm="A")
+
+
+def test_units_stay_in_their_arm_when_weights_change(registry: Registry, experiments: ExperimentService) -> None:
+    """A new stage begins; only arms that shrink lose units, and the exposures of the old stage keep it."""
+    created = experiments.create("legal", HALVES)
+    before = _units(registry)
+    _expose(experiments, created, "A", "user-1", "r1")
+    changed = experiments.change_weights("legal", [("A", None, 40), ("B", None, 40), ("C", "v3", 20)])
+    assert (2, [40, 40, 20]) == (changed.stage, [arm.weight for arm in changed.arms])
+    assert created.arms == experiments.arms_of(created.id, 1)
+    after = _units(registry)
+    assert {1, 2} == {before[unit].number for unit in after if after[unit].arm == "C"}
+    assert all(after[unit].arm in (before[unit].arm, "C") for unit in after)
+    assert {2} == {binding.stage for binding in after.values()}
+    assert (["u"], []) == (
+        [len(item) and "u" for item in experiments.outcomes(created.id, 1).values() if item],
+        [item for items in experiments.outcomes(created.id, 2).values() for item in items],
+    )
+    decision = experiments.decisions("legal")[-1]
+    assert ("change_weights", {"A": "v1=50", "B": "v2=50"}) == (decision.action, decision.numbers["before"])
+
+
+def test_traffic_grows_by_other_units_when_weights_change(registry: Registry, experiments: ExperimentService) -> None:
+    """Who was in it stays in it, with the same arm."""
+    experiments.create("legal", HALVES, traffic=20)
+    before = {unit: bound.arm for unit, bound in _units(registry).items() if bound.experiment_id}
+    experiments.change_weights("legal", [("A", None, 50), ("B", None, 50)], traffic=60)
+    after = {unit: bound.arm for unit, bound in _units(registry).items() if bound.experiment_id}
+    assert before.items() < after.items()
+
+
+@pytest.mark.parametrize(
+    ("arms", "error", "message"),
+    [
+        ([("A", None, 60), ("B", None, 50)], InvalidInputError, "must add up to 100, found 110"),
+        ([("A", None, 50), ("C", None, 50)], InvalidInputError, "there is no arm 'C'; a new one needs a version"),
+        ([("B", None, 50), ("A", None, 50)], InvalidInputError, "the control, and stays: expected 'A', found 'B'"),
+        ([("A", "v3", 50), ("B", None, 50)], InvalidInputError, "arm 'A' is legal@v1 and stays so"),
+        ([("A", None, 50), ("C", "v9", 50)], NotFoundError, "no version 'v9'"),
+        ([("A", None, 50), ("B", None, 50)], ConflictError, "has these weights already"),
+    ],
+)
+def test_weights_are_refused_when_they_make_no_sense(
+    experiments: ExperimentService, arms: list[tuple[str, str | None, float]], error: type[Exception], message: str
+) -> None:
+    """The stage stays as it was."""
+    created = experiments.create("legal", HALVES)
+    with pytest.raises(error, match=message):
+        experiments.change_weights("legal", arms)
+    assert created == experiments.get("legal")
+    experiments.stop("legal")
+    with pytest.raises(ConflictError, match="is stopped; weights change while it runs"):
+        experiments.change_weights("legal", [("A", None, 90), ("B", None, 10)])
+
+
+@pytest.mark.parametrize("draft", [True, False], ids=["draft", "running"])
+def test_version_is_not_deleted_when_an_arm_is_pinned_to_it(
+    registry: Registry, experiments: ExperimentService, draft: bool
+) -> None:
+    """A draft may be started tomorrow; once it is stopped the version may go."""
+    experiments.create("legal", HALVES, draft=draft)
+    for name in ("legal@v1", "legal"):
+        with pytest.raises(ConflictError, match=r"experiment exp-|experiment is running|is running on"):
+            registry.remove(name)
+    experiments.stop("legal")
+    assert ["legal@v1"] == registry.remove("legal@v1")
+
+
+def test_outcomes_sum_up_by_unit_when_requests_differ(experiments: ExperimentService) -> None:
+    """Counts, sums and feedback of one stage; what a tester forced is left out, also of what was reported on it."""
+    experiment = experiments.create("legal", HALVES)
+    _expose(experiments, experiment, "A", "ann", "r1")
+    _expose(experiments, experiment, "A", "ann", "r2", error="the engine died")
+    _expose(experiments, experiment, "A", "bob", "r3")
+    _expose(experiments, experiment, "A", "eve", "r4", forced=True)
+    for response, metric, value in (("r1", "solved", 1.0), ("r1", "stars", 4.0), ("r2", "solved", 0.0), ("r4", "x", 1)):
+        experiments.record_feedback(Feedback(response, metric, value))
+    outcomes = experiments.outcomes(experiment.id, 1)
+    assert ["A", "B"] == list(outcomes)
+    ann, bob = outcomes["A"]
+    assert [] == outcomes["B"]
+    first_at = min(row.served_at for row in _exposures(experiments) if row.unit == "ann")
+    assert ann == UnitOutcomes(
+        unit="ann",
+        first_at=first_at,
+        num_exposures=2,
+        num_errors=1,
+        num_length=0,
+        num_ttft=2,
+        sum_ttft_ms=3.0,
+        sum_total_ms=19.0,
+        sum_completion_tokens=14,
+        num_with_feedback=2,
+        feedback={"solved": (0.5, 2), "stars": (4.0, 1)},
+    )
+    assert ("bob", 1, 0, {}) == (bob.unit, bob.num_exposures, bob.num_with_feedback, bob.feedback)
+
+
+def test_feedback_is_refused_when_it_comes_too_late(experiments: ExperimentService) -> None:
+    """Within the window it counts, to the end; behind it nothing is stored."""
+    patient = ExperimentService(experiments.database, feedback_window=timedelta(days=2))
+    experiment = experiments.create("legal", HALVES)
+    _expose(experiments, experiment, "A", "u", "r1")
+    with experiments.database.write() as session:
+        session.get_one(ExposureRow, "r1").served_at = utc_now() - timedelta(days=1)
+    patient.record_feedback(Feedback("r1", "solved", 1.0))
+    hasty = ExperimentService(experiments.database, feedback_window=timedelta(hours=23))
+    with pytest.raises(FeedbackTooLateError, match=r"'r1' is 24\.0 hours old; feedback is taken for 23 hours"):
+        hasty.acting_for(Actor("key-1")).record_feedback(Feedback("r1", "stars", 1.0))
+    (unit,) = experiments.outcomes(experiment.id, 1)["A"]
+    assert {"solved": (1.0, 1)} == unit.feedback
+
+
+@pytest.mark.parametrize("metric", sorted(BUILT_IN_METRICS))
+def test_feedback_is_refused_when_its_name_is_that_of_a_built_in_metric(
+    experiments: ExperimentService, metric: str
+) -> None:
+    """Or a client could write what the server measures."""
+    experiment = experiments.create("legal", HALVES)
+    _expose(experiments, experiment, "A", "u", "r1")
+    with pytest.raises(InvalidInputError, match=f"'{metric}' is measured by the server itself"):
+        experiments.record_feedback(Feedback("r1", metric, 1.0))
+
+
+def test_list_gives_those_in_a_state_when_asked(experiments: ExperimentService) -> None:
+    """The state is that of the moment: one whose time is over is not among the running ones."""
+    over = experiments.create("legal", HALVES, traffic=10)
+    _set_times(experiments, over, ends_at=utc_now())
+    running = experiments.create("legal", HALVES, traffic=10)
+    draft = experiments.create("legal", HALVES, draft=True)
+    assert [[draft.id], [running.id], [over.id], []] == [
+        [item.id for item in experiments.list(state=state)] for state in ("draft", "running", "stopped", "decided")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("A=50", ("A", None, 50.0)), ("C@v3=0.5", ("C", "v3", 0.5)), ("C@legal@v3=100", ("C", "legal@v3", 100.0))],
+)
+def test_parse_weight_splits_when_the_text_is_a_weight(text: str, expected: tuple[str, str | None, float]) -> None:
+    """A version is only for a new arm."""
+    assert expected == parse_weight(text)
+
+
+@pytest.mark.parametrize("text", ["", "A", "=50", "A@=50", "@v1=50", "A=", "A=x", "A=0", "A=101", "A=nan"])
+def test_parse_weight_refuses_when_the_text_is_none(text: str) -> None:
+    """The message shows the right form."""
+    with pytest.raises(InvalidInputError, match="expected NAME=PERCENT"):
+        parse_weight(text)

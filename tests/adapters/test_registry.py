@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from adapters.assignment import assign_arm
 from adapters.errors import ConflictError, IntegrityError, InvalidNameError, NotFoundError, PermissionDeniedError
+from adapters.experiment_evaluation import ExperimentEvaluation
 from adapters.experiments import ExperimentService
 from adapters.manifest import BaseReference, Manifest
 from adapters.records import Actor, Binding, Exposure, Feedback, NumberedVersion
@@ -553,7 +554,8 @@ def test_experiments_are_hidden_when_an_actor_may_not_see_their_alias(registry: 
         Exposure("r1", Binding("medical", "version", "d", 1), "u", "user", 1, 1, 1.0, 1.0, "stop", None)
     )
     limited = service.acting_for(Actor("key-1", aliases=frozenset({"legal"})))
-    for act in (limited.get, limited.report, limited.stop):
+    reports = ExperimentEvaluation(registry).acting_for(limited.database.actor)
+    for act in (limited.get, reports.report, limited.stop):
         for name in (experiment.id, "medical"):
             with pytest.raises(NotFoundError, match="there is no experiment"):
                 act(name)

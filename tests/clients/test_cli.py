@@ -148,6 +148,67 @@ def test_experiments_are_created_shown_and_stopped_when_asked(shell: Shell) -> N
     assert shell.json("experiments", "stop", "legal")["state"] == "stopped"
 
 
+def test_experiment_lives_its_life_when_driven_by_command(shell: Shell, tmp_path: Path) -> None:
+    """A file, a draft, its start, other weights, their undoing, a log of it all."""
+    config = tmp_path / "legal.yaml"
+    config.write_text(
+        "alias: legal\narms: [{name: A, version: v1, weight: 50}, {name: B, version: v2, weight: 50}]\n"
+        "metric: {name: solved}\ntraffic: 20\nends_at: 2090-01-31T00:00:00Z\n"
+    )
+    assert "hotswap experiments start exp-" in shell.text("experiments", "create", "--config", str(config), "--draft")
+    (draft,) = shell.json("experiments", "list", "--state", "draft")
+    assert ({"name": "solved", "direction": "increase"}, 20, "2090-01-31T00:00:00+00:00") == (
+        draft["metric"], draft["traffic"], draft["ends_at"],
+    )  # fmt: skip
+    started = shell.text("experiments", "start", "legal")
+    assert "runs on legal for 20 % of the users: A = legal@v1 (50 %)" in started
+    changed = shell.text("experiments", "weights", "legal", "A=90", "B=10", "--traffic", "40", "--reason", "careful")
+    assert "is in stage 2: A = legal@v1 (90 %), B = legal@v2 (10 %)" in changed
+    assert "is running: undid: careful" in shell.text("experiments", "undo", "legal")
+    assert 20 == shell.json("experiments", "list")[0]["traffic"]
+    assert "stopped" == shell.json("experiments", "stop", "legal")["state"]
+    assert ["create", "start", "change_weights", "undo", "stop"] == [
+        item["action"] for item in shell.json("experiments", "log", draft["id"])
+    ]
+    assert "careful" in shell.text("experiments", "log", "legal")
+    assert "5 % of the users of legal are in no experiment" in shell.text("experiments", "holdout", "legal", "5")
+    assert {"alias": "legal", "percent": 5} == shell.json("experiments", "holdout", "legal")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("alias: legal\narms: []\nmetrics: 1\n", r"arms: .*; metrics: Extra inputs"),
+        ("[]", "the file: "),
+        ("a: [", "while parsing"),
+        (
+            "{alias: legal, arms: [{name: A, version: v1, weight: 50}], ends_at: 2090-01-31T00:00:00}",
+            "ends_at: .*timezone",
+        ),
+    ],
+)
+def test_experiments_file_is_refused_when_it_is_wrong(shell: Shell, tmp_path: Path, content: str, message: str) -> None:
+    """File and field are named, and nothing is started."""
+    config = tmp_path / "wrong.yaml"
+    config.write_text(content)
+    with pytest.raises(HotswapError, match=rf"wrong\.yaml: (?s:.)*{message}"):
+        shell.text("experiments", "create", "--config", str(config))
+    assert [] == shell.json("experiments", "list")
+
+
+def test_experiments_are_refused_when_options_contradict(shell: Shell, tmp_path: Path) -> None:
+    """Neither arms nor a file, both, a state that is none, weights of another shape."""
+    for command, message in (
+        (("create", "legal"), "expected an alias and --arms, or --config"),
+        (("create", "legal", "--config", "x.yaml"), "--config says all of the experiment"),
+        (("create", "--config", str(tmp_path / "absent.yaml")), "No such file"),
+        (("list", "--state", "over"), "expected one of draft, running, stopped, decided, found 'over'"),
+        (("weights", "legal", "A"), "expected NAME=PERCENT"),
+    ):
+        with pytest.raises(HotswapError, match=message):
+            shell.text("experiments", *command)
+
+
 def test_unknown_key_in_the_config_file_is_an_error_when_loaded(shell: Shell) -> None:
     """A misspelt setting is named, not ignored."""
     Path(shell.environment["HOTSWAP_HOME"], "hotswap.toml").write_text("devise = 'cpu'\n")

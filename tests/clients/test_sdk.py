@@ -38,8 +38,11 @@ from clients.sdk import (
     AsyncAdaptersResource,
     AsyncExperimentsResource,
     AsyncHotswap,
+    ExperimentSpec,
     ExperimentsResource,
+    GuardrailSpec,
     Hotswap,
+    WeightSpec,
 )
 from tests.support.engine import RECIPES, Bench, Site, make_bench, save_recipes
 from tests.support.http import serve_site
@@ -158,7 +161,7 @@ def test_experiment_is_run_and_judged_when_driven_by_the_async_client(url: str, 
         async with AsyncHotswap(f"{url}/v1/") as hotswap:
             assert ("ok", "ready") == ((await hotswap.health()).status, (await hotswap.ready()).status)
             arms = [ArmSpec("A", "v1", 50), ArmSpec("B", "v2", 50)]
-            started = await hotswap.experiments.start("legal", arms, salt="s")
+            started = await hotswap.experiments.create("legal", arms, ExperimentSpec(salt="s"))
             assert ["legal@v1", "legal@v2"] == [arm.version for arm in started.arms]
             body = {"model": "legal", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "user": "ann"}
             async with httpx.AsyncClient(base_url=url) as http:
@@ -167,9 +170,25 @@ def test_experiment_is_run_and_judged_when_driven_by_the_async_client(url: str, 
             assert (answer.json()["id"], "solved") == (recorded.id, recorded.metric)
             report = (await hotswap.experiments.get(started.id)).report
             (arm,) = [arm for arm in report if arm.num_exposures]
-            assert [("solved", 1.0, 1)] == [(m.metric, m.mean, m.num_outcomes) for m in arm.metrics]
+            assert ("solved", 1.0, 1) in [(m.metric, m.mean, m.num_outcomes) for m in arm.metrics]
             assert "stopped" == (await hotswap.experiments.stop(started.id)).state
             assert [started.id] == [item.id for item in (await hotswap.experiments.list()).data]
+            experiments = hotswap.experiments
+            draft = await experiments.create("legal", arms, draft=True)
+            assert "running" == (await experiments.start(draft.id)).state
+            assert 2 == (await experiments.change_weights(draft.id, [WeightSpec("A", 80), WeightSpec("B", 20)])).stage
+            assert 3 == (await experiments.undo(draft.id)).stage
+            assert 4 == len((await experiments.decisions(draft.id)).data)
+            await experiments.stop(draft.id)
+            judged = [(await experiments.create("legal", arms)).id]
+            assert "running" == (await experiments.accept_feedback(judged[0], "known")).state
+            assert "decided" == (await experiments.promote(judged[0], "B")).state
+            judged.append((await experiments.create("legal", arms)).id)
+            assert "decided" == (await experiments.rollback(judged[1], reason="cold feet")).state
+            assert (5, 5) == (
+                (await experiments.set_holdout("legal", 5)).percent,
+                (await experiments.holdout("legal")).percent,
+            )
 
     asyncio.run(scenario())
 
@@ -192,6 +211,50 @@ def test_route_is_told_when_either_client_asks(url: str, site: Site) -> None:
         abstained.probabilities,
         abstained.nearest,
     )
+
+
+def test_experiment_is_planned_and_changed_when_driven_by_the_client(url: str, site: Site) -> None:
+    """Every field of a plan goes there and comes back."""
+    ends_at = datetime(2090, 1, 31, tzinfo=UTC)
+    spec = ExperimentSpec(
+        salt="s",
+        traffic=20,
+        metric="solved",
+        guardrails=[GuardrailSpec("ttft_ms", 0.1, is_relative=True)],
+        smallest_effect=0.02,
+        planned_units=1000,
+        auto_promote=True,
+        auto_rollback=True,
+        ends_at=ends_at,
+    )
+    with Hotswap(url) as hotswap:
+        experiments = hotswap.experiments
+        draft = experiments.create("legal", [ArmSpec("A", "v1", 50), ArmSpec("B", "v2", 50)], spec, draft=True)
+        assert ("draft", "s", 20, "solved", 0.02, 1000, True, True, ends_at) == (
+            draft.state,
+            draft.salt,
+            draft.traffic,
+            draft.metric and draft.metric.name,
+            draft.smallest_effect,
+            draft.planned_units,
+            draft.auto_promote,
+            draft.auto_rollback,
+            draft.ends_at,
+        )
+        assert [("ttft_ms", 0.1, True)] == [(item.metric, item.margin, item.is_relative) for item in draft.guardrails]
+        assert [draft.id] == [item.id for item in experiments.list(state="draft").data]
+        assert "running" == experiments.start(draft.id).state
+        changed = experiments.change_weights(draft.id, [WeightSpec("A", 80), WeightSpec("B", 20)], traffic=30)
+        assert (2, 30) == (changed.stage, changed.traffic)
+        assert (3, 20) == (experiments.undo(draft.id).stage, experiments.get(draft.id).traffic)
+        assert ["create", "start"] == [item.action for item in experiments.decisions(draft.id, limit=2).data]
+        assert "stopped" == experiments.stop(draft.id).state
+        judged = [experiments.create("legal", [ArmSpec("A", "v1", 50), ArmSpec("B", "v2", 50)]).id]
+        assert "running" == experiments.accept_feedback(judged[0], "known").state
+        assert "decided" == experiments.promote(judged[0], "B", reason="users say so").state
+        judged.append(experiments.create("legal", [ArmSpec("A", "v1", 50), ArmSpec("B", "v2", 50)]).id)
+        assert "decided" == experiments.rollback(judged[1]).state
+        assert (5, 5) == (experiments.set_holdout("legal", 5).percent, experiments.holdout("legal").percent)
 
 
 def test_adapters_live_their_life_when_driven_by_the_async_client(url: str, site: Site, tmp_path: Path) -> None:

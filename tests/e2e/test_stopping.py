@@ -146,6 +146,23 @@ def _wait_for_refusal(url: str) -> dict[str, Any]:
     return document
 
 
+def test_exposures_are_there_when_the_server_is_killed_behind_its_answers(home: Home) -> None:
+    """What was acknowledged is what was answered to its end: kill -9 of all processes at that moment loses none."""
+    body = {"model": "legal", "messages": _MESSAGES, "max_tokens": 4, "ignore_eos": True, "stream": True}
+    answered = set()
+    with started_server(home.environment, home.path / "server.log") as server, httpx.Client(timeout=60) as client:
+        for _ in range(8):
+            with client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
+                for line in response.iter_lines():
+                    if '"finish_reason": "length"' in line:
+                        answered.add(json.loads(line.removeprefix("data: "))["id"])
+                        break
+        os.killpg(server.pid, signal.SIGKILL)
+        server.process.wait(60)
+    assert 8 == len(answered)
+    assert answered <= {row.response_id for row in _exposures(home)}
+
+
 def _exposures(home: Home) -> list[ExposureRow]:
     with (
         closing(open_database(f"sqlite:///{home.path / 'hotswap.db'}")) as database,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adapters.records import Binding
+from adapters.records import Binding, Unit
 from server.callers import Meter
 from server.calls import Call, make_answers, time_per_token
 from tests.support.engine import ask
@@ -15,7 +15,9 @@ def _call(finish_reason: str | None, *answers: tuple[int, float, float]) -> Call
     made = make_answers("r", [ask("r", "hello")], len(answers))
     for answer, (num_tokens, first, last) in zip(made.values(), answers, strict=True):
         answer.completion_tokens, answer.first_token, answer.last_token = num_tokens, first, last
-    call = Call("chat", "chatcmpl-r", "", Meter(), Binding("base", "base"), "u", "user", made, len(answers), 0, 0.0)
+    call = Call(
+        "chat", "chatcmpl-r", "", Meter(), Binding("base", "base"), Unit("u", "user"), made, len(answers), 0, 0.0
+    )
     call.finish_reason = finish_reason
     return call
 

@@ -103,13 +103,12 @@ def test_answer_length_is_bounded_when_none_or_too_much_is_asked(site: Site) -> 
 
 
 def test_unit_is_a_hash_when_a_user_is_named(site: Site) -> None:
-    """The database can tell users apart and doesn't learn who they are; without a user the request is the unit."""
-    call = _accept(site, user="ann@example.com")
-    assert call.unit_source == "user"
-    assert "ann" not in call.unit
-    assert call.unit == _accept(site, user="ann@example.com").unit
-    assert call.unit != _accept(site, user="bob@example.com").unit
-    assert (_accept(site).unit, _accept(site).unit_source) == ("id1", "request")
+    """The database can tell users apart and doesn't learn who they are."""
+    unit = _accept(site, user="ann@example.com").unit
+    assert unit.source == "user"
+    assert "ann" not in unit.key
+    assert unit == _accept(site, user="ann@example.com").unit
+    assert unit != _accept(site, user="bob@example.com").unit
 
 
 def test_exposure_is_written_when_the_last_event_is_seen(site: Site) -> None:

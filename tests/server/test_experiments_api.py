@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from datetime import timedelta
 from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import select
 
-from tests.support.engine import RECIPES, Site, on_site
+from adapters.records import KeyLimits
+from adapters.tables import ExposureRow, FeedbackRow, utc_now
+from tests.support.engine import RECIPES, Exchange, Site, on_site
 
 FIRST, SECOND, *_ = RECIPES
 API = "/v1/experiments"
+CHAT = "/v1/chat/completions"
 ARMS = [{"name": "A", "version": "v1", "weight": 50}, {"name": "B", "version": "v2", "weight": 50}]
 
 
@@ -48,7 +54,8 @@ def test_experiment_splits_the_alias_until_it_is_stopped(site: Site) -> None:
     report = _call(site, "GET", f"{API}/{body['id']}").json()["report"]
     (arm,) = [arm for arm in report if arm["num_exposures"]]
     assert (answer.headers["x-hotswap-arm"], 1, 0) == (arm["name"], arm["num_units"], arm["num_errors"])
-    assert [("solved", 1, 1.0)] == [(item["metric"], item["num_outcomes"], item["mean"]) for item in arm["metrics"]]
+    (solved,) = [item for item in arm["metrics"] if item["metric"] == "solved"]
+    assert (1, 1.0) == (solved["num_outcomes"], solved["mean"])
     stopped = _call(site, "POST", f"{API}/{body['id']}/stop")
     assert ("stopped", True) == (stopped.json()["state"], stopped.json()["stopped_at"] >= body["created_at"])
     assert "alias" == _call(site, "POST", "/v1/chat/completions", json=chat).headers["x-hotswap-route"]
@@ -116,3 +123,194 @@ def test_call_is_refused_when_the_id_is_none(method: str, path: str, status: int
     response = _call(site, method, f"{API}{path}")
     assert status == response.status_code
     assert {"message", "type", "param", "code"} == set(response.json()["error"])
+
+
+def _chat(site: Site, *, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
+    body = {"model": "legal", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1, **fields}
+    return _call(site, "POST", CHAT, json=body, headers=headers)
+
+
+def test_experiment_goes_its_way_when_driven_over_http(site: Site) -> None:
+    """Draft, start, weights, undo, stop; every act is in the log, and the states can be asked for."""
+    _publish(site, "legal")
+    plan = {
+        "metric": {"name": "solved", "direction": "increase"},
+        "guardrails": [{"metric": "error_rate", "direction": "decrease", "margin": 0.01}],
+        "smallest_effect": 0.05,
+        "ends_at": 4_000_000_000,
+    }
+    draft = _start(site, draft=True, traffic=50, **plan).json()
+    assert ("draft", 50, 1, None, 4_000_000_000) == (
+        draft["state"], draft["traffic"], draft["stage"], draft["starts_at"], draft["ends_at"],
+    )  # fmt: skip
+    assert plan["metric"] == draft["metric"]
+    assert [{**plan["guardrails"][0], "is_relative": False}] == draft["guardrails"]
+    path = f"{API}/{draft['id']}"
+    assert [draft["id"]] == [item["id"] for item in _call(site, "GET", f"{API}?state=draft").json()["data"]]
+    started = _call(site, "POST", f"{path}/start").json()
+    assert ("running", True) == (started["state"], started["starts_at"] >= draft["created_at"])
+    shares = {"arms": [{"name": "A", "weight": 90}, {"name": "B", "weight": 10}], "traffic": 80}
+    changed = _call(site, "POST", f"{path}/weights", json=shares).json()
+    assert (2, 80, [90, 10]) == (changed["stage"], changed["traffic"], [arm["weight"] for arm in changed["arms"]])
+    undone = _call(site, "POST", f"{path}/undo").json()
+    assert (3, 50, [50, 50]) == (undone["stage"], undone["traffic"], [arm["weight"] for arm in undone["arms"]])
+    assert 409 == _call(site, "POST", f"{path}/undo").status_code
+    assert "stopped" == _call(site, "POST", f"{path}/stop").json()["state"]
+    first = _call(site, "GET", f"{path}/decisions?limit=3").json()
+    rest = _call(site, "GET", f"{path}/decisions?after={first['last_id']}").json()
+    decisions = first["data"] + rest["data"]
+    assert [("create", 1), ("start", 1), ("change_weights", 2), ("undo", 3), ("stop", 3)] == [
+        (item["action"], item["stage"]) for item in decisions
+    ]
+    assert {"local"} == {item["by"] for item in decisions}
+    assert decisions[2]["id"] == decisions[3]["numbers"]["undoes"]
+
+
+def test_holdout_is_set_and_shown_when_asked_over_http(site: Site) -> None:
+    """A unit in it is answered by the alias, and the route says so; not while an experiment runs."""
+    _publish(site, "legal")
+    path = "/v1/adapters/legal/holdout"
+    assert 0 == _call(site, "GET", path).json()["percent"]
+    assert 50 == _call(site, "PUT", path, json={"percent": 50}).json()["percent"]
+    _start(site)
+    routes = {_chat(site, user=f"user-{index}").headers["x-hotswap-route"] for index in range(8)}
+    assert {"holdout", "experiment"} == routes
+    assert {"holdout", "experiment"} == {row.route for row in site.exposures()}
+    assert 409 == _call(site, "PUT", path, json={"percent": 0}).status_code
+    assert 400 == _call(site, "PUT", path, json={"percent": 51}).status_code
+    assert 404 == _call(site, "GET", "/v1/adapters/nobody/holdout").status_code
+
+
+def test_unit_is_the_user_the_header_or_the_conversation_when_asked(site: Site) -> None:
+    """In this order; a name is one unit wherever it stands, a conversation stays one while it grows; all are hashes."""
+    beginning = [{"role": "system", "content": "s"}, {"role": "user", "content": "ann@example.com"}]
+    longer = [*beginning, {"role": "assistant", "content": "y"}, {"role": "user", "content": "z"}]
+    header = {"x-hotswap-unit": "ann@example.com"}
+    _chat(site, model="base", user="ann@example.com", headers={"x-hotswap-unit": "bob"})
+    _chat(site, model="base", headers=header)
+    for messages in (beginning, longer, beginning[:1]):
+        _chat(site, model="base", messages=messages)
+    for prompt in ("x", ["x", "y"], [1, 2]):
+        body = {"model": "base", "prompt": prompt, "max_tokens": 1}
+        assert 200 == _call(site, "POST", "/v1/completions", json=body).status_code
+    rows = site.exposures()
+    assert ["user", "header", *["conversation"] * 6] == [row.unit_source for row in rows]
+    ann, again, first, second, system, text, texts, tokens = [row.unit for row in rows]
+    assert "71d4f55f72fa128dfb468a1a3901507c" == ann == again  # as docs/experiments.md publishes it
+    assert first == second
+    assert text == texts
+    assert 5 == len({ann, first, system, text, tokens})
+
+
+def test_unit_is_the_same_when_a_name_is_not_ascii(site: Site) -> None:
+    """A header is bytes: those of UTF-8 are the name's, as in the body."""
+    body = {"model": "base", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    _chat(site, model="base", user="用户")
+    _call(site, "POST", CHAT, json=body, headers={b"x-hotswap-unit": "用户".encode()})
+    assert ["0d0e1a86b3aa787709b00329fcd32b5b"] * 2 == [row.unit for row in site.exposures()]
+
+
+@pytest.mark.parametrize("name", ["x-hotswap-unit", "x-hotswap-arm"])
+def test_chat_is_refused_when_a_header_is_too_long(name: str, site: Site) -> None:
+    """The header is named."""
+    for value in ("", "x" * 257):
+        refused = _chat(site, model="base", headers={name: value})
+        assert (400, name) == (refused.status_code, refused.json()["error"]["param"])
+
+
+def test_arm_is_the_testers_when_the_header_names_it(site: Site) -> None:
+    """It answers, its exposure is marked, and it counts nowhere, nor does feedback on it."""
+    _publish(site, "legal")
+    started = _start(site).json()
+    for arm, version in (("A", "legal@v1"), ("B", "legal@v2")):
+        for user in ("ann", "bob", "eve"):
+            answer = _chat(site, user=user, headers={"x-hotswap-arm": arm})
+            assert (arm, version) == (answer.headers["x-hotswap-arm"], answer.headers["x-hotswap-version"])
+    _call(site, "POST", "/v1/feedback", json={"id": answer.json()["id"], "metric": "solved", "value": 1})
+    assert [True] * 6 == [row.forced for row in site.exposures()]
+    assert {"A": [], "B": []} == site.experiments.outcomes(started["id"], 1)
+    report = _call(site, "GET", f"{API}/{started['id']}").json()["report"]
+    assert [0, 0] == [arm["num_exposures"] for arm in report]
+    refused = _chat(site, headers={"x-hotswap-arm": "C"})
+    assert (400, "x-hotswap-arm") == (refused.status_code, refused.json()["error"]["param"])
+
+
+def test_arm_is_nobodys_to_choose_when_the_key_lacks_the_scope(site: Site) -> None:
+    """An application's key may chat; only a key for experiments may overrule the assignment."""
+    _publish(site, "legal")
+    _start(site)
+    _, plain = site.keys.create("web", scopes=["chat"])
+    _, tester = site.keys.create("tester", scopes=["chat", "experiments"])
+    statuses = [
+        _chat(site, headers={"x-hotswap-arm": "B", "authorization": f"Bearer {secret}"}).status_code
+        for secret in (plain, tester)
+    ]
+    assert [403, 200] == statuses
+
+
+def test_exposure_is_written_when_a_request_fails_behind_its_assignment(site: Site) -> None:
+    """Whoever was assigned counts: a prompt too long, a key without tokens. Not without an experiment."""
+    _publish(site, "legal")
+    far_too_long = [{"role": "user", "content": "x" * 1000}]
+    assert 400 == _chat(site, messages=far_too_long).status_code
+    assert [] == site.exposures()
+    started = _start(site).json()
+    _, secret = site.keys.create("web", scopes=["chat"], limits=KeyLimits(tokens_per_minute=1))
+    assert (
+        400 == _chat(site, messages=far_too_long, user="ann", headers={"authorization": f"Bearer {secret}"}).status_code
+    )
+    statuses = [_chat(site, user="ann", headers={"authorization": f"Bearer {secret}"}).status_code for _ in range(2)]
+    assert [200, 429] == statuses
+    rows = site.exposures()
+    assert [None, "length", None] == [row.finish_reason for row in rows]
+    assert [True, False, True] == [row.error is not None for row in rows]
+    assert 1 == len({(row.experiment_id, row.arm, row.stage, row.unit) for row in rows})
+    (unit,) = [unit for units in site.experiments.outcomes(started["id"], 1).values() for unit in units]
+    assert (3, 2) == (unit.num_exposures, unit.num_errors)
+
+
+def test_feedback_is_taken_when_the_answer_is_still_streamed(site: Site) -> None:
+    """A thumb in the midst of an answer counts, the last one; it is stored with the exposure, once."""
+    _publish(site, "legal")
+    site.transport.permits = 3
+
+    async def scenario(http: httpx.AsyncClient) -> list[int]:
+        chat = {"model": "legal", "messages": [{"role": "user", "content": "x"}], "stream": True, "ignore_eos": True}
+        exchange = Exchange(site.app, CHAT, chat)
+        await exchange.start()
+        first = await exchange.chunk()
+        response = json.loads(first.removeprefix(b"data: "))["id"]
+        statuses = []
+        for value in (False, True):
+            body = {"id": response, "metric": "solved", "value": value, "comment": "early"}
+            statuses.append((await http.post("/v1/feedback", json=body)).status_code)
+        built_in = {"id": response, "metric": "error_rate", "value": 0}
+        statuses.append((await http.post("/v1/feedback", json=built_in)).status_code)
+        assert site.exposures() == []
+        many = [{"id": response, "metric": f"m{number}", "value": 1} for number in range(32)]
+        statuses += {(await http.post("/v1/feedback", json=body)).status_code for body in many[:31]}
+        statuses.append((await http.post("/v1/feedback", json=many[31])).status_code)
+        site.transport.permits = None
+        await exchange.rest()
+        late = {"id": response, "metric": "stars", "value": 4}
+        statuses.append((await http.post("/v1/feedback", json=late)).status_code)
+        statuses.append((await http.post("/v1/feedback", json={**late, "id": "chatcmpl-nobody"})).status_code)
+        return statuses
+
+    assert [200, 200, 400, 200, 409, 200, 404] == on_site(site, scenario)
+    with site.registry.database.read() as session:
+        rows = session.scalars(select(FeedbackRow).where(FeedbackRow.metric.like("s%")).order_by(FeedbackRow.metric))
+        assert [("solved", 1.0, "early"), ("stars", 4.0, None)] == [
+            (row.metric, row.value, row.comment) for row in rows
+        ]
+
+
+def test_feedback_is_409_when_the_answer_is_too_old(site: Site) -> None:
+    """A clear code of its own, and clients are told not to try again."""
+    response = _chat(site, model="base").json()["id"]
+    with site.registry.database.write() as session:
+        session.get_one(ExposureRow, response).served_at = utc_now() - timedelta(days=8)
+    refused = _call(site, "POST", "/v1/feedback", json={"id": response, "metric": "solved", "value": True})
+    assert (409, "feedback_too_late", "false") == (
+        refused.status_code, refused.json()["error"]["code"], refused.headers["x-should-retry"],
+    )  # fmt: skip

@@ -40,7 +40,9 @@ DOCUMENT = _document()
 _MAY_REFUSE = (
     "POST /v1/chat/completions",
     "POST /v1/completions",
+    "GET /v1/experiments",
     "POST /v1/experiments",
+    "POST /v1/experiments/{experiment}/weights",
     "POST /v1/adapters",
     "GET /v1/files",
     "POST /v1/files",
@@ -103,7 +105,7 @@ def url(live: tuple[Site, str]) -> str:
     """A live site with two versions of `legal` and no experiment, whatever the operations before have done to it."""
     site, address = live
     for experiment in site.experiments.list():
-        if experiment.state == "running":
+        if experiment.state in ("draft", "running"):
             site.experiments.stop(experiment.id)
     for recipe in (FIRST, SECOND):
         site.publish("legal", recipe)
@@ -135,5 +137,7 @@ def test_document_has_an_example_for_every_body_of_ours_when_read() -> None:
     """Routes that OpenAI's API lacks: somebody has to see once how a body looks."""
     schemas = DOCUMENT["components"]["schemas"]
     assert [
-        name for name in ("ExperimentRequest", "PinRequest", "PromoteRequest") if not schemas[name]["examples"]
+        name
+        for name in ("ExperimentRequest", "HoldoutRequest", "PinRequest", "PromoteRequest", "WeightsRequest")
+        if not schemas[name]["examples"]
     ] == []

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special  # not scipy.stats, whose import takes longer than all of ours together
 
-__all__ = ["Interval", "MeanEstimate", "difference_interval", "mean_interval"]
+__all__ = ["Interval", "MeanEstimate", "all_binary", "difference_interval", "mean_interval"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> MeanE
     Source: Wilson (1927), JASA 22:209; Student (1908), Biometrika 6:1.
     """
     mean = float(np.mean(values))
-    if _all_binary(values):
+    if all_binary(values):
         low, high = _wilson(mean, len(values), confidence)
         return MeanEstimate(len(values), mean, Interval(mean, low, high, confidence), "Wilson")
     if len(set(values)) < 2:
@@ -68,10 +68,10 @@ def difference_interval(
     """
     if len(treatment) < 2 or len(control) < 2:
         return None
-    if len(set(treatment)) == 1 and len(set(control)) == 1 and not _all_binary(treatment, control):
+    if len(set(treatment)) == 1 and len(set(control)) == 1 and not all_binary(treatment, control):
         return None
     estimate = float(np.mean(treatment) - np.mean(control))
-    if _all_binary(treatment, control):
+    if all_binary(treatment, control):
         return _newcombe(treatment, control, confidence)
     variances = [float(np.var(side, ddof=1)) / len(side) for side in (treatment, control)]
     spread = sum(variances)
@@ -89,7 +89,8 @@ def _student(probability: float, freedom: float) -> float:
     return float(special.stdtrit(freedom, probability))
 
 
-def _all_binary(*sides: Sequence[float]) -> bool:
+def all_binary(*sides: Sequence[float]) -> bool:
+    """Whether every value is 0 or 1."""
     return all(value in (0.0, 1.0) for side in sides for value in side)
 
 

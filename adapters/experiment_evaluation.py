@@ -1,0 +1,233 @@
+"""Reads experiments, writes a verdict down when it changes, and acts on it where the experiment asks for that.
+
+Any number of processes may evaluate: each write looks at the experiment again in its own transaction, so that nothing
+is done twice, or on a stage that is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any, Literal
+
+import structlog
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from adapters.audit import record_act
+from adapters.errors import ConflictError, HotswapError, InvalidInputError
+from adapters.experiment_acts import conclude
+from adapters.experiment_report import ExperimentReport, better_shares, make_report
+from adapters.experiment_rows import (
+    find_experiment_row,
+    load_decisions,
+    record_decision,
+    settle_row,
+    state_of,
+    to_experiment,
+)
+from adapters.experiments import ExperimentService
+from adapters.exposures import read_outcomes
+from adapters.records import Actor, Experiment
+from adapters.registry import Registry
+from adapters.tables import ExperimentRow, utc_now
+
+__all__ = ["EVALUATOR", "REALLOCATION_EVERY", "ExperimentEvaluation"]
+
+_log = structlog.get_logger(__name__)
+EVALUATOR = Actor("evaluator")
+REALLOCATION_EVERY = timedelta(days=1)
+_Act = Literal["promote", "roll_back"]
+_STAGE_BEGINS = ("start", "change_weights", "undo")
+_LEAST_SHIFT = 5.0  # percent: less is not worth a stage
+
+
+class ExperimentEvaluation:
+    """The verdicts of a registry's experiments, and the acts that follow from them."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+
+    def acting_for(self, actor: Actor) -> ExperimentEvaluation:
+        """The same on somebody's behalf: experiments on aliases that the actor may not see don't exist."""
+        return ExperimentEvaluation(self.registry.acting_for(actor))
+
+    def report(self, name: str) -> ExperimentReport:
+        """What came of an experiment so far, named by its id or its alias; writes nothing.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        return self._report(name, in_full=True)
+
+    def evaluate_all(self) -> None:
+        """Evaluate what runs, and what has ended at its time since the last evaluation.
+
+        An experiment that can't be evaluated, or acted on, is logged and tried again the next time.
+        """
+        with self.registry.database.read() as session:
+            running = list(session.scalars(select(ExperimentRow.id).where(ExperimentRow.state == "running")))
+        for experiment_id in running:
+            try:
+                self.evaluate(experiment_id)
+            except HotswapError as error:
+                _log.warning("experiment_not_evaluated", experiment=experiment_id, reason=str(error))
+
+    def evaluate(self, experiment_id: str) -> None:
+        """Judge an experiment, write the verdict down if it is another than before, and act if that was asked for.
+
+        Raises:
+            NotFoundError: there is none.
+            ConflictError: somebody ended it, or changed its weights, at the same time; nothing was done.
+            IntegrityError: the files of the version to be promoted are damaged; the alias stays where it is.
+        """
+        report = self._report(experiment_id, in_full=False)
+        experiment, verdict = report.experiment, report.verdict
+        with self.registry.database.write() as session:
+            row = session.get_one(ExperimentRow, experiment.id)
+            if row.state != "running" or row.stage != experiment.stage:
+                return  # others were faster
+            _note_verdict(session, row, report)
+            settle_row(session, row, utc_now())
+        if experiment.state == "running" and (act := _wanted_act(report)) is not None:
+            self._act(report, act, verdict.arm, verdict.sentence)
+        elif experiment.state == "running" and experiment.allocation == "thompson":
+            self._reallocate(report)
+
+    def promote(self, name: str, arm: str | None = None, *, reason: str | None = None) -> Experiment:
+        """End an experiment by hand for the good of a treatment, whatever the verdict: everybody gets its version.
+
+        Args:
+            name: The experiment's id, or its alias.
+            arm: The treatment; None is the one that the verdict promotes.
+            reason: Why, for the log; None is the verdict's sentence.
+
+        Raises:
+            NotFoundError: no such experiment.
+            InvalidInputError: no arm is given and the verdict promotes none, or the control is given.
+            ConflictError: it isn't running, or has no such arm.
+            IntegrityError: the version's files are damaged; the alias stays where it is.
+        """
+        report = self._report(name, in_full=False)
+        verdict, control = report.verdict, report.experiment.arms[0].name
+        arm = arm or (verdict.arm if verdict.kind == "promote" else None)
+        if arm is None:
+            raise InvalidInputError(f"the verdict is {verdict.kind}; say which arm to promote", param="arm")
+        if arm == control:
+            raise InvalidInputError(f"{arm} is the control; roll back to it instead", param="arm")
+        return self._act(report, "promote", arm, reason or verdict.sentence)
+
+    def roll_back(self, name: str, *, reason: str | None = None) -> Experiment:
+        """End an experiment by hand, whatever the verdict: everybody gets the control's version.
+
+        Raises:
+            NotFoundError: no such experiment.
+            ConflictError: it isn't running.
+            IntegrityError: the version's files are damaged; the alias stays where it is.
+        """
+        report = self._report(name, in_full=False)
+        return self._act(report, "roll_back", None, reason or report.verdict.sentence)
+
+    def accept_feedback(self, name: str, reason: str) -> Experiment:
+        """Let an experiment's arms differ in how often outcomes are known, for the present stage: a person's word.
+
+        Raises:
+            NotFoundError: no such experiment.
+            ConflictError: it does not run any more.
+        """
+        with self.registry.database.write() as session:
+            row, now = find_experiment_row(session, name), utc_now()
+            if state_of(row, now) != "running":
+                raise ConflictError(f"experiment {row.id} is {state_of(row, now)}, not running")
+            record_decision(session, row, "accept_feedback", reason)
+            record_act(session, "accept_feedback", row.id, alias=row.alias, reason=reason)
+            return to_experiment(session, row, now)
+
+    def _act(self, report: ExperimentReport, act: _Act, arm: str | None, reason: str) -> Experiment:
+        """In one transaction that looks again whether the experiment runs in this stage: nothing is done twice."""
+        experiment = report.experiment
+        chosen = experiment.arms[0].name if act == "roll_back" else arm
+        assert chosen is not None  # a promotion names its arm
+        return conclude(
+            self.registry,
+            experiment.id,
+            chosen,
+            action=act,
+            reason=reason,
+            stage=experiment.stage,
+            numbers=_numbers(report),
+        )
+
+    def _reallocate(self, report: ExperimentReport) -> None:
+        """Let the weights follow the better arms, once a day: days differ, and a stage takes whole ones."""
+        experiment = report.experiment
+        began = max(item.made_at for item in report.decisions if item.action in _STAGE_BEGINS)
+        if utc_now() - began < REALLOCATION_EVERY:
+            return
+        with self.registry.database.read() as session:
+            outcomes = read_outcomes(session, experiment.id, experiment.stage)
+        shares = better_shares(experiment, outcomes)
+        if max(abs(shares[arm.name] - arm.weight) for arm in experiment.arms) < _LEAST_SHIFT:
+            return
+        ExperimentService(self.registry.database).change_weights(
+            experiment.id,
+            [(arm.name, None, shares[arm.name]) for arm in experiment.arms],
+            reason="weights follow the probability that an arm is the best",
+            numbers={"shares": shares},
+        )
+
+    def _report(self, name: str, *, in_full: bool) -> ExperimentReport:
+        with self.registry.database.read() as session:
+            now = utc_now()
+            row = find_experiment_row(session, name)
+            experiment = to_experiment(session, row, now)
+            outcomes = read_outcomes(session, row.id, row.stage)
+            decisions = load_decisions(session, row.id)
+        return make_report(experiment, outcomes, now=now, decisions=decisions, in_full=in_full)
+
+
+def _wanted_act(report: ExperimentReport) -> _Act | None:
+    experiment, kind = report.experiment, report.verdict.kind
+    if kind == "promote" and experiment.auto_promote:
+        return "promote"
+    return "roll_back" if kind == "roll_back" and experiment.auto_rollback else None
+
+
+def _note_verdict(session: Session, row: ExperimentRow, report: ExperimentReport) -> None:
+    """Add a decision row if the verdict is another than the last one of this stage; the first is to go on."""
+    verdicts = [
+        item for item in load_decisions(session, row.id) if item.action == "verdict" and item.stage == row.stage
+    ]
+    last = _gist(verdicts[-1].numbers) if verdicts else ("continue", None, False)
+    numbers = _numbers(report)
+    if last != _gist(numbers):
+        record_decision(session, row, "verdict", report.verdict.sentence, numbers=numbers)
+
+
+def _gist(numbers: Mapping[str, Any]) -> tuple[Any, ...]:
+    """By what two verdicts are told apart; the numbers behind them are others at every look."""
+    return numbers["kind"], numbers["arm"], numbers["split"]["fired"]
+
+
+def _numbers(report: ExperimentReport) -> dict[str, Any]:
+    """What a verdict was made of, as plain values."""
+    verdict = report.verdict
+    return {
+        "kind": verdict.kind,
+        "arm": verdict.arm,
+        "notes": list(verdict.notes),
+        "split": asdict(report.split),
+        "treatments": [
+            {
+                "arm": treatment.name,
+                "primary": treatment.primary and asdict(treatment.primary),
+                "guardrails": [
+                    {**asdict(guard.comparison), "margin": guard.margin, "state": guard.state}
+                    for guard in treatment.guards
+                ],
+                "gaps": [asdict(gap) for gap in treatment.gaps],
+            }
+            for treatment in report.treatments
+        ],
+    }

@@ -1,0 +1,131 @@
+"""Confidence sequences: intervals that all hold at once with the stated probability, however often one looks.
+
+Means of any values get the asymptotic sequence of `mixtures`, shares also the exact one of `betting`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from adapters.statistics.betting import Bets, mean_share_bounds, share_bounds, share_p_value
+from adapters.statistics.intervals import Interval, all_binary
+from adapters.statistics.mixtures import ArmMoments, difference_bounds, difference_evidence, mean_bounds
+
+__all__ = ["DEFAULT_PLANNED_UNITS", "EXACT_PART", "difference_p_value", "difference_sequence", "mean_sequence"]
+
+DEFAULT_PLANNED_UNITS = 10_000
+# Of the error that a share's sequence may make, the part that the exact sequence may make; the rest is the asymptotic
+# one's. What holds for both holds with the sum, so that the narrower may be taken at every look.
+EXACT_PART = 0.2
+
+
+def difference_sequence(
+    treatment: Sequence[float],
+    control: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    planned_units: float = DEFAULT_PLANNED_UNITS,
+    treatment_share: float = 0.5,
+    is_share: bool | None = None,
+) -> Interval | None:
+    """Interval for mean(treatment) - mean(control) that holds at every look at once with probability `confidence`.
+
+    Args:
+        treatment: One number per unit, in the order in which they came; units must be independent.
+        control: Likewise.
+        confidence: Two-sided, over all looks together.
+        planned_units: Units of both arms together at which the interval is made tightest. Like the two below, fix it
+            before the first look: a wrong plan costs width, a changed one validity.
+        treatment_share: The treatment's planned share of both arms' units.
+        is_share: Whether values lie between 0 and 1 by their nature, as rates and yes-or-no answers do: then there is
+            an interval from the first units on, and for arms without variation. None: if all are 0 or 1.
+
+    Returns:
+        None where nothing is excluded yet: other than for shares, below `MIN_UNITS` an arm or where one does not vary.
+
+    Raises:
+        ValueError: is_share is given as true and a value lies outside 0 to 1.
+    """
+    if not treatment or not control:
+        return None
+    first, second = ArmMoments.of(treatment), ArmMoments.of(control)
+    if not _are_shares(treatment, control, is_share):
+        low, high = _asymptotic(first, second, confidence, planned_units)
+    else:
+        asymptotic = _asymptotic(first, second, _part(confidence, 1 - EXACT_PART), planned_units)
+        exact_confidence = _part(confidence, EXACT_PART)
+        bets = Bets.planned(confidence=exact_confidence, planned_units=planned_units, treatment_share=treatment_share)
+        exact = share_bounds(treatment, control, bets, confidence=exact_confidence)
+        ends = max(asymptotic[0], exact[0]), min(asymptotic[1], exact[1])
+        low, high = min(ends), max(ends)  # should they contradict each other, all that is between them
+    if (math.isinf(low) and math.isinf(high)) or (low, high) == (-1.0, 1.0):
+        return None
+    return Interval(first.mean - second.mean, low, high, confidence)
+
+
+def difference_p_value(
+    treatment: Sequence[float],
+    control: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    planned_units: float = DEFAULT_PLANNED_UNITS,
+    treatment_share: float = 0.5,
+    is_share: bool | None = None,
+) -> float:
+    """A p-value for "no difference" that may be looked at after every unit; 1 where nothing is excluded yet.
+
+    It is at most 1 - confidence where `difference_sequence` with the same arguments excludes zero, and only there.
+    """
+    if not treatment or not control:
+        return 1.0
+    first, second = ArmMoments.of(treatment), ArmMoments.of(control)
+    if not _are_shares(treatment, control, is_share):
+        return _asymptotic_p_value(first, second, confidence, planned_units)
+    exact_confidence = _part(confidence, EXACT_PART)
+    bets = Bets.planned(confidence=exact_confidence, planned_units=planned_units, treatment_share=treatment_share)
+    asymptotic = _asymptotic_p_value(first, second, _part(confidence, 1 - EXACT_PART), planned_units)
+    exact = share_p_value(treatment, control, bets)
+    return min(1.0, asymptotic / (1 - EXACT_PART), exact / EXACT_PART)
+
+
+def mean_sequence(
+    values: Sequence[float], *, confidence: float = 0.95, planned_units: float = DEFAULT_PLANNED_UNITS
+) -> Interval | None:
+    """Interval for the mean of one value per unit that holds at every look at once with probability `confidence`.
+
+    Exact where all values are 0 or 1, otherwise asymptotic. None where nothing is excluded yet, as in
+    `difference_sequence`; `planned_units` are those of this arm.
+    """
+    if not values:
+        return None
+    moments = ArmMoments.of(values)
+    if all_binary(values):
+        bounds = mean_share_bounds(round(sum(values)), len(values), confidence=confidence, planned_units=planned_units)
+        return None if bounds == (0.0, 1.0) else Interval(moments.mean, *bounds, confidence)
+    low, high = (float(end) for end in mean_bounds(moments, confidence=confidence, planned_units=planned_units))
+    return Interval(moments.mean, low, high, confidence) if math.isfinite(low) else None
+
+
+def _are_shares(treatment: Sequence[float], control: Sequence[float], is_share: bool | None) -> bool:
+    if is_share is None:
+        return all_binary(treatment, control)
+    if is_share and not all(0 <= value <= 1 for side in (treatment, control) for value in side):
+        raise ValueError("expected shares, which lie between 0 and 1, found a value outside")
+    return is_share
+
+
+def _part(confidence: float, part: float) -> float:
+    return 1 - (1 - confidence) * part
+
+
+def _asymptotic(
+    treatment: ArmMoments, control: ArmMoments, confidence: float, planned_units: float
+) -> tuple[float, float]:
+    low, high = difference_bounds(treatment, control, confidence=confidence, planned_units=planned_units)
+    return float(low), float(high)
+
+
+def _asymptotic_p_value(treatment: ArmMoments, control: ArmMoments, confidence: float, planned_units: float) -> float:
+    evidence = difference_evidence(treatment, control, 0.0, confidence=confidence, planned_units=planned_units)
+    return min(1.0, math.exp(-float(evidence)) if evidence > 0 else 1.0)

@@ -1,0 +1,243 @@
+"""Simulated experiments, thousands at a time, each looked at after every unit, with the product's own formulas.
+
+Arrays are [runs, looks]: look t is after t + 1 units (or requests, where units come back) in both arms together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+from adapters.statistics.betting import Bets, share_evidence
+from adapters.statistics.mixtures import MIN_UNITS, ArmMoments, difference_bounds, difference_evidence
+from adapters.statistics.sample_ratio import log_mismatch_evidence
+from adapters.statistics.sequences import EXACT_PART
+
+__all__ = [
+    "METRICS",
+    "Looks",
+    "Metric",
+    "Plan",
+    "assign",
+    "cumulative_moments",
+    "family_errors",
+    "find_exclusions",
+    "find_mismatches",
+    "find_peeks",
+    "first_looks",
+    "returning_units",
+]
+
+_Array = NDArray[np.float64]
+_Flags = NDArray[np.bool_]
+Draw = Callable[[np.random.Generator, tuple[int, int]], _Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What a unit's value is drawn from without treatment: ones with a rate, or what `draw` gives."""
+
+    name: str
+    rate: float | None = None
+    draw: Draw | None = None
+
+    def values(self, generator: np.random.Generator, in_treatment: _Flags, effect: float = 0.0) -> _Array:
+        """[runs, units] one value per unit; the treatment adds `effect` to the values, or to the rate."""
+        if self.rate is not None:
+            return (generator.random(in_treatment.shape) < self.rate + effect * in_treatment).astype(float)
+        assert self.draw is not None
+        return self.draw(generator, (in_treatment.shape[0], in_treatment.shape[1])) + effect * in_treatment
+
+
+METRICS = (
+    Metric("binary, p = 0.5", rate=0.5),
+    Metric("binary, p = 0.05", rate=0.05),
+    Metric("binary, p = 0.005", rate=0.005),
+    Metric("Gaussian", draw=lambda generator, shape: generator.normal(size=shape)),
+    Metric("skewed: lognormal, skewness 6", draw=lambda generator, shape: generator.lognormal(size=shape)),
+    Metric("heavy-tailed: Student t3", draw=lambda generator, shape: generator.standard_t(3, size=shape)),
+    Metric("heavy-tailed: Pareto 3", draw=lambda generator, shape: generator.pareto(3, size=shape)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is fixed before an experiment starts."""
+
+    planned_units: float
+    confidence: float = 0.95
+    treatment_share: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Looks:
+    """The moments of both arms at every look, and, for values 0 and 1, what the exact sequence counts."""
+
+    treatment: ArmMoments
+    control: ArmMoments
+    ones: tuple[_Array, _Array] | None = None
+
+    @classmethod
+    def of(cls, values: _Array, in_treatment: _Flags, *, is_binary: bool) -> Looks:
+        """What is known after each unit of `values` [runs, units]."""
+        arms = [cumulative_moments(values, mask) for mask in (in_treatment, ~in_treatment)]
+        ones = (_in_order(values, in_treatment), _in_order(values, ~in_treatment)) if is_binary else None
+        return cls(arms[0], arms[1], ones)
+
+
+def assign(generator: np.random.Generator, shape: tuple[int, int], treatment_share: float = 0.5) -> _Flags:
+    """Each unit's arm, by chance: whether it is the treatment."""
+    return np.asarray(generator.random(shape) < treatment_share)
+
+
+def cumulative_moments(values: _Array, mask: _Flags) -> ArmMoments:
+    """The moments of the masked values up to each look, [runs, looks]."""
+    count, total = mask.astype(float), np.where(mask, values, 0.0)
+    squares = total * total
+    return _moments(*(np.cumsum(part, axis=1) for part in (count, total, squares, squares * total)))
+
+
+def find_exclusions(looks: Looks, difference: float, plan: Plan) -> _Flags:
+    """At which looks `difference_sequence` does not hold a difference."""
+    if looks.ones is None:
+        return _outside(looks, difference, plan, plan.confidence)
+    exact_confidence = 1 - (1 - plan.confidence) * EXACT_PART
+    asymptotic = _outside(looks, difference, plan, 1 - (1 - plan.confidence) * (1 - EXACT_PART))
+    return asymptotic | _outside_exactly(looks, difference, plan, exact_confidence)
+
+
+def find_peeks(looks: Looks, difference: float, confidence: float = 0.95) -> _Flags:
+    """At which looks an ordinary z-test, from `MIN_UNITS` an arm on, rejects a difference."""
+    treatment, control = looks.treatment, looks.control
+    spread = treatment.variance / np.maximum(treatment.count, 1) + control.variance / np.maximum(control.count, 1)
+    enough = (np.minimum(treatment.count, control.count) >= MIN_UNITS) & (spread > 0)
+    distance = np.abs(treatment.mean - control.mean - difference)
+    return np.asarray(enough & (distance > special.ndtri((1 + confidence) / 2) * np.sqrt(spread)))
+
+
+def first_looks(flags: _Flags) -> NDArray[np.int64]:
+    """The first flagged look of each run, counted from 1; the number of looks + 1 where there is none."""
+    return np.where(flags.any(axis=1), flags.argmax(axis=1), flags.shape[1]) + 1
+
+
+def find_mismatches(
+    generator: np.random.Generator, shape: tuple[int, int], *, true_share: float, alpha: float
+) -> _Flags:
+    """At which looks `sample_ratio` fires where half of the units should have been assigned to each arm."""
+    first = np.cumsum(assign(generator, shape, true_share), axis=1)
+    counts = np.stack([first, np.arange(1, shape[1] + 1) - first], axis=-1)
+    return np.asarray(log_mismatch_evidence(counts, np.array([0.5, 0.5])) >= -math.log(alpha))
+
+
+def family_errors(
+    generator: np.random.Generator, shape: tuple[int, int], *, num_treatments: int, effect: float, plan: Plan
+) -> dict[str, _Flags]:
+    """Whether some treatment without effect was ever called different from control; only the last has one.
+
+    By name of the rule: each comparison at the full level, Bonferroni's, and Holm's on p-values of one look.
+    """
+    arms = generator.integers(num_treatments + 1, size=shape)
+    values = generator.normal(size=shape) + effect * (arms == num_treatments)
+    control = cumulative_moments(values, arms == 0)
+    evidence = np.stack(
+        [
+            difference_evidence(
+                cumulative_moments(values, arms == arm),
+                control,
+                0.0,
+                confidence=1 - (1 - plan.confidence) / num_treatments,
+                planned_units=plan.planned_units,
+            )
+            for arm in range(1, num_treatments + 1)
+        ]
+    )
+    level = -math.log(1 - plan.confidence)
+    idle = evidence[:-1] if effect else evidence
+    # Holm's second step, with one true difference: once it is found, the rest is held to a level for one fewer.
+    found = evidence[-1] >= level + math.log(num_treatments)
+    holm_level = np.where(found & bool(effect), math.log(num_treatments - 1), math.log(num_treatments)) + level
+    return {
+        "none": (idle >= level).any(axis=(0, 2)),
+        "Bonferroni": (idle >= level + math.log(num_treatments)).any(axis=(0, 2)),
+        "Holm": (idle >= holm_level).any(axis=(0, 2)),
+    }
+
+
+def returning_units(
+    generator: np.random.Generator, shape: tuple[int, int], *, new_share: float, concentration: float, freeze: bool
+) -> Looks:
+    """Looks after every request of units that come back: values are means of beta-binomial outcomes with rate 0.3.
+
+    Args:
+        generator: Of random numbers.
+        shape: Runs and requests.
+        new_share: Probability that a request is of a unit that is new; otherwise it is of any earlier one.
+        concentration: Of the Beta distribution of the units' own rates: small means that units differ much.
+        freeze: Whether a unit's value stays its first outcome, so that values never change.
+    """
+    runs, requests = shape
+    rates = generator.beta(0.3 * concentration, 0.7 * concentration, size=shape)
+    arms = assign(generator, shape)
+    totals, counts = np.zeros(shape), np.zeros(shape)
+    num_units = np.zeros(runs, dtype=np.int64)
+    changes = np.zeros((4, 2, runs, requests))  # of the sums of powers 0 to 3, by arm
+    rows = np.arange(runs)
+    for step in range(requests):
+        is_new = (generator.random(runs) < new_share) | (num_units == 0)
+        unit = np.where(is_new, num_units, np.floor(generator.random(runs) * np.maximum(num_units, 1)).astype(np.int64))
+        num_units += is_new
+        outcome = (generator.random(runs) < rates[rows, unit]).astype(float)
+        outcome = np.where(is_new | (not freeze), outcome, totals[rows, unit] / np.maximum(counts[rows, unit], 1))
+        before = totals[rows, unit] / np.maximum(counts[rows, unit], 1)
+        totals[rows, unit] += outcome
+        counts[rows, unit] += 1
+        after = totals[rows, unit] / counts[rows, unit]
+        arm = arms[rows, unit].astype(int)
+        changes[0, arm, rows, step] = is_new
+        for power in (1, 2, 3):
+            changes[power, arm, rows, step] = after**power - np.where(is_new, 0.0, before**power)
+    sums = np.cumsum(changes, axis=-1)
+    return Looks(_moments(*sums[:, 1]), _moments(*sums[:, 0]))
+
+
+def _moments(count: _Array, total: _Array, squares: _Array, cubes: _Array) -> ArmMoments:
+    safe = np.maximum(count, 1)
+    mean, square = total / safe, squares / safe
+    spread = square - mean**2
+    spread = np.where(spread < 1e-12 * np.maximum(square, 1e-300), 0.0, spread)  # what is left by rounding
+    third = cubes / safe - 3 * mean * square + 2 * mean**3
+    return ArmMoments(count, mean, spread * safe / np.maximum(count - 1, 1), third)
+
+
+def _outside(looks: Looks, difference: float, plan: Plan, confidence: float) -> _Flags:
+    low, high = difference_bounds(
+        looks.treatment, looks.control, confidence=confidence, planned_units=plan.planned_units
+    )
+    return np.asarray((low > difference) | (high < difference))
+
+
+def _outside_exactly(looks: Looks, difference: float, plan: Plan, confidence: float) -> _Flags:
+    assert looks.ones is not None
+    bets = Bets.planned(confidence=confidence, planned_units=plan.planned_units, treatment_share=plan.treatment_share)
+    counts: list[_Array] = []
+    blocks = np.minimum(looks.treatment.count // bets.block[0], looks.control.count // bets.block[1]).astype(np.int64)
+    for ones, size in zip(looks.ones, bets.block, strict=True):
+        used = np.take_along_axis(ones, blocks * size, axis=1)
+        counts.append(np.stack([blocks * size - used, used], axis=-1))
+    threshold = math.log(2 / (1 - confidence))
+    sides = [share_evidence(np.array([0.0, 1.0]), *counts, difference, bets, side=side) for side in (1, -1)]
+    return np.asarray(np.maximum(*sides) >= threshold)
+
+
+def _in_order(values: _Array, mask: _Flags) -> _Array:
+    """[runs, units + 1] the sum of the first n masked values, at place n."""
+    sums: Any = np.zeros((values.shape[0], values.shape[1] + 1))
+    places = np.cumsum(mask, axis=1)
+    np.put_along_axis(sums, places, np.cumsum(np.where(mask, values, 0.0), axis=1), axis=1)
+    return np.asarray(sums)

@@ -1,0 +1,67 @@
+"""`hotswap experiments promote`, `rollback` and `accept`: a person decides, and the numbers of the day are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from clients.cli.options import HomeOption, JsonOption, open_registry
+from clients.cli.output import console, print_json
+
+if TYPE_CHECKING:
+    from adapters.experiment_evaluation import ExperimentEvaluation
+    from adapters.records import Experiment
+
+__all__ = ["accept", "promote", "rollback"]
+
+_NameArgument = Annotated[str, typer.Argument(help="An experiment's id, or its alias.")]
+_ReasonOption = Annotated[
+    str | None, typer.Option("--reason", help="Why, for the log.", show_default="the verdict's sentence")
+]
+
+
+def promote(
+    name: _NameArgument,
+    arm: Annotated[
+        str | None, typer.Option("--arm", help="The treatment.", show_default="the one that the verdict promotes")
+    ] = None,
+    reason: _ReasonOption = None,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """End an experiment: its alias answers with a treatment's version from here on."""
+    _tell(_open(home).promote(name, arm, reason=reason), json=json)
+
+
+def rollback(
+    name: _NameArgument, reason: _ReasonOption = None, home: HomeOption = None, json: JsonOption = False
+) -> None:
+    """End an experiment: its alias answers with the control's version from here on."""
+    _tell(_open(home).roll_back(name, reason=reason), json=json)
+
+
+def accept(
+    name: _NameArgument,
+    reason: Annotated[str, typer.Option("--reason", help="Why the difference is harmless, for the log.")],
+    home: HomeOption = None,
+) -> None:
+    """Let arms differ in how often outcomes are known: it no longer holds a promotion back in this stage."""
+    _open(home).accept_feedback(name, reason)
+    console.print(f"{name}: outcomes may be known more often in one arm than in another", soft_wrap=True)
+
+
+def _open(home: Path | None) -> ExperimentEvaluation:
+    from adapters.experiment_evaluation import ExperimentEvaluation
+
+    return ExperimentEvaluation(open_registry(home))
+
+
+def _tell(experiment: Experiment, *, json: bool) -> None:
+    if json:
+        print_json(experiment)
+    else:
+        console.print(
+            f"{experiment.id} is decided; take it back with: hotswap experiments undo {experiment.id}", soft_wrap=True
+        )

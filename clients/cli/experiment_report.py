@@ -1,0 +1,294 @@
+"""`hotswap experiments show` and `power`: what came of an experiment, and how long one takes. Writes for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from clients.cli.effect_plot import EffectPoint, draw_effect, draw_effects_svg
+from clients.cli.options import HomeOption, JsonOption, open_registry
+from clients.cli.output import console, format_moment, print_json, print_table
+
+if TYPE_CHECKING:
+    from adapters.experiment_report import ExperimentReport, MetricReport
+    from adapters.records import Experiment
+    from adapters.verdicts import Guard, Treatment, Verdict
+
+__all__ = ["power", "show"]
+
+_VERDICTS = {
+    "promote": ("green", "promote {arm}"),
+    "roll_back": ("red", "roll back: {arm} must go"),
+    "continue": ("cyan", "go on: nothing is decided yet"),
+    "inconclusive": ("yellow", "inconclusive"),
+}
+_COMMANDS = {"promote": "promote", "roll_back": "rollback"}
+_GUARD_STATES = {
+    "held": "[green]holds[/green]",
+    "breached": "[red]breached[/red]",
+    "open": "not shown to hold yet",
+    "no_data": "too little data",
+}
+_MAX_DECISIONS = 8
+
+
+def show(
+    name: Annotated[str, typer.Argument(help="An experiment's id, or its alias.")],
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.svg", help="Also draw the effect into this file.")
+    ] = None,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """What came of an experiment: the verdict and why, the effect over time, guardrails and counts."""
+    from adapters.experiment_evaluation import ExperimentEvaluation
+
+    report = ExperimentEvaluation(open_registry(home)).report(name)
+    if plot is not None:
+        _write_plot(report, plot)
+    if json:
+        print_json(report)
+    else:
+        _print_report(report)
+
+
+def power(
+    effect: Annotated[
+        float, typer.Option("--effect", help="The true difference that is to be found, in the metric's own unit.")
+    ],
+    base_rate: Annotated[
+        float | None, typer.Option("--base-rate", min=0, max=1, help="The control's share, of a metric of yes and no.")
+    ] = None,
+    std_dev: Annotated[
+        float | None, typer.Option("--std-dev", min=0, help="Of any other metric: how far users differ.")
+    ] = None,
+    users_per_day: Annotated[
+        float | None, typer.Option("--users-per-day", min=0.001, max=1e12, help="New users a day, for the days.")
+    ] = None,
+    traffic: Annotated[
+        float, typer.Option("--traffic", min=0.01, max=100, help="Percent of the users that are in the experiment.")
+    ] = 100.0,
+    alpha: Annotated[float, typer.Option("--alpha", min=0.0001, max=0.5, help="Rate of false alarms.")] = 0.05,
+    chance: Annotated[
+        float, typer.Option("--power", min=0.01, max=0.999, help="Probability that the difference is found.")
+    ] = 0.8,
+    treatments: Annotated[
+        int, typer.Option("--treatments", min=1, max=15, help="Arms beside the control, all of equal weight.")
+    ] = 1,
+    json: JsonOption = False,
+) -> None:
+    """How many users an experiment takes, and how many days, looked at all along or once at the end."""
+    from adapters.errors import InvalidInputError
+    from adapters.statistics import adjusted_confidence, duration_days, required_units
+
+    try:
+        rows = []
+        for analysis in ("sequential", "fixed"):
+            pair = required_units(
+                effect,
+                base_rate=base_rate,
+                std_dev=std_dev,
+                confidence=adjusted_confidence(1 - alpha, treatments),
+                power=chance,
+                analysis="sequential" if analysis == "sequential" else "fixed",
+            )
+            units = -(-pair * (treatments + 1) // 2)
+            days = users_per_day and duration_days(units, units_per_day=users_per_day, traffic_percent=traffic)
+            rows.append({"analysis": analysis, "planned_units": units, "days": days})
+    except ValueError as error:
+        raise InvalidInputError(f"{error}; give --effect and either --base-rate or --std-dev") from None
+    if json:
+        print_json(rows)
+        return
+    looks = {"sequential": "as often as you like", "fixed": "once, when all users are there"}
+    table = [(row["analysis"], looks[str(row["analysis"])], f"{row['planned_units']:,}", row["days"]) for row in rows]
+    print_table(["analysis", "you may look", "users in all arms", "days"], table, whole=["analysis"])
+    console.print(
+        f"With so many users a true difference of {effect:+g} is found with a probability of {chance:.0%}. "
+        "A sequential experiment mostly ends earlier if the difference is larger, and looking can't fool you.",
+        style="dim",
+    )
+
+
+def _write_plot(report: ExperimentReport, path: Path) -> None:
+    from adapters.errors import InvalidInputError
+
+    effects = {arm: points for arm in report.history if (points := _points(report, arm))}
+    if not effects or report.experiment.metric is None:
+        raise InvalidInputError(
+            f"experiment {report.experiment.id} has no effect to draw: it needs a primary metric, a sequential "
+            "analysis, and a few users with outcomes in each arm"
+        )
+    control = report.experiment.arms[0].name
+    title = f"{report.experiment.metric.name}: difference to {control} by users, {_percent(report.confidence)} interval"
+    path.write_text(draw_effects_svg(effects, title=title), encoding="utf-8")
+
+
+def _points(report: ExperimentReport, arm: str) -> list[EffectPoint]:
+    return [
+        EffectPoint(point.num_units, point.interval.estimate, point.interval.low, point.interval.high)
+        for point in report.history[arm]
+    ]
+
+
+def _print_report(report: ExperimentReport) -> None:
+    experiment = report.experiment
+    began = "made" if experiment.starts_at is None else "started"
+    since = f"; {began} {format_moment(experiment.starts_at or experiment.created_at)} UTC"
+    stage = (
+        "" if experiment.stage == 1 else f", stage {experiment.stage} (weights were changed; only this stage counts)"
+    )
+    console.print(f"{experiment.id} on {experiment.alias}, {experiment.state}{since}{stage}\n", soft_wrap=True)
+    _print_verdict(report.verdict, experiment)
+    _print_arms(report)
+    for treatment in report.treatments:
+        _print_effect(report, treatment)
+        _print_guards(report, treatment)
+    _print_split(report)
+    _print_gaps(report)
+    _print_others(report)
+    _print_decisions(report)
+    console.print(_footnote(report), style="dim")
+
+
+def _print_verdict(verdict: Verdict, experiment: Experiment) -> None:
+    colour, words = _VERDICTS[verdict.kind]
+    console.print(f"Verdict: {words.format(arm=verdict.arm)}", style=f"bold {colour}")
+    for sentence in (verdict.sentence, *verdict.notes):
+        console.print(f"  {sentence}", markup=False)
+    console.print(f"  What to do: {verdict.next_step}", markup=False)
+    if experiment.state == "running" and (command := _COMMANDS.get(verdict.kind)):
+        console.print(f"    hotswap experiments {command} {experiment.id}", markup=False, soft_wrap=True)
+    console.print()
+
+
+def _print_arms(report: ExperimentReport) -> None:
+    rows = [
+        (
+            f"{arm.arm.name}{' (control)' if place == 0 else ''}",
+            f"{report.experiment.alias}@v{arm.arm.number}",
+            f"{arm.arm.weight:g} %",
+            f"{arm.num_units:,}",
+            f"{arm.num_exposures:,}",
+            f"{arm.num_errors:,}",
+            *(_primary_mean(arm.metrics) if report.experiment.metric else ()),
+        )
+        for place, arm in enumerate(report.arms)
+    ]
+    columns = ["arm", "version", "share", "users", "requests", "errors"]
+    if report.experiment.metric:
+        columns += [report.experiment.metric.name, "of users"]
+    print_table(columns, rows, whole=["arm", "version"])
+
+
+def _primary_mean(metrics: Sequence[MetricReport]) -> tuple[str | None, str | None]:
+    found = next((metric for metric in metrics if metric.role == "primary"), None)
+    return (None, None) if found is None else (_format_mean(found), f"{found.num_units:,}")
+
+
+def _format_mean(metric: MetricReport) -> str:
+    return f"{metric.mean * 100:.3g} %" if metric.scale == "share" else f"{metric.mean:.4g}"
+
+
+def _print_effect(report: ExperimentReport, treatment: Treatment) -> None:
+    from adapters.verdicts import format_interval
+
+    if treatment.primary is None or treatment.primary.interval is None:
+        return
+    better = "more is better" if treatment.primary.direction == "increase" else "less is better"
+    console.print(
+        f"\n{treatment.primary.metric}, {treatment.name} against the control ({better}): "
+        f"{format_interval(treatment.primary)}",
+        soft_wrap=True,
+    )
+    points = _points(report, treatment.name)
+    if len(points) > 1:
+        for line in draw_effect(points, width=min(60, max(20, console.width - 14))):
+            console.print(f"  {line}", style="cyan", markup=False)
+        console.print("  ● estimate   ░ interval   ┄ no difference", style="dim")
+
+
+def _print_guards(report: ExperimentReport, treatment: Treatment) -> None:
+    if treatment.guards:
+        console.print()
+        rows = [_guard_row(report, treatment, guard) for guard in treatment.guards]
+        control = report.experiment.arms[0].name
+        columns = ["guardrail", control, treatment.name, "difference", "at worst allowed", "state"]
+        print_table(columns, rows, whole=["guardrail"])
+
+
+def _guard_row(report: ExperimentReport, treatment: Treatment, guard: Guard) -> tuple[object, ...]:
+    from adapters.verdicts import format_interval, format_margin
+
+    means = {arm.arm.name: _mean_of(arm.metrics, guard.comparison.metric) for arm in report.arms}
+    return (
+        guard.comparison.metric,
+        means[report.experiment.arms[0].name],
+        means[treatment.name],
+        format_interval(guard.comparison),
+        format_margin(guard),
+        _GUARD_STATES[guard.state],
+    )
+
+
+def _mean_of(metrics: Sequence[MetricReport], name: str) -> str | None:
+    return next((_format_mean(metric) for metric in metrics if metric.metric == name), None)
+
+
+def _print_split(report: ExperimentReport) -> None:
+    split = report.split
+    counts = " to ".join(f"{count:,}" for count in split.counts)
+    weights = " to ".join(f"{weight:g}" for weight in split.weights)
+    state = "not by chance: see the verdict" if split.fired else "as it should be"
+    console.print(f"\nUsers are split {counts}, {weights} was meant: {state}.", soft_wrap=True)
+
+
+def _print_gaps(report: ExperimentReport) -> None:
+    from adapters.verdicts import format_interval
+
+    for treatment in report.treatments:
+        for gap in treatment.gaps:
+            if gap.interval is None or gap.control.mean is None or gap.treatment.mean is None:
+                continue
+            differs = not gap.interval.low <= 0 <= gap.interval.high
+            judged = f"which differs: {format_interval(gap)}" if differs else "no difference is shown"
+            console.print(
+                f"{gap.metric} is known of {gap.control.mean:.1%} of a user's requests to the control and "
+                f"{gap.treatment.mean:.1%} of those to {treatment.name}: {judged}.",
+                soft_wrap=True,
+            )
+
+
+def _print_others(report: ExperimentReport) -> None:
+    names = dict.fromkeys(metric.metric for arm in report.arms for metric in arm.metrics if metric.role == "other")
+    if names:
+        rows = [(name, *(_mean_of(arm.metrics, name) for arm in report.arms)) for name in names]
+        console.print()
+        print_table(["measured besides", *(arm.arm.name for arm in report.arms)], rows, whole=["measured besides"])
+
+
+def _print_decisions(report: ExperimentReport) -> None:
+    if report.decisions:
+        rows = [
+            (format_moment(decision.made_at), decision.action.replace("_", " "), decision.by, escape(decision.reason))
+            for decision in report.decisions[-_MAX_DECISIONS:]
+        ]
+        console.print()
+        print_table(["decided", "what", "by", "why"], rows, whole=["decided"])
+
+
+def _footnote(report: ExperimentReport) -> str:
+    if report.experiment.analysis == "fixed":
+        return "Means are over users. The primary metric's interval holds for one look, at the planned number of users."
+    return (
+        "Means are over users: each user's outcomes are averaged first. Each interval holds with "
+        f"{_percent(report.confidence)} confidence at all looks together, however often you look."
+    )
+
+
+def _percent(confidence: float) -> str:
+    return f"{confidence * 100:.4g} %"

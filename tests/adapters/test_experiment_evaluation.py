@@ -1,0 +1,438 @@
+"""Verdicts over a real database: what is read, when a row is written, and that acts happen once and can be undone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from adapters.audit import AuditLog
+from adapters.database import open_database
+from adapters.errors import ConflictError, IntegrityError, NotFoundError
+from adapters.experiment_acts import undo
+from adapters.experiment_evaluation import EVALUATOR, REALLOCATION_EVERY, ExperimentEvaluation
+from adapters.experiment_report import ArmReport, MetricReport, make_report
+from adapters.experiments import ExperimentService
+from adapters.manifest import ADAPTER_WEIGHTS_FILE
+from adapters.records import AnalysisPlan, Arm, Decision, Experiment, Guardrail, Metric
+from adapters.registry import Registry
+from adapters.store import ArtifactStore
+from adapters.tables import DecisionRow, ExperimentRow, ExposureRow, utc_now
+from tests.support.experiments import HALVES, add_users
+from tests.support.versions import publish_text
+
+SOLVED = Metric("solved", "increase")
+ERRORS = Guardrail("error_rate", "decrease", 0.02)
+YES, NO = {"solved": 1.0}, {"solved": 0.0}
+Start = Callable[..., Experiment]
+
+
+@pytest.fixture
+def start(registry: Registry) -> Start:
+    """Start an experiment on `legal`, which points to v1 of three versions."""
+    for content in ("one", "two", "three"):
+        publish_text(registry, content, promote=content == "one")
+
+    def create(arms: list[tuple[str, str, float]] = HALVES, **plan: Any) -> Experiment:
+        usual: dict[str, Any] = {"metric": SOLVED, "guardrails": (ERRORS,), "planned_units": 1000}
+        wanted = AnalysisPlan(**usual | plan)
+        return ExperimentService(registry.database).create("legal", arms, salt="s", plan=wanted)
+
+    return create
+
+
+@pytest.fixture
+def evaluation(registry: Registry) -> ExperimentEvaluation:
+    """Acts in the evaluator's name."""
+    return ExperimentEvaluation(registry).acting_for(EVALUATOR)
+
+
+def _win(registry: Registry, experiment: Experiment, num: int = 400) -> None:
+    add_users(registry, experiment, "A", [YES, NO] * (num // 2))
+    add_users(registry, experiment, "B", [YES, YES, YES, NO] * (num // 4))
+
+
+def _break(registry: Registry, experiment: Experiment) -> None:
+    add_users(registry, experiment, "A", [YES] * 60)
+    add_users(registry, experiment, "B", [None] * 60, error="the model failed")
+
+
+def _decisions(registry: Registry, experiment: Experiment) -> list[Decision]:
+    return list(ExperimentService(registry.database).decisions(experiment.id))
+
+
+def _actions(registry: Registry, experiment: Experiment) -> list[str]:
+    return [decision.action for decision in _decisions(registry, experiment)]
+
+
+def _points_to(registry: Registry) -> int:
+    return registry.alias("legal").current.number
+
+
+def _arm(evaluation: ExperimentEvaluation, experiment: Experiment, name: str) -> ArmReport:
+    return next(arm for arm in evaluation.report(experiment.id).arms if arm.arm.name == name)
+
+
+def _metric(arm: ArmReport, name: str) -> MetricReport:
+    return next(metric for metric in arm.metrics if metric.metric == name)
+
+
+def test_alias_is_back_after_one_evaluation_when_a_guardrail_is_breached(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Everybody gets the control; decision and audit log say who did it and why, with the numbers."""
+    experiment = start(auto_rollback=True)
+    _break(registry, experiment)
+    evaluation.evaluate_all()
+    found = ExperimentService(registry.database).get(experiment.id)
+    bound = {registry.resolve("legal", unit=f"u{number}").number for number in range(20)}
+    assert ("decided", {1}) == (found.state, bound)
+    assert ["start", "verdict", "roll_back"] == _actions(registry, experiment)
+    act = _decisions(registry, experiment)[-1]
+    assert ("evaluator", "roll_back", 1) == (act.by, act.numbers["kind"], act.numbers["to_number"])
+    assert "breaks the guardrail error_rate" in act.reason
+    (guardrail,) = act.numbers["treatments"][0]["guardrails"]
+    assert ("breached", 0.02, 60) == (guardrail["state"], guardrail["margin"], guardrail["treatment"]["num_units"])
+    entry = AuditLog(registry.database).list(limit=1)[0]
+    assert ("decide_experiment", "evaluator", experiment.id) == (entry.action, entry.actor, entry.subject)
+
+
+def test_alias_goes_back_when_it_points_to_the_candidate_that_breaks(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """The experiment was begun after the candidate had been promoted: ending it alone would leave everybody to it."""
+    registry.promote("legal@v2")
+    experiment = start(auto_rollback=True)
+    _break(registry, experiment)
+    evaluation.evaluate_all()
+    assert 1 == _points_to(registry)
+    assert "rollback" == registry.history("legal")[-1].action
+
+
+def test_winner_is_promoted_once_when_that_was_asked_for(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """One move of the alias, one decision, one audit line, however often it is evaluated afterwards."""
+    experiment = start(auto_promote=True)
+    _win(registry, experiment)
+    for _ in range(3):
+        evaluation.evaluate_all()
+    with pytest.raises(ConflictError, match="decided, not running"):
+        _evaluate_as_of_before(evaluation, experiment)
+    assert 2 == _points_to(registry)
+    assert ["start", "verdict", "promote"] == _actions(registry, experiment)
+    assert 1 == sum(entry.action == "decide_experiment" for entry in AuditLog(registry.database).list(limit=100))
+    assert ["publish", "promote"] == [change.action for change in registry.history("legal")]
+
+
+def _evaluate_as_of_before(evaluation: ExperimentEvaluation, experiment: Experiment) -> None:
+    """What a process does that read the experiment before another one ended it."""
+    from adapters.experiment_acts import conclude
+
+    conclude(evaluation.registry, experiment.id, "B", action="promote", reason="late", stage=experiment.stage)
+
+
+def test_act_happens_once_when_processes_evaluate_at_the_same_time(registry: Registry, start: Start) -> None:
+    """Four of them, each with a database of its own, as API processes have."""
+    experiment = start(auto_promote=True)
+    _win(registry, experiment)
+    barrier = threading.Barrier(4)
+
+    def evaluate() -> None:
+        database = open_database(str(registry.database.engine.url))
+        own = ExperimentEvaluation(Registry(database, ArtifactStore(registry.store.root))).acting_for(EVALUATOR)
+        barrier.wait()
+        own.evaluate_all()
+        database.close()
+
+    threads = [threading.Thread(target=evaluate) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ["start", "verdict", "promote"] == _actions(registry, experiment)
+    assert 2 == _points_to(registry)
+
+
+def test_nothing_is_done_when_nobody_asked_for_it(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """The verdict is written down; the experiment goes on."""
+    winning = start()
+    _win(registry, winning)
+    evaluation.evaluate_all()
+    assert ["start", "verdict"] == _actions(registry, winning)
+    assert "running" == ExperimentService(registry.database).get(winning.id).state
+    ExperimentService(registry.database).stop(winning.id)
+    breaking = start(auto_promote=True)
+    _break(registry, breaking)
+    evaluation.evaluate_all()
+    assert ["start", "verdict"] == _actions(registry, breaking)
+    assert 1 == _points_to(registry)
+
+
+def test_acts_are_undone_when_somebody_wants_them_back(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """The alias points where it did, and no later evaluation does it again."""
+    experiment = start(auto_promote=True)
+    _win(registry, experiment)
+    evaluation.evaluate_all()
+    undo(registry, experiment.id)
+    evaluation.evaluate_all()
+    assert (1, "undo") == (_points_to(registry), _actions(registry, experiment)[-1])
+
+
+def test_alias_stays_when_the_winner_s_files_are_damaged(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """It is tried again at the next evaluation, and other experiments are evaluated all the same."""
+    experiment = start(auto_promote=True)
+    _win(registry, experiment)
+    (registry.store.folder(experiment.arms[1].digest) / ADAPTER_WEIGHTS_FILE).write_text("damaged")
+    with pytest.raises(IntegrityError):
+        evaluation.evaluate(experiment.id)
+    evaluation.evaluate_all()
+    assert (1, ["start", "verdict"]) == (_points_to(registry), _actions(registry, experiment))
+
+
+def test_row_is_written_when_the_verdict_changes_and_not_at_every_look(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """The first verdict is to go on, which is no news; each change is one row."""
+    experiment = start(planned_units=1200)
+    add_users(registry, experiment, "A", [YES, NO] * 20)
+    add_users(registry, experiment, "B", [YES, NO] * 20)
+    for _ in range(3):
+        evaluation.evaluate_all()
+    assert ["start"] == _actions(registry, experiment)
+    _win(registry, experiment, 400)
+    for _ in range(3):
+        evaluation.evaluate_all()
+    add_users(registry, experiment, "B", [None] * 300, error="the model failed")
+    evaluation.evaluate_all()
+    kinds = [decision.numbers["kind"] for decision in _decisions(registry, experiment)[1:]]
+    assert [
+        "promote",
+        "inconclusive",
+    ] == kinds  # 1,100 of 1,900 users in one half: the split fired before the guardrail
+
+
+def test_wrong_split_is_remembered_when_later_users_even_it_out(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """A check that is valid at every look has spoken once it has fired."""
+    experiment = start(auto_promote=True)
+    add_users(registry, experiment, "B", [YES] * 300)
+    add_users(registry, experiment, "A", [NO] * 100)
+    evaluation.evaluate_all()
+    add_users(registry, experiment, "A", [NO] * 200)
+    evaluation.evaluate_all()
+    report = evaluation.report(experiment.id)
+    assert report.split.p_value is not None
+    assert report.split.p_value > 0.5
+    assert (True, "inconclusive", 1) == (report.split.fired, report.verdict.kind, _points_to(registry))
+
+
+def test_difference_in_feedback_holds_back_until_somebody_accepts_it(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Half of the treatment's users say nothing: who knows what they think."""
+    experiment = start(auto_promote=True)
+    add_users(registry, experiment, "A", [YES, NO] * 200)
+    add_users(registry, experiment, "B", [YES, None] * 200)
+    evaluation.evaluate_all()
+    assert (1, "continue") == (_points_to(registry), evaluation.report("legal").verdict.kind)
+    assert "known of fewer of B's requests" in evaluation.report("legal").verdict.sentence
+    evaluation.accept_feedback("legal", "B's button is below the fold")
+    evaluation.evaluate_all()
+    assert 2 == _points_to(registry)
+    assert ["start", "verdict", "accept_feedback", "verdict", "promote"] == _actions(registry, experiment)
+    with pytest.raises(ConflictError, match="decided, not running"):
+        evaluation.accept_feedback(experiment.id, "again")
+
+
+def test_last_verdict_is_written_when_an_experiment_has_ended_at_its_time(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Once; the end is settled by the same evaluation, and nothing is done after it."""
+    experiment = start(auto_promote=True)
+    _win(registry, experiment, 40)
+    with registry.database.write() as session:
+        session.get_one(ExperimentRow, experiment.id).ends_at = utc_now() - timedelta(seconds=1)
+    for _ in range(2):
+        evaluation.evaluate_all()
+    assert ["start", "verdict", "stop"] == _actions(registry, experiment)
+    assert "its end date has passed" in _decisions(registry, experiment)[1].reason
+
+
+def test_only_the_present_stage_is_read_when_weights_were_changed(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """What users of the stage before did is left out, and the interval asks for more."""
+    experiment = start()
+    _win(registry, experiment)
+    first = evaluation.report(experiment.id)
+    changed = ExperimentService(registry.database).change_weights("legal", [("A", None, 80), ("B", None, 20)])
+    report = evaluation.report(experiment.id)
+    assert ("promote", "continue", [0, 0]) == (
+        first.verdict.kind, report.verdict.kind, [arm.num_units for arm in report.arms],
+    )  # fmt: skip
+    assert [0.95, 0.975] == pytest.approx([first.confidence, report.confidence])
+    add_users(registry, changed, "B", [YES])
+    assert 1 == _arm(evaluation, experiment, "B").num_units
+
+
+def test_several_treatments_share_the_error_when_compared(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Two comparisons, half of it each."""
+    experiment = start([("A", "v1", 40.0), ("B", "v2", 40.0), ("C", "v3", 20.0)])
+    report = evaluation.report(experiment.id)
+    assert 0.975 == pytest.approx(report.confidence)
+    assert ["B", "C"] == [treatment.name for treatment in report.treatments]
+
+
+def test_weights_follow_the_better_arm_once_a_day_when_that_was_asked_for(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """A new stage with most users for the winner and some for the other; not on the same day again."""
+    experiment = start(allocation="thompson", planned_units=2000)
+    _win(registry, experiment, 80)
+    evaluation.evaluate_all()
+    assert 1 == ExperimentService(registry.database).get(experiment.id).stage
+    with registry.database.write() as session:
+        for row in session.query(DecisionRow):
+            row.made_at -= REALLOCATION_EVERY
+    for _ in range(2):
+        evaluation.evaluate_all()
+    found = ExperimentService(registry.database).get(experiment.id)
+    weights = {arm.name: arm.weight for arm in found.arms}
+    assert (2, 100.0) == (found.stage, sum(weights.values()))
+    assert 80 < weights["B"] <= 95
+    decision = _decisions(registry, experiment)[-1]
+    assert ("change_weights", "evaluator", weights) == (decision.action, decision.by, decision.numbers["shares"])
+
+
+def test_confidence_stays_below_one_when_weights_were_changed_a_thousand_times() -> None:
+    """Halving ends where floats do."""
+    moment = utc_now()
+    arms = (Arm("A", 1, "a" * 64, 50.0), Arm("B", 2, "b" * 64, 50.0))
+    experiment = Experiment(
+        id="exp-1", alias="legal", salt="s", arms=arms, state="running", created_at=moment, stage=2000, metric=SOLVED
+    )
+    report = make_report(experiment, {}, now=moment)
+    assert 0.999 < report.confidence < 1
+
+
+def test_fixed_sample_is_judged_at_its_size_when_it_is_there(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """No interval before; then Welch's (here Newcombe's) over the planned users alone, whoever comes later."""
+    experiment = start(analysis="fixed", planned_units=400, guardrails=())
+    _win(registry, experiment, 160)
+    early = evaluation.report(experiment.id)
+    assert ("continue", None, {"B": ()}) == (
+        early.verdict.kind, early.treatments[0].primary and early.treatments[0].primary.interval, early.history,
+    )  # fmt: skip
+    assert None is _metric(early.arms[0], "solved").interval
+    _win(registry, experiment, 40)
+    reached = evaluation.report(experiment.id)
+    add_users(registry, experiment, "B", [NO] * 50)
+    later = evaluation.report(experiment.id)
+    assert ("promote", "promote") == (reached.verdict.kind, later.verdict.kind)
+    assert reached.treatments[0].primary == later.treatments[0].primary
+
+
+def test_report_takes_users_once_when_they_ask_often(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Nine good outcomes of one user and one bad one of another are 0.5, not 0.9."""
+    experiment = start(guardrails=())
+    heavy = add_users(registry, experiment, "A", [YES] * 9)
+    add_users(registry, experiment, "A", [NO])
+    with registry.database.write() as session:
+        for response in heavy:
+            session.get_one(ExposureRow, response).unit = "heavy"
+    arm = _arm(evaluation, experiment, "A")
+    solved = _metric(arm, "solved")
+    assert (10, 2, 10, 2, 0.5) == (
+        arm.num_exposures, arm.num_units, solved.num_outcomes, solved.num_units, solved.mean,
+    )  # fmt: skip
+
+
+def test_times_are_compared_by_their_logarithms_when_one_user_is_slow(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """A tenth slower is found though one user waited ten times as long; a margin in ms is understood."""
+    guardrails = (Guardrail("ttft_ms", "decrease", 0.03, is_relative=True), Guardrail("total_ms", "decrease", 900.0))
+    experiment = start(guardrails=guardrails)
+    for step in range(100):
+        add_users(registry, experiment, "A", [YES] * 4, ttft_ms=100.0 + step % 5)
+        add_users(registry, experiment, "B", [YES] * 4, ttft_ms=110.0 + step % 5)
+    add_users(registry, experiment, "A", [YES], ttft_ms=1000.0)
+    report = evaluation.report(experiment.id)
+    first, second = report.treatments[0].guards
+    assert first.comparison.interval is not None
+    assert first.comparison.interval.estimate == pytest.approx(0.09, abs=0.01)
+    mean = stats.gmean([100.0 + step % 5 for step in range(100) for _ in range(4)] + [1000.0])
+    assert first.comparison.control.mean == pytest.approx(mean)
+    assert ("breached", "held") == (first.state, second.state)
+    assert 900 / (3 * mean) == pytest.approx(second.margin)
+
+
+def test_first_token_is_missed_when_answers_of_one_arm_never_come(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """A guardrail on a time has no value for them, and says so: nobody is faster for not answering."""
+    experiment = start(guardrails=(Guardrail("ttft_ms", "decrease", 0.05, is_relative=True),))
+    _win(registry, experiment, 200)
+    add_users(registry, experiment, "B", [YES] * 40, ttft_ms=None)
+    add_users(registry, experiment, "A", [NO] * 40)
+    report = evaluation.report(experiment.id)
+    found = {gap.metric: gap for gap in report.treatments[0].gaps}
+    assert found["ttft_ms"].interval is not None
+    assert found["ttft_ms"].interval.high < 0
+    assert "ttft_ms is known of fewer of B's requests" in " ".join([report.verdict.sentence, *report.verdict.notes])
+
+
+def test_history_ends_with_the_present_interval_when_drawn(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """It narrows as users come."""
+    experiment = start()
+    for _ in range(40):
+        add_users(registry, experiment, "A", [YES, NO])
+        add_users(registry, experiment, "B", [YES, YES])
+    report = evaluation.report(experiment.id)
+    points = report.history["B"]
+    assert report.treatments[0].primary is not None
+    assert report.treatments[0].primary.interval == points[-1].interval
+    assert (160, sorted(points, key=lambda point: point.num_units)) == (points[-1].num_units, list(points))
+    widths = [point.interval.high - point.interval.low for point in points]
+    assert widths[0] > 2 * widths[-1]
+
+
+def test_unknown_experiment_raises_when_asked_for(evaluation: ExperimentEvaluation) -> None:
+    """The message holds the name."""
+    for act in (evaluation.report, evaluation.evaluate):
+        with pytest.raises(NotFoundError, match="no experiment 'legal'"):
+            act("legal")
+
+
+def test_stage_that_is_over_is_left_alone_when_read_too_early(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A verdict on weights that somebody has changed meanwhile is neither written down nor acted on."""
+    experiment = start(auto_promote=True)
+    _win(registry, experiment)
+    old = evaluation.report(experiment.id)
+    ExperimentService(registry.database).change_weights("legal", [("A", None, 80), ("B", None, 20)])
+    monkeypatch.setattr(evaluation, "_report", lambda *_, **__: replace(old))
+    evaluation.evaluate(experiment.id)
+    assert (1, ["start", "change_weights"]) == (_points_to(registry), _actions(registry, experiment))

@@ -1,0 +1,153 @@
+"""`hotswap experiments show`, `power`, and a person's decisions, on a home with users in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+from typer.testing import CliRunner
+
+from adapters.database import open_database
+from adapters.errors import ConflictError, InvalidInputError
+from adapters.experiments import ExperimentService
+from adapters.records import AnalysisPlan, Experiment, Guardrail, Metric
+from adapters.registry import Registry
+from adapters.statistics import required_units
+from adapters.store import ArtifactStore
+from clients.cli.main import app
+from tests.support.experiments import HALVES, add_users
+from tests.support.versions import publish_text
+
+YES, NO = {"solved": 1.0}, {"solved": 0.0}
+
+
+@dataclass
+class Home:
+    """A home folder, and commands on it."""
+
+    path: Path
+    registry: Registry
+
+    def text(self, *arguments: str) -> str:
+        """What `hotswap experiments ...` prints."""
+        environment = {"HOTSWAP_HOME": str(self.path), "COLUMNS": "160"}
+        result = CliRunner().invoke(app, ["experiments", *arguments], env=environment)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    def start(self, **plan: Any) -> Experiment:
+        """An experiment between two versions of `legal`, which points to the first."""
+        usual: dict[str, Any] = {
+            "metric": Metric("solved", "increase"),
+            "guardrails": (Guardrail("error_rate", "decrease", 0.05),),
+            "planned_units": 1000,
+        }
+        wanted = AnalysisPlan(**usual | plan)
+        return ExperimentService(self.registry.database).create("legal", HALVES, salt="s", plan=wanted)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Home]:
+    """With two versions of `legal`."""
+    path = tmp_path / "home"
+    path.mkdir()
+    registry = Registry(open_database(f"sqlite:///{path / 'hotswap.db'}"), ArtifactStore(path / "store"))
+    for content in ("one", "two"):
+        publish_text(registry, content, promote=content == "one")
+    yield Home(path, registry)
+    registry.database.close()
+
+
+def _win(home: Home, experiment: Experiment) -> None:
+    add_users(home.registry, experiment, "A", [YES, NO] * 150)
+    add_users(home.registry, experiment, "B", [YES, YES, YES, NO] * 75)
+
+
+def test_show_says_what_to_do_and_why_when_a_treatment_wins(home: Home, tmp_path: Path) -> None:
+    """Verdict, command, counts, effect with its picture, guardrail, split, feedback and the promise; and the SVG."""
+    experiment = home.start()
+    _win(home, experiment)
+    shown = home.text("show", "legal", "--plot", str(tmp_path / "effect.svg"))
+    for words in (
+        "Verdict: promote B",
+        "B (legal@v2) is better than A (legal@v1): solved +0.25 (between",
+        "the guardrail holds",
+        f"hotswap experiments promote {experiment.id}",
+        "A (control)",
+        "● estimate",
+        "600 users",
+        "holds",
+        "Users are split 300 to 300, 50 to 50 was meant: as it should be.",
+        "solved is known of 100.0% of a user's requests",
+        "however often you look",
+    ):
+        assert words in shown, words
+    assert 1 == len(ET.parse(tmp_path / "effect.svg").getroot().findall("{http://www.w3.org/2000/svg}polygon"))
+
+
+def test_show_says_what_is_wrong_when_a_guardrail_or_the_split_is(home: Home) -> None:
+    """A breach names its numbers; after it too many of the treatment's users spoil the split."""
+    experiment = home.start()
+    add_users(home.registry, experiment, "A", [YES] * 60)
+    add_users(home.registry, experiment, "B", [None] * 60, error="failed")
+    shown = home.text("show", experiment.id)
+    assert "Verdict: roll back: B must go" in shown
+    assert f"hotswap experiments rollback {experiment.id}" in shown
+    assert "breached" in shown
+    add_users(home.registry, experiment, "B", [YES] * 300)
+    shown = home.text("show", experiment.id)
+    assert "No verdict: users are split 60 to 360, where 50 to 50 was meant" in shown
+    assert "not by chance: see the verdict" in shown
+
+
+def test_show_draws_no_effect_when_there_is_none_to_draw(home: Home, tmp_path: Path) -> None:
+    """Without a metric there is a report all the same; a picture is refused with the reason."""
+    experiment = home.start(metric=None, guardrails=())
+    assert "no primary metric" in home.text("show", "legal")
+    with pytest.raises(InvalidInputError, match="has no effect to draw: it needs a primary metric"):
+        home.text("show", experiment.id, "--plot", str(tmp_path / "effect.svg"))
+    assert not (tmp_path / "effect.svg").exists()
+
+
+def test_person_decides_when_told_to(home: Home) -> None:
+    """Promotion and rollback end an experiment; a difference in feedback is accepted for the log."""
+    first = home.start()
+    _win(home, first)
+    home.text("accept", "legal", "--reason", "known")
+    assert f"hotswap experiments undo {first.id}" in home.text("promote", "legal")
+    assert 2 == home.registry.alias("legal").current.number
+    second = home.start()
+    home.text("rollback", "legal", "--reason", "cold feet")
+    assert 1 == home.registry.alias("legal").current.number
+    with pytest.raises(ConflictError, match="decided, not running"):
+        home.text("promote", second.id, "--arm", "B")
+    assert "cold feet" in home.text("show", second.id)
+
+
+def test_power_prints_users_and_days_when_asked(home: Home) -> None:
+    """For both analyses, as the statistics say; days by the users that come."""
+    printed = home.text("power", "--base-rate", "0.4", "--effect", "0.05", "--users-per-day", "500", "--traffic", "50")
+    for analysis in ("sequential", "fixed"):
+        units = required_units(0.05, base_rate=0.4, analysis="fixed" if analysis == "fixed" else "sequential")
+        assert f"{units:,}" in printed
+        assert f" {-(-units // 250)} " in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--effect", "0.05"], "either --base-rate or --std-dev"),
+        (["--effect", "0", "--base-rate", "0.4"], "not 0"),
+        (["--effect", "0.7", "--base-rate", "0.4"], "between 0 and 1"),
+    ],
+)
+def test_power_is_refused_when_the_plan_makes_no_sense(home: Home, options: list[str], message: str) -> None:
+    """With what to give instead."""
+    with pytest.raises(InvalidInputError, match=message):
+        home.text("power", *options)
