@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,7 @@ _COLUMNS = (
     "paraphrase",
 )
 
-Labelled = list[dict[str, str | None]]
+Labelled = list[dict[str, Any]]
 
 
 def main() -> None:
@@ -66,7 +67,7 @@ def main() -> None:
     if arguments.data:
         print("\nreal prompts:\n")
         _print_table(_real(arguments.data, embeddings))
-    _print_times(model, [row["text"] or "" for row in rows], embeddings)
+    _print_times(model, [row["text"] for row in rows], embeddings)
 
 
 def _variants(
@@ -74,15 +75,17 @@ def _variants(
 ) -> dict[str, Evaluation]:
     general = read_background()
     four = {alias: prompts[alias] for alias in list(prompts)[:4]}
+    half = {alias: texts[::2] for alias, texts in prompts.items()}
     four_rows = [row for row in rows if row["alias"] is None or row["alias"] in four]
     framed = {alias: [_frame(alias, text) for text in texts] for alias, texts in prompts.items()}
     names = list(prompts)
     swapped = [
-        {"text": _frame(names[(number + 1 + number // 7) % len(names)], row["text"] or ""), "alias": row["alias"]}
+        {"text": _frame(names[(number + 1 + number // 7) % len(names)], row["text"]), "alias": row["alias"]}
         for number, row in enumerate(rows)
     ]
     return {
         "six domains": _measure(model, rows, embeddings),
+        "75 prompts a domain": _measure(train_router(half, general, embeddings), rows, embeddings),
         "without embeddings": _measure(train_router(prompts, general), rows, None),
         "without general texts": _measure(train_router(prompts, [], embeddings), rows, embeddings),
         "four domains": _measure(train_router(four, general, embeddings), four_rows, embeddings),
@@ -98,7 +101,7 @@ def _frame(alias: str, text: str) -> str:
 def _real(folder: Path, embeddings: TokenEmbeddings | None) -> dict[str, Evaluation]:
     prompts = {name: _asked(folder / f"{name}.train.jsonl")[:_NUM_PROMPTS] for name in _REAL_DOMAINS}
     outside = [row for row in read_labelled(_EXAMPLES / "routing.eval.jsonl") if row["alias"] is None]
-    inside = [
+    inside: Labelled = [
         {"text": text, "alias": name} for name in _REAL_DOMAINS for text in _asked(folder / f"{name}.valid.jsonl")
     ]
     model = train_router(prompts, read_background(), embeddings)
@@ -114,7 +117,7 @@ def _measure(model: RouterModel, rows: Labelled, embeddings: TokenEmbeddings | N
     return evaluate(
         predictor_of(model, embeddings),
         model.aliases,
-        [row["text"] or "" for row in rows],
+        [row["text"] for row in rows],
         [row["alias"] for row in rows],
         [row.get("paraphrase") for row in rows],
         threshold=_THRESHOLD,

@@ -37,7 +37,7 @@ class TokenEmbeddings:
 
     def __init__(self, tokenizer: Tokenizer, table: npt.NDArray[Any]) -> None:
         self._tokenizer = tokenizer
-        self._table = table
+        self._table = np.asarray(table)  # still mapped; numpy's own class for that takes its time for each row
         sample = self._rows(np.linspace(0, len(table) - 1, min(_SAMPLE_ROWS, len(table)), dtype=np.int64))
         self._mean = sample.mean(axis=0)
         self._scale = 1 / (sample.std(axis=0) + 1e-6)

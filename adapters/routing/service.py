@@ -5,6 +5,7 @@ What it routes by is a snapshot that `reconcile` reads from the database; a requ
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,7 @@ __all__ = ["DEFAULT_THRESHOLD", "Decision", "NearPrompt", "RoutingService", "Sna
 
 DEFAULT_THRESHOLD = 0.5
 _MAX_TRAINED = 3000  # prompts in one router: the time to train grows with their cube
+_MAX_REMEMBERED = 4096  # turns; by their hashes, their texts are not kept
 _NUM_SHOWN = 5  # training prompts that an explanation names
 _NOT_READY = "no router was trained yet"
 
@@ -242,7 +244,7 @@ class RoutingService:
         names = self._registry.names()
         # Another alias's share is not given to those that may be used: what belongs there belongs nowhere here.
         may_answer = np.array([alias in names for alias in aliases], dtype=np.float32)
-        scores = [scores.probabilities * may_answer for scores in snapshot.model.score(said, self._embeddings)]
+        scores = [self._score(snapshot, turn) * may_answer for turn in said]
         choice = follow_turns(scores, self._threshold)
         shown = {alias: float(p) for alias, p in zip(aliases, choice.probabilities, strict=True) if alias in names}
         if choice.index is None:
@@ -251,6 +253,19 @@ class RoutingService:
         alias = aliases[choice.index]
         reason = f"{alias!r} has the probability {choice.confidence:.2f}"
         return Decision(alias, "router", choice.confidence, self._threshold, None, snapshot.number, shown, reason)
+
+    def _score(self, snapshot: Snapshot, text: str) -> npt.NDArray[np.float32]:
+        """The probabilities of one turn. A conversation comes again with every request, so they are remembered."""
+        assert snapshot.model is not None, "whoever asks has looked"
+        remembered = self._state.remembered
+        key = (snapshot.move_id, hashlib.sha256(text.encode("utf-8", "replace")).digest())
+        if (found := remembered.get(key)) is None:
+            (scores,) = snapshot.model.score([text], self._embeddings)
+            found = scores.probabilities
+            if len(remembered) >= _MAX_REMEMBERED:
+                remembered.clear()
+            remembered[key] = found
+        return found
 
     def _abstain(
         self, snapshot: Snapshot, confidence: float | None, shown: Mapping[str, float], reason: str
@@ -322,6 +337,7 @@ class _State:
 
     snapshot: Snapshot = field(default_factory=Snapshot)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    remembered: dict[tuple[int | None, bytes], npt.NDArray[np.float32]] = field(default_factory=dict)
 
 
 def _is_stale(session: Session, sources: Sources) -> bool:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -22,9 +21,7 @@ __all__ = ["app"]
 class _RouteGroup(TyperGroup):
     """Takes anything but the name of a command for the text to explain: hotswap route "my landlord ..."."""
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that the arguments name, else `explain` with all of them."""
         given = args if args[0] in self.commands else ["explain", *args]
         return super().resolve_command(ctx, given)

@@ -30,7 +30,8 @@ def test_figures_are_those_worked_out_when_evaluated() -> None:
     assert pytest.approx(f1_score([0, 0, 0], [0, 1, 0], labels=[0], average="macro")) == found.macro_f1
     assert pytest.approx(roc_auc_score(inside, confidence)) == found.auc
     assert pytest.approx((0.1 + 0.7 + 0.6 + 0.1 + 0.6) / 5) == found.calibration_error
-    assert (pytest.approx(2 / 3), pytest.approx(1 / 3), 0.5) == (found.routed, found.misrouted, found.taken_in)
+    assert [pytest.approx(2 / 3), pytest.approx(1 / 3)] == [found.routed, found.misrouted]
+    assert 0.5 == found.taken_in
     assert 1.0 == found.flips_by_paraphrase
     assert 0.0 == found.flips_by_case
     assert [pytest.approx(3 / 5), pytest.approx(1 / 2)] == [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.chat_rows import ChatRow, LabelledRow, PreferenceRow, TextRow
+from adapters.chat_rows import ChatRow, LabelledRow, PreferenceRow, Row, TextRow
 from adapters.errors import DataError
 from adapters.routing.prompts import group_labelled, prompts_of, read_background, read_labelled, sample_prompts
 
@@ -17,7 +17,7 @@ ANSWER = {"role": "assistant", "content": "Yes."}
 
 def test_prompts_are_what_users_say_when_rows_are_read() -> None:
     """Of every kind of row; system prompts and answers are no part of it."""
-    rows = [
+    rows: list[Row] = [
         ChatRow((SYSTEM, ASKED, ANSWER, {"role": "user", "content": "Why?"}, ANSWER)),
         PreferenceRow((SYSTEM, {"role": "user", "content": "Who pays?"}), ANSWER, {**ANSWER, "content": "No."}),
         LabelledRow(({"role": "user", "content": "When?"},), ANSWER, label=True),
