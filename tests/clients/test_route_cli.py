@@ -83,8 +83,11 @@ def test_version_without_prompts_is_found_when_it_is_given_some(shell: Shell, tm
 
 def test_router_is_measured_when_texts_are_labelled(shell: Shell, tmp_path: Path) -> None:
     """The present router, or one made from a file for it, which leaves no trace."""
-    rows = [{"text": ABOUT_LEASE, "alias": "legal", "paraphrase": "no notice for the tenant of this lease"}]
-    rows += [{"text": ABOUT_BREAD, "alias": "cooking"}, {"text": ABOUT_NOTHING, "alias": None}]
+    rows: list[dict[str, str | None]] = [
+        {"text": ABOUT_LEASE, "alias": "legal", "paraphrase": "no notice for the tenant of this lease"},
+        {"text": ABOUT_BREAD, "alias": "cooking"},
+        {"text": ABOUT_NOTHING, "alias": None},
+    ]
     file = _write(tmp_path / "eval.jsonl", *rows)
     train = _write(
         tmp_path / "train.jsonl",
