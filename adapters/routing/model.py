@@ -135,7 +135,7 @@ class RouterModel:
         similarities = (self._vectorise([self._clean(text)]) @ self.prompts.T).toarray()[0]
         order = np.argsort(-similarities, kind="stable")[:count]
         return [
-            Neighbour(self.aliases[self.classes[row]], int(self.positions[row]), float(similarities[row]))
+            Neighbour(self.aliases[self.classes[row]], int(self.positions[row]), min(1.0, float(similarities[row])))
             for row in order
         ]
 

@@ -161,7 +161,12 @@ def _leave_aliases_out(fit: _Fit, classes: npt.NDArray[np.int32], num_aliases: i
 
 
 def _fit_gate(inside: Array, left_out: Array, general: Array) -> LogisticRegression:
-    """Logistic regression, weighted as if so many requests as assumed belonged to no alias."""
+    """Logistic regression, weighted as if so many requests as assumed belonged to no alias.
+
+    Every text counts a little as if it were the other way round, the more the fewer there are: that a few can be told
+    apart without an error is no proof that all can. Source: Platt, "Probabilistic outputs for support vector machines"
+    (1999), section 2.2.
+    """
     shares = [1 - _OUT_SHARE, _OUT_SHARE * _LEFT_OUT_SHARE, _OUT_SHARE * (1 - _LEFT_OUT_SHARE)]
     groups = [inside, left_out, general]
     total = sum(map(len, groups))
@@ -169,8 +174,14 @@ def _fit_gate(inside: Array, left_out: Array, general: Array) -> LogisticRegress
         np.full(len(group), share * total / max(1, len(group))) for group, share in zip(groups, shares, strict=True)
     ]
     labels = np.concatenate([np.ones(len(inside)), np.zeros(len(left_out) + len(general))])
+    doubts = np.where(labels == 1, 1 / (len(inside) + 2), 1 / (total - len(inside) + 2))
+    weight = np.concatenate(weights)
     gate = LogisticRegression(C=_GATE_INVERSE_PENALTY, max_iter=1000)
-    return gate.fit(np.concatenate(groups), labels, sample_weight=np.concatenate(weights))
+    return gate.fit(
+        np.concatenate([*groups, *groups]),
+        np.concatenate([labels, 1 - labels]),
+        sample_weight=np.concatenate([weight * (1 - doubts), weight * doubts]),
+    )
 
 
 def _fit_sharpness(values: Array, labels: npt.NDArray[np.int32]) -> float:
