@@ -18,6 +18,7 @@ __all__ = [
     "holds",
     "is_held_out",
     "length_of",
+    "overlaps",
     "shift_weights",
     "traffic_position",
     "unit_position",
@@ -58,6 +59,11 @@ def assign_arm(arms: Sequence[Arm], salt: str, unit: str) -> Arm:
 def holds(stretches: Iterable[Stretch], position: float) -> bool:
     """Whether one of the stretches holds the position; their lower ends are inside, their upper ones outside."""
     return any(low <= position < high for low, high in stretches)
+
+
+def overlaps(first: Sequence[Stretch], second: Sequence[Stretch]) -> bool:
+    """Whether a position lies in both."""
+    return any(low < other_high and other_low < high for low, high in first for other_low, other_high in second)
 
 
 def length_of(stretches: Iterable[Stretch]) -> float:

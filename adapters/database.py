@@ -1,4 +1,4 @@
-"""Opens the SQL database, migrated to the newest revision: SQLite in WAL mode by default, else any SQLAlchemy URL."""
+"""Opens the SQL database, migrated to the newest revision: SQLite in WAL mode by default, else PostgreSQL."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ _log = structlog.get_logger(__name__)
 
 _MIGRATIONS_DIR = Path(__file__).parent / "migrations"
 _BUSY_TIMEOUT_MS = 10_000
+_WRITERS_LOCK = 0x407_5A9  # PostgreSQL's advisory lock that writers take; any number that is ours alone
+_LOCK_NOT_AVAILABLE = "55P03"  # PostgreSQL's code for a lock timeout
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 5.0
 _ACTOR = "actor"  # in `Session.info`
@@ -110,13 +112,19 @@ def _busy_is_told() -> Iterator[None]:
     try:
         yield
     except OperationalError as error:
-        code = getattr(error.orig, "sqlite_errorcode", None)
-        # The low byte: what stands above it tells kinds of the same apart.
-        if code is None or code & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        if not _is_busy(error.orig):
             raise
         raise DatabaseBusyError(
             f"the database was held by others for more than {_BUSY_TIMEOUT_MS / 1000:g} s; nothing was written"
         ) from error
+
+
+def _is_busy(error: BaseException | None) -> bool:
+    # The low byte: what stands above it tells kinds of the same apart.
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) or (
+        getattr(error, "sqlstate", None) == _LOCK_NOT_AVAILABLE
+    )
 
 
 def actor_of(session: Session) -> Actor:
@@ -128,7 +136,8 @@ def actor_of(session: Session) -> Actor:
 def open_database(url: str) -> Database:
     """Connect to `url`, creating and migrating the database where needed.
 
-    Two processes may call this at the same time: with SQLite, migrations run under a file lock.
+    Two processes may call this at the same time: migrations run under a lock. Writers come one after another, with
+    SQLite by its own lock and with PostgreSQL by an advisory one: what a transaction has read is true until its end.
 
     Raises:
         ConfigurationError: the URL can't be used.
@@ -138,9 +147,14 @@ def open_database(url: str) -> Database:
         engine = create_engine(parsed)
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
         raise ConfigurationError(f"setting database_url: {error}") from None
-    if parsed.get_backend_name() != "sqlite":
-        _migrate(engine)
+    if parsed.get_backend_name() == "postgresql":
+        event.listen(engine, "begin", _lock_when_writing)
+        _migrate(engine.execution_options(writes=True))
         return Database(engine)
+    if parsed.get_backend_name() != "sqlite":
+        raise ConfigurationError(
+            f"setting database_url: expected sqlite or postgresql, found {parsed.get_backend_name()}"
+        )
     event.listen(engine, "connect", _set_sqlite_pragmas)
     event.listen(engine, "begin", _begin_immediate_when_writing)
     if not parsed.database or parsed.database == ":memory:":
@@ -175,3 +189,9 @@ def _begin_immediate_when_writing(connection: Any) -> None:
     # A deferred transaction that reads and then writes fails at once when another writer came between; IMMEDIATE waits.
     mode = "IMMEDIATE" if connection.get_execution_options().get("writes") else "DEFERRED"
     connection.exec_driver_sql(f"BEGIN {mode}")
+
+
+def _lock_when_writing(connection: Any) -> None:
+    if connection.get_execution_options().get("writes"):
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {_BUSY_TIMEOUT_MS}")
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITERS_LOCK})")

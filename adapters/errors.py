@@ -28,6 +28,7 @@ HotswapError
 |- AdapterLoadError             a published version can't be served; the reason is in the message
 |- EngineFailureError           a step of the model failed under this request
 |- DeadlineExceededError        the answer was not finished in its time
+|- OutOfMemoryError             a run for which the machine or its device has too little memory
 |- TrainingDivergedError        a run whose loss is no number, or only rises
 """
 
@@ -57,6 +58,7 @@ __all__ = [
     "InvalidInputError",
     "InvalidNameError",
     "NotFoundError",
+    "OutOfMemoryError",
     "OverloadedError",
     "PermissionDeniedError",
     "PromptTooLongError",
@@ -225,6 +227,10 @@ class EngineFailureError(HotswapError):
 
 class DeadlineExceededError(HotswapError):
     """The answer was not finished in its time; the same request would most likely run out of it again."""
+
+
+class OutOfMemoryError(HotswapError):
+    """The machine or its device has too little memory for a training run; the message says what takes less."""
 
 
 class TrainingDivergedError(HotswapError):

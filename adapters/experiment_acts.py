@@ -20,9 +20,10 @@ from adapters.experiment_rows import (
     lock_alias,
     record_decision,
     state_of,
+    stretches_of,
     to_experiment,
 )
-from adapters.experiments import find_room
+from adapters.experiment_stages import find_room
 from adapters.records import Arm, Decision, Experiment, ModelName
 from adapters.registry import Registry, find_version, has_been_at, move_alias
 from adapters.tables import AliasRow, ExperimentRow, utc_now
@@ -78,7 +79,10 @@ def conclude(
                 raise ConflictError(f"experiment {row.id} was changed by somebody else at the same time")
             moved = {"arm": arm, "from_number": alias_row.number, "to_number": chosen.number}
             row.state, row.stopped_at = "decided", now
-            _point(session, alias_row, chosen.number)
+            if action == "promote":
+                move_alias(session, alias_row, chosen.number, "promote")
+            else:
+                _point_back(session, alias_row, chosen.number)
             record_decision(session, row, action, reason, numbers=dict(numbers or {}) | moved, by=by)
             record_act(session, "decide_experiment", row.id, alias=row.alias, decision=action, **moved)
             return to_experiment(session, row, now)
@@ -121,14 +125,15 @@ def _undo_weights(session: Session, row: ExperimentRow, found: Decision) -> None
     arms = load_arms(session, row.id, found.numbers["from_stage"])
     for arm in arms:
         find_version(session, ModelName(row.alias, number=arm.number))  # an arm that left may be removed by now
+    traffic = found.numbers["from_traffic"]
     begin_stage(
         session,
         row,
         arms,
-        find_room(session, row, found.numbers["from_traffic"], now),
+        find_room(session, row, traffic, now, former=stretches_of(found.numbers["from_stretches"])),
         "undo",
         f"undid: {found.reason}",
-        traffic=found.numbers["from_traffic"],
+        traffic=traffic,
         numbers={"undoes": found.id},
     )
 
@@ -139,7 +144,7 @@ def _undo_move(session: Session, row: ExperimentRow, alias_row: AliasRow, found:
         raise ConflictError(f"{row.alias!r} points to v{alias_row.number} by now, not to v{there}; nothing to undo")
     _find_former(session, row, found)
     row.state = "stopped"
-    _point(session, alias_row, back)
+    _point_back(session, alias_row, back)
     record_decision(
         session,
         row,
@@ -150,8 +155,8 @@ def _undo_move(session: Session, row: ExperimentRow, alias_row: AliasRow, found:
     record_act(session, "undo_decision", row.id, alias=row.alias, from_number=there, to_number=back)
 
 
-def _point(session: Session, alias_row: AliasRow, number: int) -> None:
-    """Point an alias to a version; back, if that is where it has been."""
+def _point_back(session: Session, alias_row: AliasRow, number: int) -> None:
+    """Point an alias to an earlier version; if it never pointed there, that is a promotion as its history sees it."""
     move_alias(session, alias_row, number, "rollback" if has_been_at(session, alias_row.name, number) else "promote")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any, Literal
@@ -66,15 +66,21 @@ def state_of(row: ExperimentRow, now: datetime) -> ExperimentState:
 
 def find_running(session: Session, alias: str) -> list[Experiment]:
     """The experiments that split an alias at this moment, the oldest first."""
-    return [item for item in find_unfinished(session, alias) if item.state == "running"]
+    now = utc_now()
+    rows = [row for row in _unfinished_rows(session, alias, now) if state_of(row, now) == "running"]
+    return [to_experiment(session, row, now) for row in rows]
 
 
 def find_unfinished(session: Session, alias: str) -> list[Experiment]:
     """The drafts of an alias and what runs on it, the oldest first: all that names versions which must stay."""
-    statement = select(ExperimentRow).where(ExperimentRow.alias == alias, ExperimentRow.state.in_(("draft", "running")))
     now = utc_now()
+    return [to_experiment(session, row, now) for row in _unfinished_rows(session, alias, now)]
+
+
+def _unfinished_rows(session: Session, alias: str, now: datetime) -> list[ExperimentRow]:
+    statement = select(ExperimentRow).where(ExperimentRow.alias == alias, ExperimentRow.state.in_(("draft", "running")))
     rows = session.scalars(statement.order_by(ExperimentRow.created_at, ExperimentRow.id))
-    return [to_experiment(session, row, now) for row in rows if state_of(row, now) in ("draft", "running")]
+    return [row for row in rows if state_of(row, now) in ("draft", "running")]
 
 
 def find_experiment_row(session: Session, name: str) -> ExperimentRow:
@@ -83,7 +89,7 @@ def find_experiment_row(session: Session, name: str) -> ExperimentRow:
     Raises:
         NotFoundError: there is none that the actor may see.
     """
-    row = session.get(ExperimentRow, name) or next(_rows_of(session, name), None)
+    row = session.get(ExperimentRow, name) or _newest_row(session, name)
     if row is None or not actor_of(session).can_see(row.alias):
         raise NotFoundError(f"there is no experiment {name!r}: expected an id or an alias that has one")
     return row
@@ -99,17 +105,16 @@ def find_open_row(session: Session, name: str, now: datetime) -> ExperimentRow:
     newest = find_experiment_row(session, name)
     if newest.id == name:
         return newest
-    unfinished = [row for row in _rows_of(session, name) if state_of(row, now) in ("draft", "running")]
+    unfinished = _unfinished_rows(session, name, now)
     if len(unfinished) > 1:
         listed = ", ".join(row.id for row in unfinished)
         raise ConflictError(f"{name!r} has several experiments; say which one: {listed}")
     return unfinished[0] if unfinished else newest
 
 
-def _rows_of(session: Session, alias: str) -> Iterator[ExperimentRow]:
-    """The newest first."""
+def _newest_row(session: Session, alias: str) -> ExperimentRow | None:
     statement = select(ExperimentRow).where(ExperimentRow.alias == alias)
-    yield from session.scalars(statement.order_by(ExperimentRow.created_at.desc(), ExperimentRow.id))
+    return session.scalars(statement.order_by(ExperimentRow.created_at.desc(), ExperimentRow.id).limit(1)).first()
 
 
 def lock_alias(session: Session, alias: str) -> AliasRow:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
-from adapters.assignment import allot_traffic, shift_weights, unit_position
+from adapters.assignment import shift_weights
 from adapters.audit import record_act
 from adapters.database import Database, actor_of
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
@@ -33,9 +33,9 @@ from adapters.experiment_rows import (
     settle_row,
     shares_of,
     state_of,
-    stretches_of,
     to_experiment,
 )
+from adapters.experiment_stages import find_pinned, find_room, next_arms, started_rows
 from adapters.exposures import FEEDBACK_WINDOW, add_exposure, add_feedback, read_outcomes
 from adapters.paging import unknown_place
 from adapters.records import (
@@ -47,23 +47,11 @@ from adapters.records import (
     ExperimentState,
     Exposure,
     Feedback,
-    Stretch,
     UnitOutcomes,
-    parse_model_name,
-    version_name,
 )
-from adapters.tables import (
-    AliasRow,
-    AliasVersionRow,
-    ExperimentRow,
-    VersionRow,
-    utc_now,
-)
+from adapters.tables import AliasRow, ExperimentRow, utc_now
 
-__all__ = [
-    "ExperimentService",
-    "find_room",
-]
+__all__ = ["ExperimentService"]
 
 _MAX_HOLDOUT = 50.0
 
@@ -132,7 +120,7 @@ class ExperimentService:
             session.flush()
             owned = shift_weights({}, {name: weight for name, _, weight in arms})
             found = [
-                Arm(name, *_find_pinned(session, alias, version), weight, owned[name]) for name, version, weight in arms
+                Arm(name, *find_pinned(session, alias, version), weight, owned[name]) for name, version, weight in arms
             ]
             add_arms(session, row, found)
             if draft:
@@ -215,7 +203,7 @@ class ExperimentService:
             if state_of(row, now) != "running":
                 raise ConflictError(f"experiment {row.id} is {state_of(row, now)}; weights change while it runs")
             before = load_arms(session, row.id, row.stage)
-            after = _next_arms(session, row.alias, before, arms)
+            after = next_arms(session, row.alias, before, arms)
             traffic = row.traffic if traffic is None else traffic
             if after == before and traffic == row.traffic:
                 raise ConflictError(f"experiment {row.id} has these weights already")
@@ -237,7 +225,7 @@ class ExperimentService:
             )
         with self.database.write() as session:
             alias_row = lock_alias(session, alias)
-            if started := _started_rows(session, alias, utc_now()):
+            if started := started_rows(session, alias, utc_now()):
                 raise ConflictError(f"experiment {started[0].id} runs on {alias!r}, or is to; stop it first")
             record_act(session, "set_holdout", alias, before=alias_row.holdout, after=percent)
             alias_row.holdout = percent
@@ -358,92 +346,6 @@ def _start(session: Session, row: ExperimentRow, alias_row: AliasRow) -> None:
     numbers = {"arms": shares, "traffic": row.traffic, "config_hash": to_experiment(session, row, now).config_hash}
     record_decision(session, row, "start", when, numbers=numbers)
     record_act(session, "start_experiment", row.id, alias=row.alias, arms=shares)
-
-
-def find_room(session: Session, row: ExperimentRow, percent: float, now: datetime) -> tuple[Stretch, ...]:
-    """The experiment's positions on its alias for a share of its traffic: those that it has, and more or fewer.
-
-    No other experiment has them at the same time. The first one begins where the salt says.
-
-    Raises:
-        ConflictError: the others leave too few.
-    """
-    others = [
-        other for other in _started_rows(session, row.alias, now) if other.id != row.id and _overlap_in_time(other, row)
-    ]
-    taken = [stretch for other in others for stretch in stretches_of(other.stretches)]
-    own = stretches_of(row.stretches)
-    start = own[-1][1] % 100 if own else unit_position(row.salt, "start")
-    found = allot_traffic(own, taken, percent, start=start)
-    if found is None:
-        listed = ", ".join(f"{other.id} with {other.traffic:g} %" for other in others)
-        raise ConflictError(
-            f"running on {row.alias!r} already: {listed}; no {percent:g} % of its users are left for another "
-            "experiment; stop one first, or take less traffic"
-        )
-    return found
-
-
-def _started_rows(session: Session, alias: str, now: datetime) -> list[ExperimentRow]:
-    """The alias's experiments that run, or were ordered to start at a time ahead."""
-    statement = select(ExperimentRow).where(ExperimentRow.alias == alias, ExperimentRow.state == "running")
-    return [row for row in session.scalars(statement.order_by(ExperimentRow.id)) if state_of(row, now) != "stopped"]
-
-
-def _overlap_in_time(first: ExperimentRow, second: ExperimentRow) -> bool:
-    assert first.starts_at is not None, "a started experiment has a start"
-    assert second.starts_at is not None, "a started experiment has a start"
-    return not (
-        (first.ends_at is not None and first.ends_at <= second.starts_at)
-        or (second.ends_at is not None and second.ends_at <= first.starts_at)
-    )
-
-
-def _next_arms(
-    session: Session, alias: str, before: Sequence[Arm], wanted: Sequence[tuple[str, str | None, float]]
-) -> tuple[Arm, ...]:
-    """The arms of a new stage, with stretches that move as few units as possible."""
-    known = {arm.name: arm for arm in before}
-    arms = [_next_arm(session, alias, known.get(name), name, version, weight) for name, version, weight in wanted]
-    if arms[0].name != before[0].name:
-        raise InvalidInputError(
-            f"the first arm is the control, and stays: expected {before[0].name!r}, found {arms[0].name!r}",
-            param="arms",
-        )
-    owned = shift_weights({arm.name: arm.stretches for arm in before}, {arm.name: arm.weight for arm in arms})
-    return tuple(replace(arm, stretches=owned[arm.name]) for arm in arms)
-
-
-def _next_arm(session: Session, alias: str, known: Arm | None, name: str, version: str | None, weight: float) -> Arm:
-    if version is None and known is None:
-        raise InvalidInputError(
-            f"there is no arm {name!r}; a new one needs a version, such as {name}@v3={weight:g}", param="arms"
-        )
-    if version is None:
-        assert known is not None, "checked above"
-        return replace(known, weight=weight)
-    number, digest = _find_pinned(session, alias, version)
-    if known is not None and known.digest != digest:
-        raise InvalidInputError(
-            f"arm {name!r} is {alias}@v{known.number} and stays so; give {alias}@v{number} an arm of its own",
-            param="arms",
-        )
-    return Arm(name, number, digest, weight)
-
-
-def _find_pinned(session: Session, alias: str, version: str) -> tuple[int, str]:
-    name = parse_model_name(version_name(alias, version))
-    statement = select(AliasVersionRow).where(AliasVersionRow.alias == alias)
-    for row in session.scalars(statement):
-        if row.number == name.number or (name.digest_prefix and row.digest.startswith(name.digest_prefix)):
-            _check_is_chat(session, f"{alias}@v{row.number}", row.digest)
-            return row.number, row.digest
-    raise NotFoundError(f"{alias!r} has no version {version!r}")
-
-
-def _check_is_chat(session: Session, label: str, digest: str) -> None:
-    if session.get_one(VersionRow, digest).kind == "reward":
-        raise InvalidInputError(f"{label} is a reward model, which answers nobody: it can't be an arm", param="arms")
 
 
 def _find_place(session: Session, experiment_id: str) -> ExperimentRow:

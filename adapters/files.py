@@ -104,6 +104,17 @@ class FileService:
         """
         return self.root / self.get(file_id).id
 
+    def open(self, file_id: str) -> IO[bytes]:
+        """A file's content, open for reading: a deletion from here on doesn't end the reading.
+
+        Raises:
+            NotFoundError: no file has this id, or it has been deleted just now.
+        """
+        try:
+            return self.path(file_id).open("rb")
+        except FileNotFoundError:
+            raise NotFoundError(f"there is no file {file_id[:80]!r}") from None
+
     def list(
         self, *, limit: int, after: str | None = None, purpose: str | None = None, order: _Order = "desc"
     ) -> tuple[list[StoredFile], bool]:
@@ -121,8 +132,8 @@ class FileService:
                 behind = FileRow.sequence < position if order == "desc" else FileRow.sequence > position
                 statement = statement.where(behind)
             ordered = statement.order_by(FileRow.sequence.desc() if order == "desc" else FileRow.sequence)
-            rows = session.scalars(ordered.execution_options(yield_per=100))
-            found = list(islice((_to_file(row) for row in rows if can_see_file(session, row)), limit + 1))
+            with session.scalars(ordered.execution_options(yield_per=100)) as rows:
+                found = list(islice((_to_file(row) for row in rows if can_see_file(session, row)), limit + 1))
         return cut_page(found, limit)
 
     def delete(self, file_id: str) -> None:

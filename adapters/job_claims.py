@@ -83,10 +83,11 @@ class JobClaims(JobTable):
                 row.status = "queued"
                 self._add_event(session, row.id, "The files are valid; the job is queued")
 
-    def release(self, claim: Claim, *, problem: str | None = None) -> Job:
+    def release(self, claim: Claim, *, problem: str | None = None, last: JobError | None = None) -> Job:
         """Give a claim back; a job that was still running waits again. Without a `problem` the attempt doesn't count.
 
-        Does nothing but read the job where the claim is lost.
+        With `last`, the job fails with that error if it has no attempt left. Does nothing but read the job where the
+        claim is lost.
         """
         with self.database.write() as session:
             row = find_job(session, claim.job.id)
@@ -96,7 +97,10 @@ class JobClaims(JobTable):
                     row.num_attempts = 0
                 else:
                     self._add_event(session, row.id, problem, level="warn")
-                if row.status == "running":
+                is_open = row.status in ("running", "validating_files")
+                if last is not None and is_open and row.num_attempts >= MAX_ATTEMPTS:
+                    self._fail(session, row, last)
+                elif row.status == "running":
                     row.status = "queued"
             return to_job(row)
 

@@ -96,7 +96,7 @@ class JobService(JobClaims, JobHistory):
 
     Args:
         database: Holds the job table.
-        max_queued: Jobs that may wait; more are refused.
+        max_queued: Jobs that may wait, and as many that may be paused; more are refused.
         clock: The present moment, by which leases run out.
     """
 
@@ -189,15 +189,16 @@ class JobService(JobClaims, JobHistory):
                 is_seen = all(actor_of(session).can_see(alias) for alias in aliases)
                 position = find_position(session, JobRow, after, sql.true() if is_seen else sql.false())
                 statement = statement.where(JobRow.sequence < position)
-            for row in session.scalars(statement.execution_options(yield_per=100)):
-                # Compared here: keys are the client's own, and no database's path language should read them.
-                if not actor_of(session).can_see(row.alias):
-                    continue
-                if metadata and any(row.details.get(key) != value for key, value in metadata.items()):
-                    continue
-                if len(found) == limit:
-                    return found, True
-                found.append(to_job(row, positions.get(row.id)))
+            with session.scalars(statement.execution_options(yield_per=100)) as rows:
+                for row in rows:
+                    # Compared here: keys are the client's own, and no database's path language should read them.
+                    if not actor_of(session).can_see(row.alias):
+                        continue
+                    if metadata and any(row.details.get(key) != value for key, value in metadata.items()):
+                        continue
+                    if len(found) == limit:
+                        return found, True
+                    found.append(to_job(row, positions.get(row.id)))
         return found, False
 
     def cancel(self, job_id: str) -> Job:
@@ -219,11 +220,13 @@ class JobService(JobClaims, JobHistory):
 
         Raises:
             ConflictError: it is at its end.
+            OverloadedError: too many jobs are paused, each with its checkpoints on the disk.
         """
         with self.database.write() as session:
             row = find_job(session, job_id)
             if row.status != "paused":
                 _check_turn(row, *_WAITING, "running")
+                self._check_paused(session)
                 self._turn(session, row, "paused", "pause_job", "The job was paused")
             return to_job(row)
 
@@ -253,6 +256,13 @@ class JobService(JobClaims, JobHistory):
         if waiting >= self._max_queued:
             raise OverloadedError(
                 f"{self._max_queued} jobs are waiting, as many as this server takes", retry_after_s=_RETRY_AFTER_S
+            )
+
+    def _check_paused(self, session: Session) -> None:
+        if (session.scalar(select(func.count()).where(JobRow.status == "paused")) or 0) >= self._max_queued:
+            raise OverloadedError(
+                f"{self._max_queued} jobs are paused, as many as this server keeps; cancel or resume one",
+                retry_after_s=_RETRY_AFTER_S,
             )
 
 

@@ -105,6 +105,8 @@ AuditAction = Literal[
     "accept_feedback",
     "undo_decision",
     "set_holdout",
+    "start_shadow",
+    "stop_shadow",
     "create_key",
     "revoke_key",
     "create_job",

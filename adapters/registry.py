@@ -19,8 +19,16 @@ from adapters.assignment import assign_arm, holds, is_held_out, traffic_position
 from adapters.audit import record_act
 from adapters.checkpoint_adapters import check_not_needed, find_checkpoint_digest, is_checkpoint
 from adapters.database import Database, actor_of
-from adapters.errors import AliasForbiddenError, ConflictError, InvalidInputError, NotFoundError
+from adapters.errors import (
+    AdapterManifestError,
+    AliasForbiddenError,
+    ConflictError,
+    IntegrityError,
+    InvalidInputError,
+    NotFoundError,
+)
 from adapters.experiment_rows import find_running, find_unfinished
+from adapters.gate_report import GateReport
 from adapters.manifest import Manifest
 from adapters.records import (
     BASE_MODEL_NAME,
@@ -41,7 +49,7 @@ from adapters.records import (
 )
 from adapters.routing.store import drop_prompts, keep_prompts
 from adapters.store import ArtifactStore
-from adapters.tables import KIND_KEY, AliasChangeRow, AliasRow, AliasVersionRow, PinRow, VersionRow, utc_now
+from adapters.tables import KIND_KEY, AliasChangeRow, AliasRow, AliasVersionRow, PinRow, ShadowRow, VersionRow, utc_now
 
 __all__ = ["ARM_HEADER", "Registry", "check_can_chat", "find_version", "has_been_at", "move_alias"]
 
@@ -229,6 +237,13 @@ class Registry:
         """The version that a name stands for; an alias alone stands for the one that it points to."""
         with self.database.read() as session:
             return find_version(session, parse_model_name(name))
+
+    def gate_report(self, label: str) -> GateReport | None:
+        """What the gate found about a version; None of one that nobody judged, that is gone, or that is damaged."""
+        try:
+            return self.store.read_manifest(self.find(label).version.digest).gate
+        except (NotFoundError, IntegrityError, AdapterManifestError):
+            return None
 
     def aliases(self, *, after: str = "", limit: int | None = None) -> list[Alias]:
         """The aliases behind a name, at most `limit`, in the order of their names; all of them if neither is given."""
@@ -429,6 +444,17 @@ def _check_is_no_arm(session: Session, target: NumberedVersion) -> None:
             raise ConflictError(
                 f"{target.label} is an arm of the {experiment.state} experiment {experiment.id}; stop that first"
             )
+    if shadow := _running_shadow(session, target):
+        raise ConflictError(f"{target.label} is the running shadow {shadow}; stop that first")
+
+
+def _running_shadow(session: Session, version: NumberedVersion) -> str | None:
+    """The id of the shadow that has a version answer copies of its alias's requests, if one runs."""
+    return session.scalar(
+        select(ShadowRow.id).where(
+            ShadowRow.alias == version.alias, ShadowRow.number == version.number, ShadowRow.state == "running"
+        )
+    )
 
 
 def _movable_alias(session: Session, alias: str) -> AliasRow:

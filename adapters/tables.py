@@ -19,6 +19,7 @@ from sqlalchemy import (
     String,
     TypeDecorator,
     false,
+    text,
     true,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -31,6 +32,7 @@ __all__ = [
     "ApiKeyRow",
     "ArmRow",
     "AuditRow",
+    "ConversationRow",
     "DecisionRow",
     "ExperimentRow",
     "ExposureRow",
@@ -44,6 +46,8 @@ __all__ = [
     "RouterRow",
     "RoutingPromptsRow",
     "RoutingRulesRow",
+    "ShadowAnswerRow",
+    "ShadowRow",
     "Table",
     "VersionRow",
     "utc_now",
@@ -221,6 +225,64 @@ class FeedbackRow(Table):
     value: Mapped[float] = mapped_column(Float)
     comment: Mapped[str | None] = mapped_column(String(2000))
     reported_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class ConversationRow(Table):
+    """What was asked and answered under one response's id; kept for a while, where the operator wants it.
+
+    `prompt_sha256` is the same for the same messages and tools.
+    """
+
+    __tablename__ = "conversations"
+    __table_args__ = (Index("conversations_by_age", "kept_at", "size_bytes"),)
+    response_id: Mapped[str] = mapped_column(ForeignKey("exposures.response_id"), primary_key=True)
+    kept_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    size_bytes: Mapped[int] = mapped_column(Integer)
+    prompt_sha256: Mapped[str] = mapped_column(String(64))
+    messages: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    tools: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    answers: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+
+
+class ShadowRow(Table):
+    """A version that answers a sampled copy of an alias's requests; the partial index allows one running an alias."""
+
+    __tablename__ = "shadows"
+    __table_args__ = (
+        Index(
+            "one_running_shadow_per_alias",
+            "alias",
+            unique=True,
+            sqlite_where=text("state = 'running'"),
+            postgresql_where=text("state = 'running'"),
+        ),
+    )
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    alias: Mapped[str] = mapped_column(String(63), index=True)
+    number: Mapped[int] = mapped_column(Integer)
+    digest: Mapped[str] = mapped_column(String(64))
+    share: Mapped[float] = mapped_column(Float)
+    state: Mapped[str] = mapped_column(String(16))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    stopped_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class ShadowAnswerRow(Table):
+    """One copy of a live request, and how it ended beside the live answer. `answer` is there where that is kept."""
+
+    __tablename__ = "shadow_answers"
+    response_id: Mapped[str] = mapped_column(ForeignKey("exposures.response_id"), primary_key=True)
+    shadow_id: Mapped[str] = mapped_column(ForeignKey("shadows.id"), index=True)
+    made_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    outcome: Mapped[str] = mapped_column(String(16))
+    reason: Mapped[str | None] = mapped_column(String(500))
+    live_tokens: Mapped[int] = mapped_column(Integer)
+    live_finish: Mapped[str] = mapped_column(String(32))
+    tokens: Mapped[int] = mapped_column(Integer)
+    finish: Mapped[str | None] = mapped_column(String(32))
+    is_same: Mapped[bool | None] = mapped_column(Boolean)
+    overlap: Mapped[float | None] = mapped_column(Float)
+    answer: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
 
 
 class ApiKeyRow(Table):

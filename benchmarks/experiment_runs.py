@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ __all__ = [
     "Looks",
     "Metric",
     "Plan",
+    "Value",
     "assign",
     "cumulative_moments",
     "family_errors",
@@ -36,6 +37,7 @@ __all__ = [
 
 _Array = NDArray[np.float64]
 _Flags = NDArray[np.bool_]
+Value = Literal["first", "mean", "ratio"]
 Draw = Callable[[np.random.Generator, tuple[int, int]], _Array]
 
 
@@ -123,7 +125,7 @@ def find_peeks(looks: Looks, difference: float, confidence: float = 0.95) -> _Fl
 
 def first_looks(flags: _Flags) -> NDArray[np.int64]:
     """The first flagged look of each run, counted from 1; the number of looks + 1 where there is none."""
-    return np.where(flags.any(axis=1), flags.argmax(axis=1), flags.shape[1]) + 1
+    return np.asarray(np.where(flags.any(axis=1), flags.argmax(axis=1), flags.shape[1]) + 1)
 
 
 def find_mismatches(
@@ -163,47 +165,66 @@ def family_errors(
     found = evidence[-1] >= level + math.log(num_treatments)
     holm_level = np.where(found & bool(effect), math.log(num_treatments - 1), math.log(num_treatments)) + level
     return {
-        "none": (idle >= level).any(axis=(0, 2)),
-        "Bonferroni": (idle >= level + math.log(num_treatments)).any(axis=(0, 2)),
-        "Holm": (idle >= holm_level).any(axis=(0, 2)),
+        "uncorrected": np.asarray((idle >= level).any(axis=(0, 2))),
+        "Bonferroni": np.asarray((idle >= level + math.log(num_treatments)).any(axis=(0, 2))),
+        "Holm": np.asarray((idle >= holm_level).any(axis=(0, 2))),
     }
 
 
 def returning_units(
-    generator: np.random.Generator, shape: tuple[int, int], *, new_share: float, concentration: float, freeze: bool
+    generator: np.random.Generator, shape: tuple[int, int], *, new_share: float, concentration: float, value: Value
 ) -> Looks:
-    """Looks after every request of units that come back: values are means of beta-binomial outcomes with rate 0.3.
+    """Looks after every request of units that come back: outcomes are beta-binomial with rate 0.3.
 
     Args:
         generator: Of random numbers.
         shape: Runs and requests.
         new_share: Probability that a request is of a unit that is new; otherwise it is of any earlier one.
         concentration: Of the Beta distribution of the units' own rates: small means that units differ much.
-        freeze: Whether a unit's value stays its first outcome, so that values never change.
+        value: A unit's "first" outcome, which never changes; its "mean" so far; or the arm's "ratio" of outcomes to
+            requests, by `ratio_values`.
     """
     runs, requests = shape
     rates = generator.beta(0.3 * concentration, 0.7 * concentration, size=shape)
-    arms = assign(generator, shape)
-    totals, counts = np.zeros(shape), np.zeros(shape)
+    arms = assign(generator, shape).astype(int)
+    totals, counts, rows = np.zeros(shape), np.zeros(shape), np.arange(runs)
     num_units = np.zeros(runs, dtype=np.int64)
-    changes = np.zeros((4, 2, runs, requests))  # of the sums of powers 0 to 3, by arm
-    rows = np.arange(runs)
+    changes = np.zeros((len(_POWERS), 2, runs, requests))  # of the sums over units, by arm
     for step in range(requests):
         is_new = (generator.random(runs) < new_share) | (num_units == 0)
         unit = np.where(is_new, num_units, np.floor(generator.random(runs) * np.maximum(num_units, 1)).astype(np.int64))
         num_units += is_new
-        outcome = (generator.random(runs) < rates[rows, unit]).astype(float)
-        outcome = np.where(is_new | (not freeze), outcome, totals[rows, unit] / np.maximum(counts[rows, unit], 1))
-        before = totals[rows, unit] / np.maximum(counts[rows, unit], 1)
-        totals[rows, unit] += outcome
-        counts[rows, unit] += 1
-        after = totals[rows, unit] / counts[rows, unit]
-        arm = arms[rows, unit].astype(int)
-        changes[0, arm, rows, step] = is_new
-        for power in (1, 2, 3):
-            changes[power, arm, rows, step] = after**power - np.where(is_new, 0.0, before**power)
+        outcome = generator.random(runs) < rates[rows, unit]
+        before = _products(value, totals[rows, unit], counts[rows, unit])
+        counts_here = is_new if value == "first" else np.ones(runs, dtype=bool)
+        totals[rows, unit] += outcome * counts_here
+        counts[rows, unit] += counts_here
+        changes[:, arms[rows, unit], rows, step] = _products(value, totals[rows, unit], counts[rows, unit]) - before
     sums = np.cumsum(changes, axis=-1)
-    return Looks(_moments(*sums[:, 1]), _moments(*sums[:, 0]))
+    return Looks(_ratio_moments(sums[:, 1]), _ratio_moments(sums[:, 0]))
+
+
+# Of a unit's total and count, in the sums over units of which the moments of its value are made.
+_POWERS = ((0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (0, 2), (3, 0), (2, 1), (1, 2), (0, 3))
+
+
+def _products(value: Value, totals: _Array, counts: _Array) -> _Array:
+    """[powers, runs] what a unit adds to the sums; nothing before its first request."""
+    seen = counts > 0
+    if value != "ratio":  # a unit counts once, whatever its requests
+        totals, counts = totals / np.maximum(counts, 1), seen.astype(float)
+    return np.stack([seen * totals**first * counts**second for first, second in _POWERS])
+
+
+def _ratio_moments(sums: _Array) -> ArmMoments:
+    """The moments of `ratio_values`, from the sums of `_POWERS`; with counts of 1 those of the totals."""
+    units, total, count, squares, product, count_squares, *cubes = sums
+    safe = np.maximum(units, 1)
+    ratio, size = total / np.maximum(count, 1), np.maximum(count, 1) / safe
+    square = (squares - 2 * ratio * product + ratio**2 * count_squares) / size**2
+    cube = (cubes[0] - 3 * ratio * cubes[1] + 3 * ratio**2 * cubes[2] - ratio**3 * cubes[3]) / size**3
+    square = np.where(square < 1e-9, 0.0, square)  # what is left by rounding
+    return ArmMoments(units, ratio, square / np.maximum(units - 1, 1), cube / safe)
 
 
 def _moments(count: _Array, total: _Array, squares: _Array, cubes: _Array) -> ArmMoments:
@@ -231,13 +252,15 @@ def _outside_exactly(looks: Looks, difference: float, plan: Plan, confidence: fl
         used = np.take_along_axis(ones, blocks * size, axis=1)
         counts.append(np.stack([blocks * size - used, used], axis=-1))
     threshold = math.log(2 / (1 - confidence))
-    sides = [share_evidence(np.array([0.0, 1.0]), *counts, difference, bets, side=side) for side in (1, -1)]
+    sides = [
+        share_evidence(np.array([0.0, 1.0]), counts[0], counts[1], difference, bets, side=side) for side in (1, -1)
+    ]
     return np.asarray(np.maximum(*sides) >= threshold)
 
 
 def _in_order(values: _Array, mask: _Flags) -> _Array:
     """[runs, units + 1] the sum of the first n masked values, at place n."""
     sums: Any = np.zeros((values.shape[0], values.shape[1] + 1))
-    places = np.cumsum(mask, axis=1)
+    places = np.cumsum(mask, axis=1, dtype=np.int64)
     np.put_along_axis(sums, places, np.cumsum(np.where(mask, values, 0.0), axis=1), axis=1)
     return np.asarray(sums)

@@ -1,6 +1,6 @@
 """Proof of the statistics of experiments by simulation: what they promise, and what an ordinary test does instead.
 
-    python -m benchmarks.experiments [--runs 10000] [--units 2000] [--workers 2] [--seed 1] [--only SECTION]
+    python -m benchmarks.experiments [--runs 10000] [--units 2000] [--workers 2] [--seed 1] [--only ROWS]
 
 Each run is an experiment that is looked at after every unit. The formulas are the product's own; the table's figures
 stand with two standard errors of the simulation.
@@ -24,12 +24,17 @@ from numpy.typing import NDArray
 from adapters.statistics.planning import required_units
 from benchmarks import experiment_runs as runs_of
 from benchmarks.conditions import describe_host, format_conditions
-from benchmarks.experiment_runs import METRICS, Looks, Metric, Plan
+from benchmarks.experiment_runs import METRICS, Looks, Metric, Plan, Value
 
 __all__ = ["SECTIONS", "Study", "build_studies", "format_study", "main", "run_chunk", "run_studies"]
 
-_CHUNK = 100
+_CHUNK = 250
 _SRM_ALPHA = 0.01
+_VALUES: dict[Value, str] = {
+    "first": "the first outcome",
+    "ratio": "outcomes per request (`ratio_values`)",
+    "mean": "**not covered**: the user's mean so far",
+}
 
 Outcomes = dict[str, NDArray[np.float64]]
 Measure = Callable[[np.random.Generator, int], Outcomes]
@@ -61,10 +66,13 @@ def build_studies(units: int) -> list[Study]:
     studies += [
         Study("errors", f"{metric.name}; 10/90", partial(_errors, metric, units, lopsided)) for metric in uneven
     ]
-    for freeze, what in ((True, "a unit's value is its first outcome"), (False, "its mean so far, which changes")):
-        for concentration, how in ((2.0, "units differ much"), (50.0, "units differ little")):
-            measure = partial(_returning, units, plan, concentration, freeze)
-            studies.append(Study("returning", f"{what}; {how}", measure))
+    for value, what in _VALUES.items():
+        for concentration, new_share, who in (
+            (2.0, 0.5, "users differ, 2 requests each"),
+            (1e6, 0.05, "alike, 20 each"),
+        ):
+            measure = partial(_returning, units, value, concentration, new_share)
+            studies.append(Study("returning", f"{what}; {who}", measure))
     for metric, effect in ((METRICS[0], 0.1), (METRICS[1], 0.05), (METRICS[3], 0.2), (METRICS[4], 0.5)):
         studies.append(Study("coverage", f"{metric.name}, {effect:+g}", partial(_misses, metric, units, plan, effect)))
     for metric, effect, deviation in ((Metric("binary, 0.4", rate=0.4), 0.1, None), (METRICS[3], 0.2, 1.0)):
@@ -82,13 +90,20 @@ def run_chunk(study: Study, seed: Sequence[int], num_runs: int) -> Outcomes:
 
 
 def run_studies(
-    studies: Sequence[Study], *, num_runs: int, seed: int, workers: int
+    studies: Sequence[tuple[int, Study]], *, num_runs: int, seed: int, workers: int
 ) -> Iterator[tuple[Study, Outcomes]]:
-    """Each study with the outcomes of all its runs, as they are done; the number of workers changes nothing."""
+    """Each study with the outcomes of all its runs, as they are done; the number of workers changes nothing.
+
+    Args:
+        studies: With their places among all of them, which seed them beside `seed`.
+        num_runs: Runs of each.
+        seed: Of all random numbers.
+        workers: Processes.
+    """
     with multiprocessing.get_context("fork").Pool(workers, _keep_studies, (studies,)) as pool:
-        for place, study in enumerate(studies):
-            sizes = [_CHUNK] * (num_runs // _CHUNK) + [num_runs % _CHUNK] * (num_runs % _CHUNK > 0)
-            tasks = [(place, (seed, place, chunk), size) for chunk, size in enumerate(sizes)]
+        sizes = [_CHUNK] * (num_runs // _CHUNK) + [num_runs % _CHUNK] * (num_runs % _CHUNK > 0)
+        for number, (place, study) in enumerate(studies):
+            tasks = [(number, (seed, place, chunk), size) for chunk, size in enumerate(sizes)]
             parts = pool.starmap(_run_kept, tasks, chunksize=1)
             yield study, {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
@@ -103,7 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     conditions = describe_host() | {name: version(name) for name in ("numpy", "scipy")}
     print(format_conditions(conditions | {"runs": options.runs, "units": options.units, "seed": options.seed}))
-    studies = [study for study in build_studies(options.units) if options.only in (None, study.section)]
+    wanted = options.only or ""
+    studies = [
+        (place, study)
+        for place, study in enumerate(build_studies(options.units))
+        if wanted == study.section or wanted in study.name
+    ]
     started, section = time.perf_counter(), None
     for study, outcomes in run_studies(studies, num_runs=options.runs, seed=options.seed, workers=options.workers):
         if study.section != section:
@@ -134,11 +154,11 @@ def _look(
 
 
 def _returning(
-    units: int, plan: Plan, concentration: float, freeze: bool, generator: np.random.Generator, num_runs: int
+    units: int, value: Value, concentration: float, new_share: float, generator: np.random.Generator, num_runs: int
 ) -> Outcomes:
-    new_share = 0.5
-    shape = (num_runs, round(units / new_share))
-    looks = runs_of.returning_units(generator, shape, new_share=new_share, concentration=concentration, freeze=freeze)
+    shape = (num_runs, 2 * units)
+    looks = runs_of.returning_units(generator, shape, new_share=new_share, concentration=concentration, value=value)
+    plan = Plan(units * new_share)  # half of those that will come
     return _rates(sequence=runs_of.find_exclusions(looks, 0.0, plan), peeking=runs_of.find_peeks(looks, 0.0))
 
 
@@ -193,12 +213,12 @@ def _format_figure(name: str, values: NDArray[np.float64]) -> str:
 _STUDIES: list[Study] = []
 
 
-def _keep_studies(studies: Sequence[Study]) -> None:
-    _STUDIES[:] = studies
+def _keep_studies(studies: Sequence[tuple[int, Study]]) -> None:
+    _STUDIES[:] = [study for _, study in studies]
 
 
-def _run_kept(place: int, seed: Sequence[int], num_runs: int) -> Outcomes:
-    return run_chunk(_STUDIES[place], seed, num_runs)
+def _run_kept(number: int, seed: Sequence[int], num_runs: int) -> Outcomes:
+    return run_chunk(_STUDIES[number], seed, num_runs)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -207,7 +227,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--units", type=int, default=2_000, help="units an experiment; half of them are planned")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", choices=list(SECTIONS), help="one section of the table")
+    parser.add_argument("--only", help=f"rows with this in their name, or of one section: {', '.join(SECTIONS)}")
     return parser.parse_args(arguments)
 
 

@@ -342,6 +342,28 @@ def stop_experiment(experiment_id: str) -> Call[results.Experiment]:
     return Call(results.Experiment, "POST", f"/v1/experiments/{_part(experiment_id)}/stop")
 
 
+def list_shadows(limit: int) -> Call[results.ShadowList]:
+    """GET /v1/shadows."""
+    return Call(results.ShadowList, "GET", "/v1/shadows", {"limit": limit})
+
+
+def start_shadow(alias: str, version: str | None, share: float) -> Call[results.Shadow]:
+    """POST /v1/shadows."""
+    alias, version = _split(alias, version)
+    body = {"alias": alias, "version": _given(alias, version), "share": share}
+    return Call(results.Shadow, "POST", "/v1/shadows", body=body)
+
+
+def show_shadow(shadow_id: str) -> Call[results.ShadowDetail]:
+    """GET /v1/shadows/{id}."""
+    return Call(results.ShadowDetail, "GET", f"/v1/shadows/{_part(shadow_id)}")
+
+
+def stop_shadow(shadow_id: str) -> Call[results.Shadow]:
+    """POST /v1/shadows/{id}/stop."""
+    return Call(results.Shadow, "POST", f"/v1/shadows/{_part(shadow_id)}/stop")
+
+
 def _files_of(source: Path) -> dict[str, Path]:
     if source.is_file():
         return {"archive": source}

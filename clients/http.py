@@ -25,7 +25,7 @@ _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
 @dataclass(slots=True)
 class ChatAnswer:
-    """An answer and what gave it. A stream fills `text` piece by piece and the rest at its end."""
+    """An answer and what gave it. A stream fills `text` piece by piece and the rest at its end, and reads no calls."""
 
     id: str = ""
     text: str = ""
@@ -34,6 +34,7 @@ class ChatAnswer:
     arm: str | None = None
     route: str = ""
     usage: dict[str, int] = field(default_factory=dict)
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
 
 
 class HotswapClient:
@@ -72,7 +73,7 @@ class HotswapClient:
         except httpx.TransportError:
             return False
 
-    async def chat(self, model: str, messages: Sequence[dict[str, str]], **options: Any) -> ChatAnswer:
+    async def chat(self, model: str, messages: Sequence[dict[str, Any]], **options: Any) -> ChatAnswer:
         """Ask and wait for the whole answer; `options` are fields of the request body.
 
         Raises:
@@ -83,7 +84,8 @@ class HotswapClient:
         choice = body["choices"][0]
         answer = _answer_from_headers(response.headers)
         answer.id, answer.usage = body["id"], body["usage"]
-        answer.text, answer.finish_reason = choice["message"]["content"], choice["finish_reason"]
+        answer.text, answer.finish_reason = choice["message"]["content"] or "", choice["finish_reason"]
+        answer.tool_calls = choice["message"].get("tool_calls") or []
         return answer
 
     async def stream_chat(

@@ -327,6 +327,50 @@ class ExperimentDetail(Experiment):
     history: list[Effect]
 
 
+class Shadow(_Record):
+    """A candidate that answers a copy of `share` percent of an alias's requests."""
+
+    id: str
+    alias: str
+    version: str
+    digest: str
+    share: float
+    state: Literal["running", "stopped"]
+    created_at: Moment
+    stopped_at: Moment | None
+
+
+class ShadowList(_Record):
+    """Shadows, the newest first."""
+
+    data: list[Shadow]
+
+
+class ShadowMean(_Record):
+    """A mean with the bounds of its 95 % interval, where there are some."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+class ShadowDetail(Shadow):
+    """A shadow and what came of it; differences are shadow minus live, over the requests that both answered."""
+
+    num_answered: int
+    num_dropped: int
+    num_failed: int
+    num_kept: int
+    dropped_because: dict[str, int]
+    failed_because: dict[str, int]
+    same_share: ShadowMean | None
+    mean_overlap: float | None
+    live_tokens: float | None
+    shadow_tokens: float | None
+    token_difference: ShadowMean | None
+    cut_difference: ShadowMean | None
+
+
 class Feedback(_Record):
     """An outcome that was recorded for the response `id`."""
 

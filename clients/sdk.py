@@ -30,7 +30,9 @@ from clients.sdk_resources import (
     AdaptersResource,
     AsyncAdaptersResource,
     AsyncExperimentsResource,
+    AsyncShadowsResource,
     ExperimentsResource,
+    ShadowsResource,
 )
 
 __all__ = [
@@ -39,10 +41,12 @@ __all__ = [
     "AsyncAdaptersResource",
     "AsyncExperimentsResource",
     "AsyncHotswap",
+    "AsyncShadowsResource",
     "ExperimentSpec",
     "ExperimentsResource",
     "GuardrailSpec",
     "Hotswap",
+    "ShadowsResource",
     "WeightSpec",
 ]
 
@@ -122,6 +126,7 @@ class Hotswap:
         self._retries = _Retries(max_retries)
         self.adapters = AdaptersResource(self)
         self.experiments = ExperimentsResource(self)
+        self.shadows = ShadowsResource(self)
 
     def __enter__(self) -> Self:
         """Return the client."""
@@ -231,6 +236,7 @@ class AsyncHotswap:
         self._retries = _Retries(max_retries)
         self.adapters = AsyncAdaptersResource(self)
         self.experiments = AsyncExperimentsResource(self)
+        self.shadows = AsyncShadowsResource(self)
 
     async def __aenter__(self) -> Self:
         """Return the client."""

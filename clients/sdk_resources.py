@@ -20,6 +20,8 @@ from clients.results import (
     Imported,
     Page,
     Pins,
+    Shadow,
+    ShadowDetail,
     Unloaded,
     Version,
     VersionDetail,
@@ -28,7 +30,14 @@ from clients.results import (
 if TYPE_CHECKING:
     from clients.sdk import AsyncHotswap, Hotswap
 
-__all__ = ["AdaptersResource", "AsyncAdaptersResource", "AsyncExperimentsResource", "ExperimentsResource"]
+__all__ = [
+    "AdaptersResource",
+    "AsyncAdaptersResource",
+    "AsyncExperimentsResource",
+    "AsyncShadowsResource",
+    "ExperimentsResource",
+    "ShadowsResource",
+]
 
 ExperimentState = Literal["draft", "running", "stopped", "decided"]
 _USUAL = ExperimentSpec()
@@ -283,3 +292,53 @@ class AsyncExperimentsResource:
     async def set_holdout(self, alias: str, percent: float) -> Holdout:
         """See `ExperimentsResource.set_holdout`."""
         return await self._client.send(calls.set_holdout(alias, percent))
+
+
+class ShadowsResource:
+    """`hotswap.shadows`: candidates that answer a copy of live requests. Every method raises `ApiError`."""
+
+    def __init__(self, client: Hotswap) -> None:
+        self._client = client
+
+    def list(self, *, limit: int = 20) -> Sequence[Shadow]:
+        """The newest shadows, the newest of them first."""
+        return self._client.send(calls.list_shadows(limit)).data
+
+    def start(self, alias: str, version: str | None = None, *, share: float) -> Shadow:
+        """Have a version (`v2`, or `legal@v2` as the alias) answer a copy of so many percent of the requests.
+
+        Raises:
+            ConflictError: another shadow runs on the alias.
+        """
+        return self._client.send(calls.start_shadow(alias, version, share))
+
+    def get(self, shadow_id: str) -> ShadowDetail:
+        """One shadow, and its answers beside the live ones."""
+        return self._client.send(calls.show_shadow(shadow_id))
+
+    def stop(self, shadow_id: str) -> Shadow:
+        """End a shadow."""
+        return self._client.send(calls.stop_shadow(shadow_id))
+
+
+class AsyncShadowsResource:
+    """`ShadowsResource`, to be awaited."""
+
+    def __init__(self, client: AsyncHotswap) -> None:
+        self._client = client
+
+    async def list(self, *, limit: int = 20) -> Sequence[Shadow]:
+        """See `ShadowsResource.list`."""
+        return (await self._client.send(calls.list_shadows(limit))).data
+
+    async def start(self, alias: str, version: str | None = None, *, share: float) -> Shadow:
+        """See `ShadowsResource.start`."""
+        return await self._client.send(calls.start_shadow(alias, version, share))
+
+    async def get(self, shadow_id: str) -> ShadowDetail:
+        """See `ShadowsResource.get`."""
+        return await self._client.send(calls.show_shadow(shadow_id))
+
+    async def stop(self, shadow_id: str) -> Shadow:
+        """See `ShadowsResource.stop`."""
+        return await self._client.send(calls.stop_shadow(shadow_id))

@@ -21,6 +21,7 @@ from fastapi import FastAPI
 
 from adapters.base_files import public_name, pull_base
 from adapters.base_model import load_tokenizer
+from adapters.conversations import ConversationLog
 from adapters.database import open_database
 from adapters.errors import BaseModelError
 from adapters.experiment_evaluation import EVALUATOR, ExperimentEvaluation
@@ -34,11 +35,13 @@ from adapters.registry import Registry
 from adapters.routing.embeddings import TokenEmbeddings, open_embeddings
 from adapters.routing.service import RoutingService
 from adapters.settings import CoreSettings
+from adapters.shadows import ShadowService
 from adapters.store import ArtifactStore
 from server.api import EngineBuilder, LitServeTransport, RoutesSpec, build_server, guard_processes, wrap_lifespan
 from server.auth import AuthMiddleware
 from server.chat import ChatService
 from server.config import ServeSettings, check_bind, check_port
+from server.conversations import ConversationKeeper
 from server.draining import drain_before_exit
 from server.engine.families import SUPPORTED_FAMILIES
 from server.engine_client import EngineClient, Transport
@@ -48,7 +51,7 @@ from server.evaluator import Evaluator
 from server.fine_tuning import FineTuningService
 from server.home_lock import held_home
 from server.job_supervisor import SupervisorProcess
-from server.limits import BodyLimitMiddleware, larger_bodies
+from server.limits import BodyLimitMiddleware, SendLimitMiddleware, larger_bodies
 from server.metrics import Metrics
 from server.observe import RequestIdMiddleware
 from server.openapi import describe_api
@@ -56,6 +59,7 @@ from server.pins import PinKeeper
 from server.routes import router
 from server.routing import keep_router
 from server.services import Services
+from server.shadows import ShadowKeeper
 from server.tracing import check_tracing, exported_traces
 from server.uploads import Uploads, sweep_uploads
 
@@ -135,8 +139,9 @@ async def _running_services(
     app.state.services, engine = services, services.engine
     services.files.sweep()
     evaluator = Evaluator(services.evaluation.acting_for(EVALUATOR), interval_s=settings.experiment_interval_s)
-    work = [part.run() for part in (engine, services.pins, evaluator)]
-    tasks = [asyncio.create_task(part) for part in (*work, keep_router(services.routing))]
+    parts = (engine, services.pins, services.conversations, services.shadow_keeper, evaluator)
+    work = [*(part.run() for part in parts), keep_router(services.routing)]
+    tasks = [asyncio.create_task(part) for part in work]
     for task in tasks:
         task.add_done_callback(_end_if_crashed)
     drain_before_exit(engine, limit_s=settings.drain_s)
@@ -156,6 +161,7 @@ def equip_app(app: FastAPI, settings: ServeSettings) -> None:
     describe_api(app)
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes, larger=larger_bodies(settings))
     app.add_middleware(AuthMiddleware, is_loopback=settings.is_loopback)
+    app.add_middleware(SendLimitMiddleware, limit_s=settings.send_timeout_s)
     app.add_middleware(RequestIdMiddleware)
     install_error_handlers(app)
 
@@ -190,13 +196,30 @@ def join_services(
     metrics.watch(engine)
     base_name = public_name(core.base)
     routing = RoutingService(registry, embeddings, threshold=settings.route_threshold)
+    shadows = ShadowService(database)
+    shadow_keeper = ShadowKeeper(shadows, engine, metrics)
+    conversations = ConversationKeeper(ConversationLog(database), settings)
     jobs = JobService(database, max_queued=settings.max_queued_jobs)
     return Services(
         registry=registry,
         experiments=experiments,
         evaluation=ExperimentEvaluation(registry),
         engine=engine,
-        chat=ChatService(registry, experiments, engine, tokenizer, settings, metrics, routing, base_name=base_name),
+        chat=ChatService(
+            registry,
+            experiments,
+            engine,
+            tokenizer,
+            settings,
+            metrics,
+            routing,
+            base_name=base_name,
+            conversations=conversations,
+            shadows=shadow_keeper,
+        ),
+        conversations=conversations,
+        shadows=shadows,
+        shadow_keeper=shadow_keeper,
         metrics=metrics,
         keys=KeyService(database),
         pins=PinKeeper(PinService(database), engine, always=settings.pinned, max_versions=max(0, settings.slots - 1)),

@@ -5,14 +5,26 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from adapters.records import Binding, Feedback, Unit
+from adapters.shadows import Shadow
 from server.callers import Meter
 from server.engine.core import GenerationRequest
-from server.tools import ToolUse
+from server.schemas import ChatRequest, chat_choice
+from server.tools import ToolReader, ToolUse, read_whole
 
-__all__ = ["ID_PREFIXES", "Call", "Choice", "Operation", "headers_of", "make_answers", "time_per_token"]
+__all__ = [
+    "ID_PREFIXES",
+    "Call",
+    "Choice",
+    "Operation",
+    "answer_messages",
+    "headers_of",
+    "make_answers",
+    "message_of",
+    "time_per_token",
+]
 
 
 Operation = Literal["chat", "text_completion"]  # OpenTelemetry's names for them
@@ -29,6 +41,7 @@ class Choice:
     first_token: float | None = None
     last_token: float | None = None
     finish_reason: str | None = None
+    pieces: list[str] = field(default_factory=list)  # of its text, if the call has a `body`
 
 
 @dataclass(slots=True)
@@ -46,6 +59,9 @@ class Call:
     created: int
     started: float
     tools: ToolUse | None = None
+    body: ChatRequest | None = None  # of a chat whose answers are wanted when it has ended, by whom the next two say
+    is_kept: bool = False
+    shadow: Shadow | None = None
     first_token: float | None = None
     queued_s: float | None = None
     finish_reason: str | None = None
@@ -86,6 +102,22 @@ def make_answers(request_id: str, requests: Sequence[GenerationRequest], count: 
             sampling = replace(request.sampling, seed=None if seed is None else seed + number)
             answers[own_id] = Choice(index, replace(request, id=own_id, sampling=sampling))
     return answers
+
+
+def answer_messages(call: Call) -> list[dict[str, Any]]:
+    """The assistant's message of each answer of a call that has ended, tool calls read from the text."""
+    return [
+        message_of("".join(answer.pieces), call.tools, f"call_{name}", index=answer.index)
+        for name, answer in call.answers.items()
+    ]
+
+
+def message_of(text: str, tools: ToolUse | None, call_id: str, *, index: int = 0) -> dict[str, Any]:
+    """The assistant's message with this text; `call_id` begins the ids of the calls that are in it."""
+    reader = None if tools is None else ToolReader(tools, call_id)
+    shown, calls = read_whole(reader, text)
+    message: dict[str, Any] = chat_choice(index=index, text=shown, finish_reason=None, tool_calls=calls)["message"]
+    return message
 
 
 def headers_of(binding: Binding) -> dict[str, str]:

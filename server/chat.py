@@ -29,6 +29,7 @@ from server.callers import Caller
 from server.calls import ID_PREFIXES, Call, Choice, Operation, headers_of, make_answers, time_per_token
 from server.completion_schemas import CompletionRequest
 from server.config import ServeSettings
+from server.conversations import ConversationKeeper
 from server.engine.core import Constraint, EngineEvent, GenerationRequest
 from server.engine_client import EngineClient
 from server.generation import sampling_params
@@ -39,6 +40,7 @@ from server.prompts import chat_prompt, check_length, text_prompt, token_prompt
 from server.routing import AUTO_MODEL, apply_decision, check_may_answer, metadata_of, turns_of
 from server.schema_check import SchemaChecker
 from server.schemas import ChatRequest, GenerationOptions
+from server.shadows import ShadowKeeper
 from server.tools import ToolUse, find_tool_format, plan_tools
 from server.tracing import trace_answer
 from server.units import ExperimentHeaders, unit_of
@@ -66,9 +68,13 @@ class ChatService:
         routing: RoutingService,
         *,
         base_name: str,
+        conversations: ConversationKeeper,
+        shadows: ShadowKeeper,
     ) -> None:
         self._base_name = base_name
         self._routing = routing
+        self._shadows = shadows
+        self._conversations = conversations
         self._metrics = metrics
         self._registry = registry
         self._experiments = experiments
@@ -106,11 +112,15 @@ class ChatService:
 
         Raises:
             InvalidNameError: no such model.
-            InvalidInputError: the chat template refuses the conversation, an option can't be followed, or no such arm.
+            InvalidInputError: the chat template refuses the conversation, an option can't be followed, no such arm, or
+                the conversation is to be kept by a server that keeps none.
             PromptTooLongError: it leaves no room for an answer.
             OverloadedError: too many JSON schemas are being checked.
         """
+        is_kept = self._conversations.wants(body)
         call = await self._bind(body, "chat", request_id, caller, headers)
+        call.is_kept, call.shadow = is_kept, self._shadows.choose(body, call.binding, call.response_id)
+        call.body = body if is_kept or call.shadow else None
         async with self._counting_refusals(call):
             call.tools = plan_tools(body, self._tool_format)
             prompt = await asyncio.to_thread(chat_prompt, self._tokenizer, body, call.tools)
@@ -320,6 +330,8 @@ class ChatService:
             self._metrics.observe_queue(call.binding, event.queued_s)
         if event.completion_tokens > answer.completion_tokens:
             self._note_token(call, answer, time.monotonic())
+        if call.body is not None:
+            answer.pieces.append(event.text)
         answer.completion_tokens = event.completion_tokens
         answer.finish_reason = event.finish_reason
         reasons = [answer.finish_reason for answer in call.answers.values()]
@@ -358,6 +370,9 @@ class ChatService:
         self._metrics.count_answer(exposure, per_token_s=time_per_token(call))
         trace_answer(exposure, operation=call.operation)
         await self._store_exposure(call, exposure)
+        if call.is_kept and call.body is not None and call.finish_reason in ("stop", "length"):
+            await asyncio.to_thread(self._conversations.keep, call, call.body)
+        self._shadows.offer(call)
         _log.info(
             "chat_answered",
             version=call.binding.version_label,

@@ -9,7 +9,7 @@ from server.calls import Call, Choice
 from server.engine.core import EngineEvent
 from server.logprobs import LogprobsWriter
 from server.schemas import ChatRequest, chat_choice, chat_chunk, chat_completion, usage_body
-from server.tools import ToolReader
+from server.tools import ToolReader, read_whole
 
 __all__ = ["ChatWriter"]
 
@@ -71,12 +71,7 @@ class ChatWriter:
             yield self._chunk(delta={}) | {"choices": [], "usage": usage}
 
     def _choice(self, name: str, answer: Choice, events: Sequence[EngineEvent]) -> dict[str, Any]:
-        text = "".join(event.text for event in events)
-        calls: list[dict[str, Any]] = []
-        if reader := self._readers.get(name):
-            pieces = [*reader.push(text), *reader.finish()]
-            text = "".join(piece for piece in pieces if isinstance(piece, str))
-            calls = [piece for piece in pieces if not isinstance(piece, str)]
+        text, calls = read_whole(self._readers.get(name), "".join(event.text for event in events))
         entries = (entry for event in events for entry in event.logprobs)
         return chat_choice(
             index=answer.index,

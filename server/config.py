@@ -69,6 +69,13 @@ class ServeSettings(SettingsSection):
         allow_inf_nan=False,
         description="Seconds an answer may take, from the queue to its end.",
     )
+    send_timeout_s: float = Field(
+        60.0,
+        ge=0.1,
+        le=86_400,
+        allow_inf_nan=False,
+        description="Seconds for which a client may take nothing of its answer before its connection is cut.",
+    )
     drain_s: float = Field(
         30.0,
         ge=0,
@@ -96,7 +103,7 @@ class ServeSettings(SettingsSection):
         description="Part of the time in which a job computes while answers are written; 1: jobs never give way.",
     )
     max_queued_jobs: int = Field(
-        100, ge=1, le=10_000, description="Fine-tuning jobs that wait before new ones get 429."
+        100, ge=1, le=10_000, description="Fine-tuning jobs that may wait, and as many that may be paused; then 429."
     )
     max_file_bytes: int = Field(
         100_000_000, ge=1000, le=10_000_000_000, description="Largest file that may be uploaded."
@@ -117,6 +124,14 @@ class ServeSettings(SettingsSection):
         le=86_400,
         allow_inf_nan=False,
         description="Seconds between two evaluations of running experiments: the longest that a rollback takes.",
+    )
+    keep_conversations: bool = Field(
+        False,
+        description="Keep what is asked and answered in chats, for training and comparisons; store: false is not.",
+    )
+    conversation_days: int = Field(30, ge=1, le=3650, description="Days after which a kept conversation is deleted.")
+    conversation_mb: int = Field(
+        1024, ge=1, le=1_048_576, description="Megabytes of kept conversations; beyond it the oldest go."
     )
     traces: bool = Field(False, description="Send OpenTelemetry spans, one an answer; OTEL_* variables say where to.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")

@@ -79,6 +79,7 @@ class EngineClient:
         self._max_tokens = max_tokens
         self._on_message = on_message
         self._in_flight: dict[str, _InFlight] = {}
+        self._shadows: dict[str, _Events] = {}  # beside those in flight: nobody waits for them, also not when draining
         self._num_tokens = 0
         self._status: EngineStatus | None = None
         self._last_heard = 0.0
@@ -144,6 +145,19 @@ class EngineClient:
             self._in_flight[request.id] = _InFlight(request.num_tokens, events)
             self._num_tokens += request.num_tokens
         return self._follow([SubmitCommand(self._status.epoch, request) for request in requests], events)
+
+    def shadow(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent]:
+        """Offer a shadow to the worker and return its events; it takes none of the room that requests have.
+
+        Raises:
+            EngineUnavailableError: there is no worker, or the server is about to end.
+        """
+        assert request.is_shadow, "requests are accepted by `generate`"
+        self.check_available()
+        assert self._status is not None, "just checked"
+        events: _Events = asyncio.Queue()
+        self._shadows[request.id] = events
+        return self._follow([SubmitCommand(self._status.epoch, request)], events)
 
     def check_available(self) -> None:
         """Raise EngineUnavailableError, with the reason, if requests are not taken at present."""
@@ -216,6 +230,7 @@ class EngineClient:
                 await asyncio.shield(self._cancel(unfinished))
 
     def _forget(self, request_id: str) -> None:
+        self._shadows.pop(request_id, None)
         if entry := self._in_flight.pop(request_id, None):
             self._num_tokens -= entry.num_tokens
 
@@ -250,6 +265,8 @@ class EngineClient:
             # A request that was cancelled meanwhile has no queue any more.
             if entry := self._in_flight.get(event.request_id):
                 entry.events.put_nowait(event)
+            elif shadow := self._shadows.get(event.request_id):
+                shadow.put_nowait(event)
 
     async def _watch(self) -> None:
         while True:
@@ -272,7 +289,8 @@ class EngineClient:
         self._end_all(reason)
 
     def _end_all(self, reason: str) -> None:
-        for events in {id(entry.events): entry.events for entry in self._in_flight.values()}.values():
+        queues = [*(entry.events for entry in self._in_flight.values()), *self._shadows.values()]
+        for events in {id(events): events for events in queues}.values():
             events.put_nowait(EngineUnavailableError(reason))
 
 

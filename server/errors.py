@@ -74,6 +74,7 @@ ANSWERS: dict[type[core.HotswapError], Answer] = {
     # The time was the server's to keep, so not 408. Clients would retry a 504 at once, and the same request that took
     # all its time would most likely do so again, on a server that is busy: so they are told not to.
     core.DeadlineExceededError: Answer(504, "server_error", "deadline_exceeded", should_retry=False),
+    core.OutOfMemoryError: Answer(500, "server_error", "out_of_memory"),
     core.TrainingDivergedError: Answer(500, "server_error", "training_diverged"),
 }
 _HIDDEN_MESSAGE = "the server failed to answer; its log has the reason under this request's id"

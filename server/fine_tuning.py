@@ -10,6 +10,7 @@ from typing import Any
 
 from adapters.errors import InvalidInputError, InvalidNameError
 from adapters.jobs import JobOrder, JobService, RequestIdentity
+from adapters.methods import ROW_KINDS, WIRE_METHODS
 from adapters.records import BASE_MODEL_NAME, Actor, Job, check_alias_name
 from server.event_streams import EventStreams
 from server.fine_tuning_schemas import (
@@ -21,15 +22,6 @@ from server.fine_tuning_schemas import (
 
 __all__ = ["FineTuningService"]
 
-# The types whose trainers exist, and what the rows of their files may be.
-_ROW_KINDS: Mapping[str, tuple[str, ...]] = {
-    "supervised": ("chat", "text"),
-    "dpo": ("preference",),
-    "kto": ("labelled",),
-    "reward": ("preference",),
-    "rloo": ("chat",),
-    "grpo": ("chat",),
-}
 _NOT_TRAINED = ("reinforcement",)
 # What a method is trained with when a request names its type alone; the others have something that must be given.
 _DEFAULTS: Mapping[str, Hyperparameters] = {
@@ -86,7 +78,7 @@ class FineTuningService:
             seed=secrets.randbelow(_MAX_SEED) if body.seed is None else body.seed,
             alias=None if body.suffix is None else _check_suffix(body.suffix),
             metadata=body.metadata,
-            row_kinds=_ROW_KINDS[kind],
+            row_kinds=ROW_KINDS[WIRE_METHODS[kind]],
             start_from=None if body.model in (BASE_MODEL_NAME, self._base_name) else body.model,
             priority=body.priority,
             reward=getattr(chosen, "reward", None),
@@ -101,16 +93,16 @@ class FineTuningService:
         if method is None:
             older = body.hyperparameters or SupervisedHyperparameters()
             return "supervised", self._check(older, body, "hyperparameters")
-        if method.type not in _ROW_KINDS:
+        if method.type not in WIRE_METHODS:
             raise InvalidInputError(
-                f"method.type: {method.type!r} is not trained by this server; expected {', '.join(_ROW_KINDS)}",
+                f"method.type: {method.type!r} is not trained by this server; expected {', '.join(WIRE_METHODS)}",
                 param="method.type",
             )
         if body.hyperparameters is not None:
             raise InvalidInputError(
                 f"hyperparameters: belong into method.{method.type}; give them in one place", param="hyperparameters"
             )
-        for name in (*_ROW_KINDS, *_NOT_TRAINED):
+        for name in (*WIRE_METHODS, *_NOT_TRAINED):
             if name != method.type and getattr(method, name) is not None:
                 raise InvalidInputError(
                     f"method.{name}: does not belong to method.type {method.type!r}", param=f"method.{name}"

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StringConstraints
 
+from adapters.gate_report import GateReport
 from adapters.records import Job, JobCheckpoint, JobEvent, StoredFile
 
 __all__ = [
@@ -60,7 +61,6 @@ class Hyperparameters(_Wire):
     rank: int | None = Field(None, strict=True, ge=1, le=256)
     alpha: float | None = Field(None, strict=True, gt=0, le=4096)
     rslora: StrictBool | None = None
-    dropout: float | None = Field(None, strict=True, ge=0, lt=1)
     targets: Annotated[list[_ModuleName], Field(max_length=200)] | None = None
     init: Literal["default", "gaussian", "loftq"] | None = None
     max_length: int | None = Field(None, strict=True, ge=8, le=131_072)
@@ -75,6 +75,7 @@ class SupervisedHyperparameters(Hyperparameters):
     """Of supervised fine-tuning."""
 
     neftune: float | None = Field(None, strict=True, gt=0, le=100)
+    dropout: float | None = Field(None, strict=True, ge=0, lt=1)
 
 
 class DpoHyperparameters(Hyperparameters):
@@ -212,8 +213,8 @@ def file_body(file: StoredFile) -> dict[str, Any]:
     }
 
 
-def job_body(job: Job) -> dict[str, Any]:
-    """A job. Hyperparameters are as they were asked for: "auto" stays "auto"."""
+def job_body(job: Job, gate: GateReport | None) -> dict[str, Any]:
+    """A job, and what the gate found about its version. Hyperparameters are as they were asked for, "auto" too."""
     chosen = job.method[job.method["type"]]["hyperparameters"]
     wire = ("n_epochs", "batch_size", "learning_rate_multiplier")
     error = job.error
@@ -239,6 +240,7 @@ def job_body(job: Job) -> dict[str, Any]:
         "integrations": [dict(integration) for integration in job.integrations],
         "priority": job.priority,
         "queue_position": job.queue_position,
+        "gate": None if gate is None else {"verdict": gate.verdict, "reason": gate.reason, **gate.model_dump()},
     }
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Mapping
 
+import structlog
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters.errors import InvalidInputError
 from server.config import ServeSettings
 
-__all__ = ["TIMEOUT_HEADER", "BodyLimitMiddleware", "larger_bodies", "read_timeout"]
+__all__ = ["TIMEOUT_HEADER", "BodyLimitMiddleware", "SendLimitMiddleware", "larger_bodies", "read_timeout"]
+
+_log = structlog.get_logger(__name__)
 
 TIMEOUT_HEADER = "x-hotswap-timeout-s"
 _MAX_SHOWN = 40
@@ -71,3 +75,35 @@ class BodyLimitMiddleware:
             return message
 
         await self._app(scope, receive_counted if scope["type"] == "http" else receive, send)
+
+
+class SendLimitMiddleware:
+    """Cuts a client that takes nothing of its answer for `limit_s`: it holds a place among the requests in flight.
+
+    The engine waits for no reader, and what an answer may hold is bounded by its tokens; a place must not be held
+    for as long as a client likes.
+    """
+
+    def __init__(self, app: ASGIApp, limit_s: float) -> None:
+        self._app = app
+        self._limit_s = limit_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        stalled = False
+
+        async def send_in_time(message: Message) -> None:
+            nonlocal stalled
+            try:
+                async with asyncio.timeout(self._limit_s):
+                    await send(message)
+            except TimeoutError:
+                stalled = True
+                raise
+
+        try:
+            await self._app(scope, receive, send_in_time if scope["type"] == "http" else send)
+        except Exception:
+            if not stalled:
+                raise
+            _log.warning("client_stalled", path=scope["path"], limit_s=self._limit_s)

@@ -77,6 +77,7 @@ class EngineStatus:
     num_slots: int = 0
     num_cache_free: int = 0
     num_cache_total: int = 0
+    num_shadows: int = 0
 
     @classmethod
     def of(cls, engine: Engine, epoch: str) -> EngineStatus:
@@ -92,6 +93,7 @@ class EngineStatus:
             num_slots=engine.num_slots,
             num_cache_free=num_free,
             num_cache_total=num_total,
+            num_shadows=engine.num_shadows,
         )
 
 

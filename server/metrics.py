@@ -32,6 +32,7 @@ _WORKER_GAUGES: tuple[tuple[str, str, Callable[[EngineStatus], int]], ...] = (
     ("hotswap_slots", "Slots for versions.", lambda status: status.num_slots),
     ("hotswap_slots_used", "Slots that hold a version.", lambda status: len(status.resident)),
     ("hotswap_running_requests", "Requests in the batch.", lambda status: status.num_running),
+    ("hotswap_running_shadows", "Shadows in the batch.", lambda status: status.num_shadows),
     ("hotswap_waiting_requests", "Requests in the engine's queue.", lambda status: status.num_waiting),
     ("hotswap_waiting_tokens", "Prompt and max_tokens of those.", lambda status: status.num_waiting_tokens),
     ("hotswap_cache_blocks", "Blocks of the KV cache.", lambda status: status.num_cache_total),
@@ -107,6 +108,10 @@ class Metrics:
         if per_token_s is not None:
             self._per_token.labels(*labels).observe(per_token_s)
 
+    def count_shadow(self, alias: str, version: str, outcome: str) -> None:
+        """A copy of a live request has ended, or was dropped; nothing else here counts it."""
+        self._shadows.labels(alias, version, outcome).inc()
+
     def count_error(self, code: str, binding: Binding | None) -> None:
         """A request was answered with this error, before or after it was bound to a version."""
         self._errors.labels(*(_labels(binding) if binding else _NO_VERSION), code).inc()
@@ -134,6 +139,9 @@ class Metrics:
         """Metrics by alias and version. Names are those of OpenTelemetry's conventions for GenAI where they exist."""
         self._requests = self._counter("hotswap_requests", "Accepted requests that have ended.", "finish_reason")
         self._errors = self._counter("hotswap_errors", "Requests that were answered with an error.", "code")
+        self._shadows = self._counter(
+            "hotswap_shadow_answers", "Copies of live requests, by what became of them.", "outcome"
+        )
         self._duration = self._histogram("gen_ai_server_request_duration_seconds", "From acceptance to the end.")
         self._first_token = self._histogram(
             "gen_ai_server_time_to_first_token_seconds", "From acceptance to the first token."

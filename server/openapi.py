@@ -49,7 +49,7 @@ _ERRORS = {
     "400": "The request is wrong; `param` says where.",
     "401": "An API key is required, or the one that was sent is not valid.",
     "403": "The key may not do this, or a server without keys was not asked from its own machine.",
-    "404": "There is no such alias, version, experiment, response, model, file or job.",
+    "404": "There is no such alias, version, experiment, shadow, response, model, file or job.",
     "409": "The request is fine, the present state forbids it.",
     "413": "The body is larger than the server takes.",
     "429": "Too much at once; nothing was started.",

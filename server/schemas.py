@@ -197,6 +197,7 @@ class ChatRequest(GenerationOptions):
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
+    store: bool | None = None
     metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=_MAX_METADATA)
     # Without effect from here on; each value that is taken asks for what happens anyway.
     modalities: list[Literal["text"]] | None = Field(None, min_length=1, max_length=1)
@@ -208,7 +209,6 @@ class ChatRequest(GenerationOptions):
     service_tier: Annotated[
         Literal["auto", "default"] | None, _ineffective("auto", "default", because="there is one tier")
     ] = None
-    store: Annotated[Literal[False], _ineffective(False, because="completions are not stored")] = False
     verbosity: Annotated[
         Literal["medium"] | None,
         _ineffective("medium", because="nothing is added to make answers longer or shorter"),

@@ -13,14 +13,17 @@ from adapters.files import FileService
 from adapters.keys import KeyService
 from adapters.registry import Registry
 from adapters.routing.service import RoutingService
+from adapters.shadows import ShadowService
 from server.auth import caller_of
 from server.callers import Caller
 from server.chat import ChatService
+from server.conversations import ConversationKeeper
 from server.engine_client import EngineClient
 from server.fine_tuning import FineTuningService
 from server.metrics import Metrics
 from server.observe import request_id_of
 from server.pins import PinKeeper
+from server.shadows import ShadowKeeper
 from server.uploads import Uploads
 
 __all__ = ["CurrentCaller", "CurrentServices", "Services"]
@@ -35,6 +38,9 @@ class Services:
     evaluation: ExperimentEvaluation
     engine: EngineClient
     chat: ChatService
+    conversations: ConversationKeeper
+    shadows: ShadowService
+    shadow_keeper: ShadowKeeper
     metrics: Metrics
     keys: KeyService
     pins: PinKeeper
@@ -56,6 +62,7 @@ def _services(request: Request, caller: CurrentCaller) -> Services:
         services,
         registry=services.registry.acting_for(actor),
         experiments=services.experiments.acting_for(actor),
+        shadows=services.shadows.acting_for(actor),
         evaluation=services.evaluation.acting_for(actor),
         files=services.files.acting_for(actor),
         fine_tuning=services.fine_tuning.acting_for(actor),

@@ -19,7 +19,7 @@ from server.schema_check import schema_text
 from server.schemas import ChatRequest
 from server.tool_schemas import NamedTool, Tool
 
-__all__ = ["ToolFormat", "ToolReader", "ToolUse", "find_tool_format", "plan_tools"]
+__all__ = ["ToolFormat", "ToolReader", "ToolUse", "find_tool_format", "plan_tools", "read_whole"]
 
 ToolFormat = Literal["hermes", "llama"]
 
@@ -229,6 +229,15 @@ class ToolReader:
         self.num_calls += 1
         self._is_blank = True
         yield {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def read_whole(reader: ToolReader | None, text: str) -> tuple[str, list[dict[str, Any]]]:
+    """The text and the calls of a whole answer, by a reader that has read nothing; without one it is all text."""
+    if reader is None:
+        return text, []
+    pieces = [*reader.push(text), *reader.finish()]
+    shown = "".join(piece for piece in pieces if isinstance(piece, str))
+    return shown, [piece for piece in pieces if not isinstance(piece, str)]
 
 
 def _length_before_tag(text: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from adapters.database import Database, open_database
 from adapters.manifest import BaseReference
 from adapters.registry import Registry
 from adapters.store import ArtifactStore
+from tests.support.postgres import POSTGRES_URL, postgres_schema
 from tests.support.tiny import FAMILIES, load_tiny_base, save_tiny_base
 
 # No test may fail for a slow machine. Where CI is set, Hypothesis draws the same examples in every run, and this
@@ -48,10 +50,11 @@ def tiny_base(tiny_folders: dict[str, Path]) -> LoadedBase:
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:
-    """An empty migrated SQLite database."""
-    opened = open_database(f"sqlite:///{tmp_path / 'hotswap.db'}")
-    yield opened
-    opened.close()
+    """An empty migrated database: SQLite, or a schema of its own where POSTGRES_URL names a PostgreSQL."""
+    with postgres_schema(POSTGRES_URL) if POSTGRES_URL else nullcontext(f"sqlite:///{tmp_path / 'hotswap.db'}") as url:
+        opened = open_database(url)
+        yield opened
+        opened.close()
 
 
 @pytest.fixture

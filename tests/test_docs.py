@@ -21,7 +21,7 @@ from server.auth import read_access
 from server.completion_schemas import CompletionRequest
 from server.config import ServeSettings
 from server.fine_tuning_schemas import CreateJobRequest, RewardedHyperparameters, SupervisedHyperparameters
-from server.routes import adapters, experiments, router
+from server.routes import adapters, experiments, router, shadows
 from server.schemas import ChatRequest
 from training.config import TrainSettings
 from training.recognise import SHAPES, TARGETS
@@ -138,7 +138,7 @@ def test_adapters_page_has_a_row_for_every_route_when_compared() -> None:
     rows = set(re.findall(r"^\| `([A-Z]+ /v1/\S+)` \|", page, re.MULTILINE))
     routes = {
         f"{method} {route.path}"
-        for topic in (adapters, experiments)
+        for topic in (adapters, experiments, shadows)
         for route in topic.router.routes
         if isinstance(route, APIRoute)
         for method in route.methods or ()

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from adapters.errors import ConfigurationError
+from adapters.methods import HELD_TO_A_REFERENCE, METHOD_SETTINGS, SAMPLING_METHODS, Method
 from adapters.settings import SettingsSection, split_names
 from training.answer_format import check_json_schema
 
-__all__ = ["HELD_TO_A_REFERENCE", "METHOD_DEFAULTS", "Method", "Reference", "TrainSettings"]
+__all__ = ["METHOD_DEFAULTS", "Reference", "TrainSettings"]
 
-Method = Literal["sft", "dpo", "kto", "reward", "rloo", "grpo"]
 Reference = Literal["base", "start"]
 _ModuleName = Annotated[str, StringConstraints(pattern=r"^\w+(\.\w+)*$", max_length=200)]
 _Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
@@ -32,9 +33,7 @@ METHOD_DEFAULTS: Mapping[str, Mapping[str, float]] = {
     "rloo": {"learning_rate": 1e-5, "beta": 0.05},
     "grpo": {"learning_rate": 1e-5, "beta": 0.04},
 }
-HELD_TO_A_REFERENCE = ("dpo", "kto", "rloo", "grpo")
 _NEED_BETA = ("dpo", "kto")
-_RL = ("rloo", "grpo")
 
 _NEEDS_OTHER_BASE = (
     "it changes the base model's weights, and the engine serves one unchanged 4-bit base to all adapters"
@@ -107,6 +106,10 @@ class TrainSettings(SettingsSection):
     neftune: float | None = Field(None, gt=0, le=100, description="Of sft: noise on embeddings, NEFTune's alpha.")
     max_length: int = Field(1024, ge=8, le=131_072, description="Longest row in tokens; longer ones are an error.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
+    use_liger_kernel: bool = Field(
+        False,
+        description="Liger's kernels for norms, rotary embeddings and MLPs; on a GPU, if liger-kernel is installed.",
+    )
     report_to: Annotated[tuple[_Tracker, ...], NoDecode] = Field(
         (), max_length=4, description="Trackers that are told of every step, besides our own files; each if installed."
     )
@@ -146,6 +149,35 @@ class TrainSettings(SettingsSection):
     gate_format_regex: _Expression | None = Field(None, description="A regular expression that whole answers match.")
     gate_format_schema: _Schema | None = Field(None, description="A JSON schema, as JSON text, that answers follow.")
     gate_format_share: float = Field(0.9, ge=0, le=1, description="Lowest share of answers that keep to the format.")
+
+    @classmethod
+    def load(cls, home: Path, **flags: Any) -> Self:
+        """Resolve the section; a flag that is None counts as not given.
+
+        The environment and the configuration file are for runs by every method: what the run's own does not use of them
+        has no effect.
+
+        Raises:
+            ConfigurationError: as of every section; or a flag that the method does not use.
+        """
+        settings = super().load(home, **flags)
+        strays = settings._find_strays()
+        for name in strays:
+            if flags.get(name):  # zero asks for nothing
+                methods = ", ".join(METHOD_SETTINGS[name])
+                raise ConfigurationError(
+                    f"setting train.{name}: method {settings.method} does not use it; it is for {methods}, "
+                    f"found {flags[name]!r}"
+                )
+        return settings.model_copy(update=strays)
+
+    def _find_strays(self) -> dict[str, Any]:
+        """Settings that the method does not use and that are not the default, with the default."""
+        known = self.model_dump()
+        unused = [name for name, methods in METHOD_SETTINGS.items() if self.method not in methods]
+        fields = type(self).model_fields
+        defaults = {name: fields[name].get_default(call_default_factory=True, validated_data=known) for name in unused}
+        return {name: default for name, default in defaults.items() if default != getattr(self, name)}
 
     @model_validator(mode="before")
     @classmethod
@@ -189,14 +221,10 @@ class TrainSettings(SettingsSection):
             raise ValueError(f"beta must be above 0 for {self.method}: with 0 there is nothing to learn from")
         if self.reference == "start" and self.start_from is None and self.method in HELD_TO_A_REFERENCE:
             raise ValueError("reference start needs start_from, a version to start from; without one it is base")
-        if self.method in _RL:
+        if self.method in SAMPLING_METHODS:
             self._check_reward()
-        elif self.reward is not None:
-            raise ValueError(f"reward is for rloo and grpo, not for {self.method}")
         if self.method == "kto" and self.batch_size < 2:
             raise ValueError("kto compares the rows of a batch with one another: batch_size must be 2 or more, found 1")
-        if self.method != "sft":
-            self._check_no_noise()
         return self
 
     def check_validation(self, *, is_given: bool) -> None:
@@ -210,12 +238,6 @@ class TrainSettings(SettingsSection):
                 f"setting train.patience: {self.patience} validations without a better loss would end the run, but "
                 "there is no validation file; give one, or leave patience out"
             )
-
-    def _check_no_noise(self) -> None:
-        """The other methods compare probabilities with those of a reference or of other answers."""
-        for name in ("neftune", "dropout"):
-            if getattr(self, name):
-                raise ValueError(f"{name} is for sft: for {self.method} it would blur what is compared")
 
     def _check_reward(self) -> None:
         if self.reward is None:

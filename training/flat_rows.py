@@ -20,7 +20,14 @@ from transformers.masking_utils import sdpa_mask
 from adapters.chat_template import RenderedRow
 from training.rendering import IGNORED_LABEL, collate
 
-__all__ = ["RowLayout", "flatten", "has_row_attention", "install_row_attention", "make_batch"]
+__all__ = [
+    "RowLayout",
+    "flatten",
+    "has_row_attention",
+    "install_row_attention",
+    "make_batch",
+    "use_true_attention",
+]
 
 _IMPLEMENTATION = "hotswap_rows"
 # Tokens of a row up to which its scores are written out on a CPU: torch's fused attention takes four times as long for
@@ -73,6 +80,15 @@ def flatten(rows: Sequence[RenderedRow]) -> dict[str, torch.Tensor]:
 def has_row_attention(model: Any) -> bool:
     """Whether flat batches may be given to this model."""
     return bool(model.config.get_text_config()._attn_implementation == _IMPLEMENTATION)
+
+
+def use_true_attention(model: Any) -> None:
+    """Have a model compute attention as it is meant where torch's fused attention leaves a part of it out.
+
+    Gemma 2 caps the scores of its attention, which torch's function can't; the engine does.
+    """
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")
 
 
 def install_row_attention(model: Any) -> bool:

@@ -9,15 +9,25 @@ import json
 import os
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from adapters.chat_rows import EXPECTED_ROW, MAX_PROBLEMS_SHOWN, Row, RowKind, parse_document, row_document
 from adapters.errors import ConflictError, DataError
 from training.readers import RawRow, read_table
-from training.recognise import Shape, choose_shape
+from training.recognise import Shape, choose_shape, spread
 
-__all__ = ["Dataset", "NumberedRow", "ReadOptions", "ReadRows", "read_dataset", "read_rows", "write_dataset"]
+__all__ = [
+    "Dataset",
+    "NumberedRow",
+    "ReadOptions",
+    "ReadRows",
+    "read_dataset",
+    "read_rows",
+    "write_dataset",
+    "write_documents",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +76,19 @@ class ReadOptions:
 
 @dataclass(frozen=True, slots=True)
 class ReadRows:
-    """What was found in a source, good rows and bad; every problem begins with where it is."""
+    """What was found in a source: good rows, how many are bad, and why; every problem begins with where it is."""
 
     name: str
     sha256: str
     recognised: str
     rows: tuple[NumberedRow, ...]
     problems: list[str]
+    num_bad: int = 0
+
+    @property
+    def kind(self) -> RowKind | None:
+        """That of every good row; None if there is none."""
+        return self.rows[0].row.kind if self.rows else None
 
     def as_dataset(self) -> Dataset:
         """The rows, if all are good.
@@ -125,23 +141,33 @@ def read_rows(source: Path | str, options: ReadOptions | None = None, *, name: s
     table = read_table(source, name=name, split=options.split, subset=options.subset, encoding=options.encoding)
     if not table.rows:
         raise DataError([f"{table.name}: holds no rows; {EXPECTED_ROW} on each line"])
-    documents = [row.document for row in table.rows if isinstance(row.document, Mapping)]
+    raws = table.rows
+    if any("." in column for column in (options.mapping or {}).values()):  # a value in an object of the row
+        raws = [replace(raw, document=spread(raw.document)) for raw in raws]
+    documents = [row.document for row in raws if isinstance(row.document, Mapping)]
     shape, columns = choose_shape(documents, options.mapping, table.name) if documents else (None, [])
     rows: list[NumberedRow] = []
     problems: list[str] = []
-    for raw in table.rows:
+    num_bad = 0
+    for raw in raws:
         row, found = _read_row(raw, shape)
         if row is not None and rows and row.kind != rows[0].row.kind:
             found = [f"a {row.kind} row among {rows[0].row.kind} rows; expected one kind in a file"]
         if row is not None and not found:
             rows.append(NumberedRow(raw.line, row))
+        num_bad += bool(found)
         problems += [f"{raw.file or table.name}:{raw.line}: {problem}" for problem in found]
     recognised = f"{table.layout}: {shape.describe(columns)}" if shape else table.layout
-    return ReadRows(table.name, table.sha256, recognised, tuple(rows), problems)
+    return ReadRows(table.name, table.sha256, recognised, tuple(rows), problems, num_bad)
 
 
 def write_dataset(rows: Iterable[NumberedRow], path: Path, *, overwrite: bool = False) -> int:
-    """Write rows as JSON lines, whole or not at all.
+    """Write rows as JSON lines; otherwise as `write_documents`."""
+    return write_documents([row_document(numbered.row) for numbered in rows], path, overwrite=overwrite)
+
+
+def write_documents(documents: Iterable[Mapping[str, Any]], path: Path, *, overwrite: bool = False) -> int:
+    """Write JSON objects one a line, whole or not at all.
 
     Returns:
         How many were written.
@@ -150,7 +176,7 @@ def write_dataset(rows: Iterable[NumberedRow], path: Path, *, overwrite: bool = 
         ConflictError: there is such a file, and it is not to be overwritten.
         DataError: the file can't be written.
     """
-    lines = [json.dumps(row_document(numbered.row), ensure_ascii=False) + "\n" for numbered in rows]
+    lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
     try:
         with temporary.open("xb") as file:

@@ -21,6 +21,12 @@ _RESAMPLES = 4000
 _DRAWS_AT_ONCE = 1_000_000
 _SEED = 20_170_817
 _DIGITS = 6
+# What methods with scores are compared by, and what the figures call it; the others are compared by their loss.
+_MEASURES = {
+    "reward": ("share of validation pairs in the right order", "pair_accuracy"),
+    "rloo": ("mean reward of answers to validation prompts", "mean_reward"),
+    "grpo": ("mean reward of answers to validation prompts", "mean_reward"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +75,7 @@ def judge(evidence: Evidence, settings: TrainSettings) -> GateReport:
 
 
 def paired_improvement(candidate: Evaluation, other: Evaluation, *, confidence: float) -> Improvement:
-    """How much lower the candidate's loss is than another's on the same rows, in their unit.
+    """How much better the candidate is than another on the same rows: by its loss, or its scores, in their unit.
 
     Rows are drawn with replacement, seeded; each draw gives the difference of two means over all tokens. The quantile
     that is the interval's end is moved outwards as Student's t asks: the plain one is too narrow for few rows. It holds
@@ -80,6 +86,8 @@ def paired_improvement(candidate: Evaluation, other: Evaluation, *, confidence: 
     expanded percentile interval.
     """
     gains = other.losses - candidate.losses
+    if candidate.scores is not None and other.scores is not None:
+        gains = candidate.scores - other.scores
     num_rows = len(gains)
     drawn = np.concatenate(list(_resample(gains, candidate.weights)))
     tail = stats.t.ppf(1 - confidence, num_rows - 1) * np.sqrt(num_rows / (num_rows - 1))
@@ -113,15 +121,20 @@ def _check_better(
         return GateCheck(name=name, outcome="unchecked", sentence=f"not compared with {title}: {few}")
     found = paired_improvement(candidate, other, confidence=settings.gate_confidence)
     is_better = found.low > settings.gate_margin
-    loss, loss_of_other = candidate.loss, other.loss
+    measure, short = _MEASURES.get(settings.method, ("validation loss", "loss"))
+    own, others = (_mean(evaluation) for evaluation in (candidate, other))
     direction = "better" if found.estimate >= 0 else "worse"
     sentence = (
-        f"validation loss {loss:.3f} against {loss_of_other:.3f} of {title}: {abs(found.estimate):.3f} {direction}, "
+        f"{measure} {own:.3f} against {others:.3f} of {title}: {abs(found.estimate):.3f} {direction}, "
         f"at least {found.low:.3f} better with {settings.gate_confidence:.0%} confidence; "
         f"more than {settings.gate_margin:g} is needed"
     )
-    figures = {"loss": loss, "other_loss": loss_of_other, "improvement": found.estimate, "low": found.low}
+    figures = {short: own, f"other_{short}": others, "improvement": found.estimate, "low": found.low}
     return _check(name, "passed" if is_better else "failed", sentence, figures)
+
+
+def _mean(evaluation: Evaluation) -> float:
+    return evaluation.loss if evaluation.scores is None else float(evaluation.scores.mean())
 
 
 def _check_present(evidence: Evidence, settings: TrainSettings) -> Iterator[GateCheck]:

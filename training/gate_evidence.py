@@ -13,13 +13,15 @@ from adapters.records import NumberedVersion
 from adapters.registry import Registry
 from training.evaluation import Yardstick
 from training.gate import Evidence, Present
-from training.general_text import render_general_text
+from training.general_text import general_loss_path, read_number, render_general_text, write_number
 from training.losses import Evaluation, evaluate
 from training.methods import TrainingRun
 from training.sampling import LONGER_THAN_REFERENCE, Sample, SamplePrompt, sample_answers
 from training.start import StoredVersion, read_version
 
 __all__ = ["PresentVersion", "find_present", "gather_evidence"]
+
+_GENERAL_BATCH = 32  # beginnings of 32 tokens: large, since each batch of a 4-bit base unpacks all its weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +76,16 @@ def gather_evidence(
 
 
 def _measure_general(run: TrainingRun[Any]) -> tuple[float, float]:
-    """The loss on general text with the adapter, and without."""
+    """The loss on general text with the adapter, and without: of the base model it is measured once a home."""
     rows = render_general_text(run.base.tokenizer)
-    options = {"batch_size": run.settings.batch_size, "pad_token_id": run.base.tokenizer.pad_token_id}
+    options = {"batch_size": _GENERAL_BATCH, "pad_token_id": run.base.tokenizer.pad_token_id}
     adapted = evaluate(run.base.model, rows, **options).loss
-    with run.model.disable_adapter():
-        return adapted, evaluate(run.base.model, rows, **options).loss
+    known = general_loss_path(run.settings.home, run.base)
+    if (loss := read_number(known)) is None:
+        with run.model.disable_adapter():
+            loss = evaluate(run.base.model, rows, **options).loss
+        write_number(known, loss)
+    return adapted, loss
 
 
 def _sample(run: TrainingRun[Any], prompts: Sequence[SamplePrompt]) -> list[Sample]:
@@ -88,7 +94,14 @@ def _sample(run: TrainingRun[Any], prompts: Sequence[SamplePrompt]) -> list[Samp
     longest = max((prompt.reference_tokens or limit for prompt in prompts), default=0)
     max_tokens = min(limit, LONGER_THAN_REFERENCE * longest + 1)
     batch_size = run.settings.batch_size
-    return sample_answers(run.base.model, run.base.tokenizer, prompts, max_tokens=max_tokens, batch_size=batch_size)
+    return sample_answers(
+        run.base.model,
+        run.base.tokenizer,
+        prompts,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        ends_flawed=True,
+    )
 
 
 def _measure_present(yardstick: Yardstick | None, present: PresentVersion) -> Present:

@@ -9,7 +9,6 @@ import io
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -29,7 +28,10 @@ from training.job_process import JobProcess, StoppedError, job_process
 from training.job_settings import describe_failure, hyperparameters_of, resolve_settings, tracker_environment
 from training.losses import Evaluation
 from training.progress import NextMove, StepMetrics, TrainedCounts
-from training.worker import AdapterSaver, DataFile, JobFolder, MoveRule, train_and_publish
+from training.publication import AdapterSaver, MoveRule
+from training.run_data import DataFile
+from training.scratch import scratch_folder
+from training.worker import JobFolder, train_and_publish
 
 __all__ = [
     "JobRun",
@@ -127,8 +129,7 @@ class JobRun:
         def record(digest: str | None) -> None:
             self._jobs.add_checkpoint(self._claim, metrics.step, known, digest=digest)
 
-        with tempfile.TemporaryDirectory(prefix="hotswap-checkpoint-") as name:
-            folder = Path(name)
+        with scratch_folder(checkpoints_folder(self._core.home, self._claim.job.id).parent) as folder:
             try:
                 manifest = save(folder, {**known, "checkpoint_step": metrics.step})
             except AdapterRejectedError as error:

@@ -18,13 +18,14 @@ from adapters.errors import (
     RankTooHighError,
     TrainingDivergedError,
 )
+from adapters.methods import WIRE_METHODS
 from adapters.records import Job, JobError
 from training.config import TrainSettings
+from training.memory import MEMORY_ADVICE, is_about_memory
 
 __all__ = ["describe_failure", "hyperparameters_of", "resolve_settings", "tracker_environment"]
 
 _HYPERPARAMETERS = {"n_epochs": "epochs"}  # the wire's name -> the setting's; all others are called the same
-_METHODS = {"supervised": "sft"}  # the wire's name -> the setting's
 _NO_SETTINGS = frozenset({"learning_rate_multiplier", "checkpoint_steps"})
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # What libraries say that write files without Python's help: safetensors, torch's zip writer, SQLite.
@@ -35,7 +36,6 @@ _DISK_WORDS = re.compile(
 # What these say is what to do about them.
 _TELLING = (ConfigurationError, FingerprintMismatchError, NotFoundError)
 _PATH = re.compile(r"(?<![\w.])~?(/[\w.@+~-]+)+/?")  # `and/or` is none: it begins with a name
-_MEMORY_WORDS = re.compile(r"can't allocate memory|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
 
 
 def resolve_settings(job: Job, home: Path) -> TrainSettings:
@@ -49,7 +49,7 @@ def resolve_settings(job: Job, home: Path) -> TrainSettings:
     multiplier = given.get("learning_rate_multiplier")
     flags = {_HYPERPARAMETERS.get(name, name): value for name, value in given.items() if name not in _NO_SETTINGS}
     kind = job.method["type"]
-    flags |= {"method": _METHODS.get(kind, kind), "start_from": job.start_from, "seed": job.seed}
+    flags |= {"method": WIRE_METHODS[kind], "start_from": job.start_from, "seed": job.seed}
     if job.integrations:
         flags["report_to"] = [integration["type"] for integration in job.integrations]
     TrainSettings.load(home)  # what is wrong with the server's own settings is not the job's fault
@@ -92,9 +92,8 @@ def describe_failure(error: Exception) -> JobError:
         return JobError("invalid_hyperparameters", str(error), "method")
     if isinstance(error, TrainingDivergedError):
         return JobError("training_diverged", str(error), "method")
-    if any(_is_about_memory(cause) for cause in _causes(error)):
-        message = "the device has too little memory for this job: lower batch_size or max_length"
-        return JobError("out_of_memory", message, "method")
+    if any(is_about_memory(cause) for cause in _causes(error)):
+        return JobError("out_of_memory", f"the device has too little memory for this job: {MEMORY_ADVICE}", "method")
     if any(_is_about_the_disk(cause) for cause in _causes(error)):
         message = "the server's disk is full: free some space and create the job again"
         return JobError("disk_full", message)
@@ -112,12 +111,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(following))
         yield following
         following = following.__cause__ or following.__context__
-
-
-def _is_about_memory(error: BaseException) -> bool:
-    # torch.OutOfMemoryError is a RuntimeError that begins "CUDA out of memory"; on a CPU there is no class for it.
-    is_named = type(error).__name__ == "OutOfMemoryError"
-    return isinstance(error, MemoryError) or is_named or bool(_MEMORY_WORDS.search(str(error)))
 
 
 def _is_about_the_disk(error: BaseException) -> bool:

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from adapters.chat_rows import RowKind
 from adapters.errors import DataError
-from training.config import Method
+from adapters.methods import ROW_KINDS, Method
 from training.formats import Dataset
 
-__all__ = ["METHOD_KINDS", "check_kind", "check_labels"]
-
-METHOD_KINDS: Mapping[Method, tuple[RowKind, ...]] = {
-    "sft": ("chat", "text"),
-    "dpo": ("preference",),
-    "kto": ("labelled",),
-    "reward": ("preference",),
-    "rloo": ("chat",),
-    "grpo": ("chat",),
-}
+__all__ = ["check_kind", "check_labels"]
 
 
 def check_kind(dataset: Dataset, method: Method) -> None:
@@ -27,10 +17,10 @@ def check_kind(dataset: Dataset, method: Method) -> None:
     Raises:
         DataError: names the file, the kind that was found and the methods that would take it.
     """
-    if dataset.kind in METHOD_KINDS[method]:
+    if dataset.kind in ROW_KINDS[method]:
         return
-    takers = [name for name, kinds in METHOD_KINDS.items() if dataset.kind in kinds]
-    wanted = " or ".join(METHOD_KINDS[method])
+    takers = [name for name, kinds in ROW_KINDS.items() if dataset.kind in kinds]
+    wanted = " or ".join(ROW_KINDS[method])
     found = f"found {dataset.kind} rows, which are for {', '.join(takers)}"
     raise DataError([f"{dataset.name}: method {method} trains on {wanted} rows, {found}"])
 

@@ -12,9 +12,9 @@ from transformers import set_seed
 from adapters.base_model import LoadedBase
 from adapters.errors import ConfigurationError
 from training.config import TrainSettings
-from training.flat_rows import install_row_attention
+from training.flat_rows import install_row_attention, use_true_attention
 from training.loftq import begin_from_quantisation_error
-from training.losses import check_head_is_plain
+from training.losses import check_head
 from training.start import StoredVersion, install_version, linear_shapes_of, lora_config
 
 __all__ = ["add_adapter", "disable_packed_kernels"]
@@ -31,7 +31,8 @@ def add_adapter(base: LoadedBase, settings: TrainSettings, start: StoredVersion 
         ConfigurationError: a target that the model does not have, or an initialisation that it does not allow.
     """
     disable_packed_kernels(base.model)
-    check_head_is_plain(base.model)
+    use_true_attention(base.model)
+    check_head(base.model)
     install_row_attention(base.model)
     base.model.requires_grad_(False)
     set_seed(settings.seed)

@@ -16,19 +16,21 @@ import torch
 from adapters.chat_template import RenderedRow
 from adapters.errors import BaseModelError
 from training.flat_rows import RowLayout, make_batch
+from training.logits import LogitRule, read_logit_rule
 from training.precision import base_precision
 from training.rendering import IGNORED_LABEL
 
 __all__ = [
     "Evaluation",
     "TokenSums",
-    "check_head_is_plain",
+    "check_head",
     "evaluate",
     "head_sums",
     "row_sums",
     "token_sums",
 ]
 
+_PLAIN = LogitRule()
 _PROBE_TOKENS = (1, 2, 3, 4)
 _HEAD_CHUNK = 128
 
@@ -52,18 +54,24 @@ class Evaluation:
         losses: Sums, float64 `[rows]`.
         weights: float64 `[rows]`; 0 for a row without tokens that carry loss.
         num_right: float64 `[rows]`, at most the weights, or None.
+        scores: What the gate compares instead of the losses, the higher the better: float64 `[rows]`, or None. Of a
+            reward model 1 for a pair in the right order, a half for a tie; of rloo and grpo the rewards.
         extra: What a method measures besides, by name.
     """
 
     losses: np.ndarray
     weights: np.ndarray
     num_right: np.ndarray | None = None
+    scores: np.ndarray | None = None
     extra: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of_rows(cls, losses: torch.Tensor, extra: Mapping[str, float]) -> Evaluation:
-        """What a method measured by its own loss, `[rows]`."""
-        return cls(losses.double().cpu().numpy(), np.ones(len(losses)), extra=extra)
+    def of_rows(
+        cls, losses: torch.Tensor, extra: Mapping[str, float], *, scores: torch.Tensor | None = None
+    ) -> Evaluation:
+        """What a method measured by its own loss, `[rows]`, and by scores, `[rows]`, where it has some."""
+        kept = None if scores is None else scores.double().cpu().numpy()
+        return cls(losses.double().cpu().numpy(), np.ones(len(losses)), scores=kept, extra=extra)
 
     @property
     def loss(self) -> float:
@@ -76,10 +84,11 @@ class Evaluation:
         return None if self.num_right is None else float(self.num_right.sum() / self.weights.sum())
 
 
-def check_head_is_plain(model: Any) -> None:
-    """Refuse models whose logits are more than the output head's product, since the loss here would be another one.
+def check_head(model: Any) -> None:
+    """Refuse models whose logits are not what is computed here, since the loss would be another one.
 
-    Gemma 2 caps its logits, Granite and Falcon-H1 scale them: a few tokens are run both ways and compared.
+    Whatever a family does behind its head that `training/logits.py` does not know: a few tokens are run both ways and
+    compared.
 
     Raises:
         BaseModelError: the logits differ.
@@ -87,10 +96,14 @@ def check_head_is_plain(model: Any) -> None:
     ids = torch.tensor([_PROBE_TOKENS], device=model.device)
     with torch.no_grad():
         theirs = model(input_ids=ids, use_cache=False).logits
-        ours = model.get_output_embeddings()(model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state)
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        ours = read_logit_rule(model).apply(model.get_output_embeddings()(hidden))
     if not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3):
         kind = model.config.model_type
-        raise BaseModelError(f"training on models of type {kind!r} is not supported: they change logits after the head")
+        raise BaseModelError(
+            f"training on models of type {kind!r} is not supported: they change logits after the head in a way that is "
+            "not known here; serving them is not affected"
+        )
 
 
 def token_sums(model: Any, batch: dict[str, torch.Tensor]) -> TokenSums:
@@ -102,7 +115,7 @@ def token_sums(model: Any, batch: dict[str, torch.Tensor]) -> TokenSums:
     """
     with base_precision(model):
         hidden, wanted, _ = _target_states(model, batch)
-        return head_sums(model.get_output_embeddings(), hidden, wanted)
+        return head_sums(model.get_output_embeddings(), hidden, wanted, read_logit_rule(model))
 
 
 @torch.no_grad()
@@ -121,7 +134,7 @@ def row_sums(model: Any, batch: dict[str, torch.Tensor]) -> TokenSums:
 
 
 def _token_losses(model: Any, hidden: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    logits = model.get_output_embeddings()(hidden).float()  # [chunk, vocab]
+    logits = read_logit_rule(model).apply(model.get_output_embeddings()(hidden).float())  # [chunk, vocab]
     losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
     return losses, (logits.argmax(dim=-1) == wanted).float()
 
@@ -145,12 +158,12 @@ def _decoder_inputs(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     return inputs
 
 
-def head_sums(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> TokenSums:
+def head_sums(head: Any, hidden: torch.Tensor, targets: torch.Tensor, rule: LogitRule = _PLAIN) -> TokenSums:
     """The sums over tokens whose last hidden states, `[num_targets, hidden]`, are given."""
     if type(head) is torch.nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
-        inputs = (hidden.to(head.weight.dtype), head.weight, head.bias, targets, torch.is_grad_enabled())
+        inputs = (hidden.to(head.weight.dtype), head.weight, head.bias, targets, rule, torch.is_grad_enabled())
         return TokenSums(*_FrozenHeadLoss.apply(*inputs))  # type: ignore[no-untyped-call]
-    logits = head(hidden).float()  # [num_targets, vocab]
+    logits = rule.apply(head(hidden).float())  # [num_targets, vocab]
     loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
     return TokenSums(loss, (logits.detach().argmax(dim=-1) == targets).sum())
 
@@ -169,6 +182,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
+        rule: LogitRule,
         needs_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         gradient = torch.empty_like(hidden) if needs_gradient else None
@@ -177,7 +191,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
         for start in range(0, len(targets), _HEAD_CHUNK):
             part = slice(start, start + _HEAD_CHUNK)
             wanted = targets[part, None]
-            logits = torch.nn.functional.linear(hidden[part], weight, bias).float()  # [chunk, vocab]
+            logits = rule.apply(torch.nn.functional.linear(hidden[part], weight, bias).float())  # [chunk, vocab]
+            slope = rule.slope(logits) if needs_gradient and rule != _PLAIN else None
             peaks, guesses = logits.max(dim=-1, keepdim=True)
             num_correct += (guesses == wanted).sum()
             picked = logits.gather(1, wanted) - peaks
@@ -187,6 +202,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
             if gradient is not None:
                 # The derivative by the logits: the softmax, less one at the target.
                 weights.div_(totals).scatter_add_(1, wanted, -torch.ones_like(totals))
+                if slope is not None:
+                    weights.mul_(slope)
                 gradient[part] = weights.to(weight.dtype) @ weight
         if gradient is not None:
             ctx.save_for_backward(gradient)
@@ -194,10 +211,10 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return loss, num_correct
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         # One over the number of tokens, rounded to bfloat16, would be off by up to half a percent.
-        return (gradient.float() * grads[0]).to(gradient.dtype), None, None, None, None
+        return (gradient.float() * grads[0]).to(gradient.dtype), None, None, None, None, None
 
 
 @torch.no_grad()

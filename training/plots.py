@@ -1,4 +1,4 @@
-"""Draws the loss curves of a run: as an SVG for a browser, and in braille for a terminal. Knows numbers alone."""
+"""Draws the curves of a run, losses or rewards: as an SVG for a browser, and in braille for a terminal."""
 
 from __future__ import annotations
 
@@ -7,11 +7,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
+from adapters.methods import SAMPLING_METHODS, Method
 from training.run_log import RunLog
 
-__all__ = ["CURVES_FILE", "Curves", "draw_braille", "draw_svg", "read_curves", "write_curves"]
+__all__ = ["CURVES_FILE", "MEASURES", "Curves", "draw_braille", "draw_svg", "read_curves", "write_curves"]
 
 CURVES_FILE = "loss.svg"
+# What the curves of each method show, with its unit. The loss of rloo and grpo says nothing: rewards are what rises.
+MEASURES: Mapping[Method, str] = {
+    "sft": "loss (nats a token)",
+    "dpo": "DPO loss (a pair)",
+    "kto": "KTO loss (a row)",
+    "reward": "Bradley-Terry loss (a pair)",
+    "rloo": "mean reward",
+    "grpo": "mean reward",
+}
 Curves = Mapping[str, Sequence[tuple[float, float]]]
 
 _WIDTH, _HEIGHT, _MARGIN = 720, 360, 56
@@ -22,22 +32,28 @@ _BRAILLE = 0x2800
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 
 
-def write_curves(log: RunLog) -> None:
+def write_curves(log: RunLog, method: Method) -> None:
     """Write a run's curves beside its metrics."""
-    (log.folder / CURVES_FILE).write_text(draw_svg(read_curves(log.lines())), encoding="utf-8")
+    curves = read_curves(log.lines(), method)
+    (log.folder / CURVES_FILE).write_text(draw_svg(curves, title=f"{MEASURES[method]} by step"), encoding="utf-8")
 
 
-def read_curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """Training and validation loss by step, of metrics as a run writes them or as a job's events hold them."""
+def read_curves(lines: Iterable[Mapping[str, Any]], method: Method) -> dict[str, list[tuple[float, float]]]:
+    """What the method is watched by, in training and validation, by step.
+
+    Of metrics as a run writes them, a line a step and a line a validation, or as a job's events hold them, together.
+    """
+    measure = "mean_reward" if method in SAMPLING_METHODS else "loss"
     curves: dict[str, list[tuple[float, float]]] = {"training": [], "validation": []}
     for line in lines:
-        for name, key in (("training", "train_loss"), ("validation", "valid_loss")):
-            if line.get(key) is not None:
-                curves[name].append((float(line["step"]), float(line[key])))
+        for name, prefix, kind in (("training", "train", "step"), ("validation", "valid", "evaluation")):
+            own = line.get(measure) if line.get("kind") == kind else None
+            if (value := line.get(f"{prefix}_{measure}", own)) is not None:
+                curves[name].append((float(line["step"]), float(value)))
     return {name: points for name, points in curves.items() if points}
 
 
-def draw_svg(curves: Curves, *, title: str = "Loss (nats a token) by step") -> str:
+def draw_svg(curves: Curves, *, title: str) -> str:
     """A picture with one line a curve, axes with their ends named, and a legend."""
     shown = {name: _thin(points) for name, points in curves.items()}
     (left, right), (low, high) = _bounds(shown)

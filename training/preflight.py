@@ -19,6 +19,7 @@ from adapters.chat_messages import Message
 from adapters.chat_rows import MAX_PROBLEMS_SHOWN, ChatRow, LabelledRow, PreferenceRow, Row, RowKind, TextRow
 from adapters.chat_template import RenderedRow, end_of_turn_id
 from adapters.errors import DataError, InvalidInputError
+from adapters.methods import ROW_KINDS, SAMPLING_METHODS
 from training.config import TrainSettings
 from training.duplicates import NEAR_SIMILARITY, find_duplicates
 from training.formats import Dataset
@@ -27,7 +28,10 @@ from training.personal_data import count_personal_data
 from training.prompts import find_prompt_problems
 from training.rendering import render_row, token_rows
 
-__all__ = ["Preflight", "SetReport", "TokenStatistics", "inspect_data", "run_preflight"]
+__all__ = ["Preflight", "SetReport", "TokenStatistics", "find_unfit_rows", "inspect_data", "run_preflight"]
+
+# What came of one row: its rows of tokens, or why it has none.
+_Result = Sequence[RenderedRow] | str
 
 _MAX_LINES_SHOWN = 5
 _MIN_ROWS = 10
@@ -66,7 +70,10 @@ class TokenStatistics:
 
 @dataclass(frozen=True, slots=True)
 class SetReport:
-    """What one set of rows looks like. `problems` stop a run; `tokens` is None if no row could be rendered."""
+    """What one set of rows looks like. `tokens` is None if no row could be rendered.
+
+    `problems` stop a run; those that are a row's would be gone without the rows on `unfit_lines`.
+    """
 
     name: str
     recognised: str
@@ -75,6 +82,7 @@ class SetReport:
     tokens: TokenStatistics | None
     personal_data: Mapping[str, int]
     problems: tuple[str, ...]
+    unfit_lines: tuple[int, ...]
     warnings: tuple[str, ...]
 
 
@@ -89,6 +97,11 @@ class Preflight:
     def sets(self) -> tuple[SetReport, ...]:
         """The training data, and the validation data if there is any."""
         return (self.train,) if self.validation is None else (self.train, self.validation)
+
+    @property
+    def unfit_sets(self) -> tuple[SetReport, ...]:
+        """Those with rows that can't be trained on."""
+        return tuple(found for found in self.sets if found.unfit_lines)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -129,9 +142,20 @@ def inspect_data(train: Dataset, validation: Dataset | None, *, tokenizer: Any, 
     return Preflight(found[0], _compare(train, validation, found[1]))
 
 
+def find_unfit_rows(data: Dataset, *, tokenizer: Any, settings: TrainSettings) -> list[tuple[int, str]]:
+    """Lines of rows that can't be trained on with these settings, and why: those that a run would refuse, in full.
+
+    Rows that are too long, that the chat template refuses, or that train nothing. Of rloo and grpo prompts alone count:
+    the answers in the rows are not trained on.
+    """
+    return _find_unfit(data, _render(data, tokenizer), tokenizer, settings)
+
+
 def _inspect_set(data: Dataset, tokenizer: Any, settings: TrainSettings) -> SetReport:
-    rendered, problems = _render(data, tokenizer, settings.max_length)
-    problems = [*dict.fromkeys([*_problems_of_method(data, tokenizer, settings), *problems])]
+    results = _render(data, tokenizer)
+    unfit = _find_unfit(data, results, tokenizer, settings)
+    problems = [*_problems_of_kind(data, settings), *(f"{data.name}:{line}: {problem}" for line, problem in unfit)]
+    rendered = [(line, row) for line, rows in results if not isinstance(rows, str) for row in rows]
     warnings = [*_warn_of_rows(data), *_warn_of_tokens(rendered, tokenizer)]
     personal, found = _find_personal_data(data)
     tokens = _token_statistics([row for _, row in rendered], tokenizer) if rendered else None
@@ -143,20 +167,31 @@ def _inspect_set(data: Dataset, tokenizer: Any, settings: TrainSettings) -> SetR
         tokens,
         personal,
         tuple(problems),
+        tuple(dict.fromkeys(line for line, _ in unfit)),
         tuple(f"{data.name}: {warning}" for warning in (*warnings, *found)),
     )
 
 
-def _problems_of_method(data: Dataset, tokenizer: Any, settings: TrainSettings) -> list[str]:
-    """Why the settings' method could not be given these rows."""
+def _problems_of_kind(data: Dataset, settings: TrainSettings) -> list[str]:
+    """Why the settings' method takes no rows of this kind."""
     try:
         check_kind(data, settings.method)
     except DataError as error:
         return error.problems
-    if settings.method in ("rloo", "grpo"):
+    return []
+
+
+def _find_unfit(
+    data: Dataset, results: Sequence[tuple[int, _Result]], tokenizer: Any, settings: TrainSettings
+) -> list[tuple[int, str]]:
+    if settings.method in SAMPLING_METHODS and data.kind in ROW_KINDS[settings.method]:
         longest = settings.max_length - settings.max_answer_tokens
         return find_prompt_problems(tokenizer, data, max_length=longest)
-    return []
+    found: list[tuple[int, str]] = []
+    for line, rows in results:
+        problems = [rows] if isinstance(rows, str) else _check_tokens(rows, tokenizer, settings.max_length)
+        found += [(line, problem) for problem in problems]
+    return found
 
 
 def _find_one_label(train: Dataset) -> str | None:
@@ -186,19 +221,17 @@ def _compare(train: Dataset, validation: Dataset, report: SetReport) -> SetRepor
     return replace(report, problems=tuple(problems), warnings=tuple(warnings))
 
 
-def _render(data: Dataset, tokenizer: Any, max_length: int) -> tuple[list[tuple[int, RenderedRow]], list[str]]:
-    """The rows' tokens with their lines, also of those that are too long, and what is wrong with them."""
-    rendered: list[tuple[int, RenderedRow]] = []
-    problems: list[str] = []
+def _render(data: Dataset, tokenizer: Any) -> list[tuple[int, _Result]]:
+    """The rows' tokens with their lines, also of those that are too long, or why there are none."""
+    results: list[tuple[int, _Result]] = []
     for numbered in data.rows:
         try:
             rows = [row for result in render_row(tokenizer, numbered.row) for row in token_rows(result)]
         except InvalidInputError as error:
-            problems.append(f"{data.name}:{numbered.line}: {error}")
-            continue
-        rendered += [(numbered.line, row) for row in rows]
-        problems += [f"{data.name}:{numbered.line}: {text}" for text in _check_tokens(rows, tokenizer, max_length)]
-    return rendered, problems
+            results.append((numbered.line, str(error)))
+        else:
+            results.append((numbered.line, rows))
+    return results
 
 
 def _check_tokens(rows: Sequence[RenderedRow], tokenizer: Any, max_length: int) -> Iterator[str]:

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from adapters.base_model import LoadedBase
 from adapters.errors import ConfigurationError
+from adapters.methods import HELD_TO_A_REFERENCE
 from adapters.registry import Registry
-from training.config import HELD_TO_A_REFERENCE, TrainSettings
+from training.config import TrainSettings
 from training.lora import add_adapter
 from training.methods import TrainingRun
 from training.progress import StepListener

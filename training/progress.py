@@ -106,6 +106,7 @@ class Reporter(TrainerCallback):
         read_step: What the method measures in a step; called once a step with what its trainer logs.
         checkpointing: Where the run keeps its states, if it does.
         watch: Validates, and may end the run early.
+        announce: Tells trackers what was validated; None where there are none.
     """
 
     def __init__(
@@ -114,11 +115,13 @@ class Reporter(TrainerCallback):
         read_step: StepReader,
         checkpointing: Checkpointing | None,
         watch: Watch | None,
+        announce: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
         self._listener = listener
         self._read_step = read_step
         self._checkpointing = checkpointing
         self._watch = watch
+        self._announce = announce
         self._is_validation_due = False
         self._metrics: StepMetrics | None = None
         self._validation: Evaluation | None = None
@@ -183,6 +186,10 @@ class Reporter(TrainerCallback):
         if not self._is_validation_due:
             return
         self._validation = watch.evaluate(metrics)
+        if self._announce is not None and self._validation is not None:
+            # The trainer's word for a validation, by which trackers sort what they are told.
+            measured = {"loss": self._validation.loss, "accuracy": self._validation.accuracy, **self._validation.extra}
+            self._announce({f"eval_{name}": value for name, value in measured.items() if value is not None})
         if watch.ended_at is not None:
             control.should_training_stop = True
             control.should_save = self._checkpointing is not None

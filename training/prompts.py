@@ -37,23 +37,26 @@ def render_prompts(tokenizer: Any, dataset: Dataset, *, max_length: int) -> list
     """
     prompts, problems = _render_all(tokenizer, dataset, max_length)
     if problems:
-        raise DataError(problems[:MAX_PROBLEMS_SHOWN], num_more=max(0, len(problems) - MAX_PROBLEMS_SHOWN))
+        shown = [f"{dataset.name}:{line}: {problem}" for line, problem in problems[:MAX_PROBLEMS_SHOWN]]
+        raise DataError(shown, num_more=len(problems) - len(shown))
     return prompts
 
 
-def find_prompt_problems(tokenizer: Any, dataset: Dataset, *, max_length: int) -> list[str]:
-    """What `render_prompts` would raise, in full."""
+def find_prompt_problems(tokenizer: Any, dataset: Dataset, *, max_length: int) -> list[tuple[int, str]]:
+    """What `render_prompts` would raise, in full, each with its line."""
     return _render_all(tokenizer, dataset, max_length)[1]
 
 
-def _render_all(tokenizer: Any, dataset: Dataset, max_length: int) -> tuple[list[RenderedPrompt], list[str]]:
+def _render_all(
+    tokenizer: Any, dataset: Dataset, max_length: int
+) -> tuple[list[RenderedPrompt], list[tuple[int, str]]]:
     prompts: list[RenderedPrompt] = []
-    problems: list[str] = []
+    problems: list[tuple[int, str]] = []
     for numbered in dataset.rows:
         try:
             prompts.append(_render(tokenizer, numbered.row, max_length))
         except InvalidInputError as error:
-            problems.append(f"{dataset.name}:{numbered.line}: {error}")
+            problems.append((numbered.line, str(error)))
     return prompts, problems
 
 

@@ -34,6 +34,14 @@ _FORMATS = {
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _SNIFFED_RECORDS = 50
 _WRAPPERS = frozenset({"data", "rows", "examples", "train", "validation", "test"})
+# An object with one of these keys is a row itself, and lists of objects in it are its parts.
+_ROW_KEYS = frozenset(
+    {"messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected", "input", "output"}
+    | {"preferred_output", "non_preferred_output", "tools", "tool_calls", "instruction", "question", "answer", "query"}
+    | {"response", "user", "assistant", "text", "content", "label"}
+)
+_MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
+_MAX_WRAPPER_DEPTH = 3
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # How the splits of a folder are told by the names of its files.
 _SPLIT_WORDS = {
@@ -208,7 +216,9 @@ def _read_json(content: bytes, shown: str, *, is_document: bool) -> tuple[str, l
         whole, whole_problem = load_document(content)
         if is_document and whole_problem:
             raise DataError([f"{shown}: {whole_problem}"])
-        if isinstance(whole, dict) and (problem or not _WRAPPERS.isdisjoint(whole)):
+        if isinstance(whole, dict) and (
+            problem or not _WRAPPERS.isdisjoint(whole) or (is_document and _find_lists(whole))
+        ):
             return _read_wrapped(whole, shown)
     return "JSON lines", _read_json_lines(content)
 
@@ -257,11 +267,32 @@ def _skip(text: str, position: int, letters: str) -> int:
 
 def _read_wrapped(document: dict[str, Any], shown: str) -> tuple[str, list[RawRow]]:
     keys = [key for key, value in document.items() if key in _WRAPPERS and isinstance(value, list)]
+    if not keys and len(found := _find_lists(document)) == 1:
+        ((path, items),) = found.items()
+        return f"JSON, rows in {path!r}", [RawRow(index, item) for index, item in enumerate(items, start=1)]
     if not keys:
         return "JSON, one row", [RawRow(1, document)]
     if len(keys) > 1:
         raise DataError([f"{shown}: holds several lists of rows, {', '.join(keys)}; make a file of each"])
     return f"JSON, rows in {keys[0]!r}", [RawRow(index, item) for index, item in enumerate(document[keys[0]], start=1)]
+
+
+def _find_lists(document: Mapping[str, Any], depth: int = 1) -> dict[str, list[Any]]:
+    """Lists of objects in an object that is no row itself, such as the export of another program, by their paths."""
+    if not _ROW_KEYS.isdisjoint(document):
+        return {}
+    found: dict[str, list[Any]] = {}
+    for key, value in document.items():
+        if isinstance(value, list) and value and all(_may_be_row(item) for item in value):
+            found[str(key)] = value
+        elif isinstance(value, Mapping) and depth < _MAX_WRAPPER_DEPTH:
+            found |= {f"{key}.{path}": items for path, items in _find_lists(value, depth + 1).items()}
+    return found
+
+
+def _may_be_row(item: Any) -> bool:
+    """An object, and no message."""
+    return isinstance(item, Mapping) and not any(keys <= set(item) for keys in _MESSAGE_KEYS)
 
 
 def _read_csv(text: str, shown: str, delimiter: str | None) -> tuple[str, list[RawRow]]:

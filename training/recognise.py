@@ -18,7 +18,7 @@ from adapters.chat_messages import RowProblem
 from adapters.chat_rows import EXPECTED_ROW, Row, parse_document
 from adapters.errors import DataError
 
-__all__ = ["SHAPES", "TARGETS", "Shape", "choose_shape", "parse_mapping"]
+__all__ = ["SHAPES", "TARGETS", "Shape", "choose_shape", "parse_mapping", "spread"]
 
 # What a column can be mapped to, with `--map target=column`.
 TARGETS = (
@@ -38,6 +38,8 @@ TARGETS = (
 # A column that half of the rows lack is no sign of a shape.
 _MIN_SHARE = 0.5
 _MAX_COLUMNS_SHOWN = 12
+_SPEAKER_COLUMNS = ("speaker", "role", "sender")
+_MAX_DEPTH = 4
 _TOPIC_COLUMNS = ("label", "topic", "category", "class", "intent")
 _SHARE_ROLES = {
     "human": "user",
@@ -145,6 +147,21 @@ def parse_mapping(texts: Sequence[str]) -> dict[str, str]:
     return mapping
 
 
+def spread(document: Any) -> Any:
+    """An object with the values of objects in it as columns of their own beside them: `reply.text`."""
+    if not isinstance(document, Mapping):
+        return document
+    inner = {f"{key}.{path}": leaf for key, value in document.items() for path, leaf in _leaves(value)}
+    return {**inner, **document}
+
+
+def _leaves(value: Any, depth: int = 1) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and depth <= _MAX_DEPTH:
+        for key, inner in value.items():
+            yield str(key), inner
+            yield from ((f"{key}.{path}", leaf) for path, leaf in _leaves(inner, depth + 1))
+
+
 def choose_shape(documents: Sequence[Any], mapping: Mapping[str, str] | None, name: str) -> tuple[Shape, list[str]]:
     """The shape of these rows and the columns that they have.
 
@@ -157,13 +174,17 @@ def choose_shape(documents: Sequence[Any], mapping: Mapping[str, str] | None, na
     frequent = _frequent_columns(documents)
     candidates = [shape for shape in SHAPES if shape.fits(frequent)]
     kept = [shape for shape in candidates if not any(_outdoes(other, shape) for other in candidates)]
+    if len(kept) == 1 and "text" in kept[0].columns and (speaker := _find_speaker(frequent)):
+        raise DataError([_turn_advice(name, speaker)])
     topic = next((column for column in _TOPIC_COLUMNS if column in frequent), None)
     if len(kept) == 1 and "text" in kept[0].columns and topic:
         raise DataError([_topic_advice(name, kept[0].columns["text"], topic, columns)])
     if len(kept) == 1:
         return kept[0], columns
     if not kept:
-        raise DataError([_no_shape(name, columns)])
+        plain = [spread(row) for row in documents]
+        leaves = [key for key in _columns_of(plain) if not any(isinstance(row.get(key), Mapping) for row in plain)]
+        raise DataError([_no_shape(name, leaves)])
     ways = "; ".join(f"{shape.title}: --map {_as_map(shape, columns)}" for shape in kept)
     raise DataError([f"{name}: the columns {_list_columns(columns)} could be read in several ways; say which: {ways}"])
 
@@ -205,6 +226,18 @@ def _no_shape(name: str, columns: Sequence[str]) -> str:
     return (
         f"{name}: the columns {_list_columns(columns)} are no shape that is known; say which column is what, for "
         f"example {example} (targets: {', '.join(TARGETS)})"
+    )
+
+
+def _find_speaker(columns: Sequence[str]) -> str | None:
+    return next((column for column in _SPEAKER_COLUMNS if column in columns), None)
+
+
+def _turn_advice(name: str, speaker: str) -> str:
+    return (
+        f"{name}: has a column {speaker!r} beside the text, as tables with one message a row have; expected one "
+        'conversation a row: gather the messages of each in a list, {"messages": [{"role": "user", "content": "..."}, '
+        '{"role": "assistant", "content": "..."}]}; if each text is to be learned by itself, give --map text=COLUMN'
     )
 
 

@@ -35,6 +35,11 @@ class RenderedPair:
     chosen: RenderedRow
     rejected: RenderedRow
 
+    @property
+    def num_tokens(self) -> int:
+        """Of the longer one, to which a batch pads the other."""
+        return max(len(self.chosen.input_ids), len(self.rejected.input_ids))
+
 
 @dataclass(frozen=True, slots=True)
 class RenderedLabel:

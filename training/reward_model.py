@@ -90,11 +90,14 @@ def save_head(head: torch.nn.Linear, folder: Path) -> None:
 @torch.no_grad()
 def score_rows(model: RewardModel, rows: Sequence[RenderedRow], *, batch_size: int, pad_token_id: int) -> torch.Tensor:
     """The rewards of whole conversations, in eval mode: float32 `[num_rows]`, on the CPU."""
-    rewards = []
+    # Batches are padded: rows of about one length go together.
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number].input_ids))
+    rewards = torch.zeros(len(rows))
     with eval_mode(model):
         for start in range(0, len(rows), batch_size):
-            batch = collate(rows[start : start + batch_size], pad_token_id=pad_token_id)
+            numbers = order[start : start + batch_size]
+            batch = collate([rows[number] for number in numbers], pad_token_id=pad_token_id)
             device = model.head.weight.device
             output = model(batch["input_ids"].to(device), batch["attention_mask"].to(device))
-            rewards.append(output.logits[:, 0].cpu())
-    return torch.cat(rewards)
+            rewards[numbers] = output.logits[:, 0].cpu()
+    return rewards

@@ -21,7 +21,14 @@ from training.prompts import RenderedPrompt
 from training.reward_model import RewardModel, make_head, score_rows
 from training.start import StoredVersion, install_version, lora_config
 
-__all__ = ["RewardFunction", "Scorer", "function_scorer", "load_reward_function", "model_scorer"]
+__all__ = [
+    "RewardFunction",
+    "Scorer",
+    "function_scorer",
+    "load_reward_function",
+    "model_scorer",
+    "score_texts",
+]
 
 # completions, prompts, references -> one number each
 RewardFunction = Callable[[list[str], list[list[dict[str, Any]]], list[str]], Sequence[float]]
@@ -29,10 +36,16 @@ RewardFunction = Callable[[list[str], list[list[dict[str, Any]]], list[str]], Se
 Scorer = Callable[[Sequence[RenderedPrompt], Sequence[list[int]]], list[float]]
 
 _REWARD_ADAPTER = "reward"
+_SETTING = "setting train.reward"
 
 
-def load_reward_function(name: str, folder: Path) -> RewardFunction:
+def load_reward_function(name: str, folder: Path, *, setting: str = _SETTING) -> RewardFunction:
     """Import `file.py:function`; a relative file is looked for in `folder`. This runs the file's code.
+
+    Args:
+        name: The file and its function.
+        folder: Where a relative file is looked for.
+        setting: What errors call the place where the name was given.
 
     Raises:
         ConfigurationError: no such file or function, or the file fails; says which and why.
@@ -40,14 +53,14 @@ def load_reward_function(name: str, folder: Path) -> RewardFunction:
     file_name, _, function_name = name.rpartition(":")
     path = (folder / file_name).absolute()
     if not path.is_file():
-        raise ConfigurationError(f"setting train.reward: there is no file {path}")
+        raise ConfigurationError(f"{setting}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(f"hotswap_reward_{path.stem}", path)
     assert spec is not None, "its name ends in .py"
     assert spec.loader is not None, "its name ends in .py"
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # as an import does: dataclasses and pickle look for a class's module there
     try:
-        with _explained(path.name, "can't be imported", module.__file__):
+        with _explained(f"{setting}: {path.name} can't be imported", module.__file__):
             spec.loader.exec_module(module)
     except ConfigurationError:
         del sys.modules[spec.name]
@@ -55,24 +68,39 @@ def load_reward_function(name: str, folder: Path) -> RewardFunction:
     function = getattr(module, function_name, None)
     if not callable(function):
         names = ", ".join(sorted(key for key, value in vars(module).items() if callable(value) and key[0] != "_"))
-        raise ConfigurationError(
-            f"setting train.reward: {path.name} has no function {function_name!r}; it has {names or 'none'}"
-        )
+        raise ConfigurationError(f"{setting}: {path.name} has no function {function_name!r}; it has {names or 'none'}")
     return function  # type: ignore[no-any-return]
 
 
 def function_scorer(function: RewardFunction, name: str, tokenizer: Any) -> Scorer:
     """Scores answers by a function of the user's, whose mistakes are told in words."""
-    file = getattr(sys.modules.get(function.__module__), "__file__", None)
 
     def score(prompts: Sequence[RenderedPrompt], answers: Sequence[list[int]]) -> list[float]:
         texts = [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
         conversations = [[dict(message) for message in prompt.messages] for prompt in prompts]
-        with _explained(name, "failed", file):
-            rewards = list(function(texts, conversations, [prompt.reference for prompt in prompts]))
-        return _check_rewards(rewards, name, len(texts))
+        return score_texts(function, name, texts, conversations, [prompt.reference for prompt in prompts])
 
     return score
+
+
+def score_texts(
+    function: RewardFunction,
+    name: str,
+    answers: list[str],
+    prompts: list[list[dict[str, Any]]],
+    references: list[str],
+    *,
+    setting: str = _SETTING,
+) -> list[float]:
+    """One finite number for each answer by a function of the user's; `name` and `setting` are for errors.
+
+    Raises:
+        ConfigurationError: the function fails, or gives something else; says where.
+    """
+    file = getattr(sys.modules.get(function.__module__), "__file__", None)
+    with _explained(f"{setting}: {name} failed", file):
+        rewards = list(function(answers, prompts, references))
+    return _check_rewards(rewards, f"{setting}: {name}", len(answers))
 
 
 def model_scorer(model: PeftModel, base: LoadedBase, version: StoredVersion, *, batch_size: int) -> Scorer:
@@ -113,14 +141,14 @@ def _active(model: PeftModel, adapter_name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(name: str, what: str, file: str | None) -> Iterator[None]:
+def _explained(what: str, file: str | None) -> Iterator[None]:
     """Tell in words what the user's code in `file` did wrong, and where."""
     try:
         yield
     except Exception as error:
         # The user's code may raise anything.
         problem = f"{type(error).__name__}: {error}{_place_of(error, file)}"
-        raise ConfigurationError(f"setting train.reward: {name} {what}: {problem}") from error
+        raise ConfigurationError(f"{what}: {problem}") from error
 
 
 def _place_of(error: Exception, file: str | None) -> str:
@@ -136,15 +164,11 @@ def _place_of(error: Exception, file: str | None) -> str:
 
 def _check_rewards(rewards: list[Any], name: str, num_answers: int) -> list[float]:
     if len(rewards) != num_answers:
-        raise ConfigurationError(
-            f"setting train.reward: {name} gave {len(rewards)} rewards for {num_answers} answers; expected one each"
-        )
+        raise ConfigurationError(f"{name} gave {len(rewards)} rewards for {num_answers} answers; expected one each")
     numbers = [_to_number(reward) for reward in rewards]
     for index, (reward, number) in enumerate(zip(rewards, numbers, strict=True)):
         if not math.isfinite(number):
-            raise ConfigurationError(
-                f"setting train.reward: {name} gave {reward!r:.80} for answer {index + 1}; expected a finite number"
-            )
+            raise ConfigurationError(f"{name} gave {reward!r:.80} for answer {index + 1}; expected a finite number")
     return numbers
 
 

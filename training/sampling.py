@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from adapters.chat_rows import ChatRow, LabelledRow, PreferenceRow, Row
 from adapters.chat_template import render_prompt, stop_token_ids
@@ -34,6 +34,8 @@ Flaw = Literal["empty", "loop", "too long"]
 _MIN_REPEATS = 4
 _MIN_LOOP_TOKENS = 24
 _MAX_PERIOD = 64
+_PLAIN_LOOP = 3  # so many times what makes a loop ends an answer
+_LOOP_CHECK_TOKENS = 8
 _TEXT_PROMPT_TOKENS = 24
 _MAX_PROMPTS = 100
 
@@ -84,15 +86,25 @@ def read_prompts(tokenizer: Any, path: Path) -> list[SamplePrompt]:
 
 @torch.no_grad()
 def sample_answers(
-    model: Any, tokenizer: Any, prompts: Sequence[SamplePrompt], *, max_tokens: int, batch_size: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[SamplePrompt],
+    *,
+    max_tokens: int,
+    batch_size: int,
+    ends_flawed: bool = False,
 ) -> list[Sample]:
-    """The likeliest answer to each prompt, in eval mode; no random number is drawn."""
+    """The likeliest answer to each prompt, in eval mode; no random number is drawn.
+
+    With `ends_flawed` no answer is written further once its flaw is plain (`_Enough`), which nobody is to read.
+    """
     was_training = model.training
     model.eval()
     samples: list[Sample] = []
     try:
         for start in range(0, len(prompts), batch_size):
-            samples += _sample_batch(model, tokenizer, prompts[start : start + batch_size], max_tokens)
+            batch = prompts[start : start + batch_size]
+            samples += _sample_batch(model, tokenizer, batch, max_tokens, ends_flawed=ends_flawed)
     finally:
         model.train(was_training)
     return samples
@@ -114,10 +126,13 @@ def find_flaw(sample: Sample) -> Flaw | None:
     return None
 
 
-def is_loop(tokens: Sequence[int]) -> bool:
-    """Whether the answer ends in one sequence of up to 64 tokens, four times or more, over 24 tokens at least."""
+def is_loop(tokens: Sequence[int], *, times: int = 1) -> bool:
+    """Whether the answer ends in one sequence of up to 64 tokens, four times or more, over 24 tokens at least.
+
+    With `times`, so many times as often and as long.
+    """
     for period in range(1, _MAX_PERIOD + 1):
-        length = max(_MIN_LOOP_TOKENS, _MIN_REPEATS * period)
+        length = times * max(_MIN_LOOP_TOKENS, _MIN_REPEATS * period)
         if len(tokens) < length:
             break
         tail = tokens[-length:]
@@ -143,7 +158,9 @@ def _make_prompt(tokenizer: Any, row: Row) -> SamplePrompt:
     return SamplePrompt(str(messages[-1].get("content") or "") if messages else "", tuple(ids), reference)
 
 
-def _sample_batch(model: Any, tokenizer: Any, prompts: Sequence[SamplePrompt], max_tokens: int) -> list[Sample]:
+def _sample_batch(
+    model: Any, tokenizer: Any, prompts: Sequence[SamplePrompt], max_tokens: int, *, ends_flawed: bool
+) -> list[Sample]:
     width = max(len(prompt.input_ids) for prompt in prompts)
     # On the left, so that every answer begins in the same column.
     padded = [[tokenizer.pad_token_id] * (width - len(p.input_ids)) + list(p.input_ids) for p in prompts]
@@ -152,15 +169,42 @@ def _sample_batch(model: Any, tokenizer: Any, prompts: Sequence[SamplePrompt], m
     config = GenerationConfig(
         max_new_tokens=max_tokens, do_sample=False, eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id
     )
+    enough = _Enough(prompts, width)
     with base_precision(model):
         made = model.generate(
             input_ids=torch.tensor(padded, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
             generation_config=config,
+            stopping_criteria=StoppingCriteriaList([enough] if ends_flawed else []),
         )
-    return [
-        _to_sample(tokenizer, prompt, row, stops) for prompt, row in zip(prompts, made[:, width:].tolist(), strict=True)
-    ]
+    answers = [row[:length] for row, length in zip(made[:, width:].tolist(), enough.lengths, strict=True)]
+    return [_to_sample(tokenizer, prompt, row, stops) for prompt, row in zip(prompts, answers, strict=True)]
+
+
+class _Enough(StoppingCriteria):  # type: ignore[misc]  # its base is untyped
+    """Ends answers whose flaw is plain, so that a batch does not wait for them: far too long, or a loop for long.
+
+    Whatever they would have gone on with, the flaw would be the same; only a loop that is left after three times what
+    makes one would have been none. `lengths` are the tokens after which each was ended, None while it was not.
+    """
+
+    def __init__(self, prompts: Sequence[SamplePrompt], width: int) -> None:
+        self._limits = [LONGER_THAN_REFERENCE * p.reference_tokens + 1 if p.reference_tokens else None for p in prompts]
+        self._width = width
+        self.lengths: list[int | None] = [None] * len(prompts)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **others: Any) -> torch.Tensor:
+        """Which of the answers are at their end, `[batch]`."""
+        num_tokens = input_ids.shape[1] - self._width
+        for index, limit in enumerate(self._limits):
+            if self.lengths[index] is None and self._is_enough(input_ids[index], num_tokens, limit):
+                self.lengths[index] = num_tokens
+        return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
+
+    def _is_enough(self, row: torch.Tensor, num_tokens: int, limit: int | None) -> bool:
+        if limit is not None and num_tokens >= limit:
+            return True
+        return num_tokens % _LOOP_CHECK_TOKENS == 0 and is_loop(row[self._width :].tolist(), times=_PLAIN_LOOP)
 
 
 def _to_sample(tokenizer: Any, prompt: SamplePrompt, made: list[int], stops: frozenset[int]) -> Sample:

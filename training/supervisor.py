@@ -27,12 +27,14 @@ from adapters.checkpoint_adapters import CheckpointAdapters
 from adapters.database import open_database
 from adapters.errors import DatabaseBusyError, NotFoundError
 from adapters.files import ACTIVE_STATUSES
-from adapters.jobs import Claim, JobService, Standing
+from adapters.jobs import MAX_ATTEMPTS, Claim, JobService, Standing
 from adapters.process_log import configure_log
 from adapters.processes import child_environment, parent_pid
 from adapters.records import JobError, JobStatus
 from adapters.settings import CoreSettings, resolve_home
 from adapters.store import ArtifactStore
+from training.memory import MEMORY_ADVICE
+from training.scratch import discard_scratch, make_scratch
 
 __all__ = ["Supervisor", "main"]
 
@@ -49,7 +51,7 @@ _DATABASE_ERRORS = (OperationalError, DatabaseBusyError)
 _INSIST_EVERY_S = 5.0
 _LEAST_FREE_BYTES = 1_000_000
 _MAX_DEVICE_CHARS = 120
-_OUT_OF_MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
+_OUT_OF_MEMORY_COUNTS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,15 +174,18 @@ class Supervisor:
         folder.mkdir(parents=True, exist_ok=True)
         _log.info("job_taken", job=claim.job.id, alias=claim.job.alias, worker=lane.worker)
         num_killed = _count_memory_kills()
+        discard_scratch(folder)  # of a process whose supervisor was killed, too
+        places = {"TMPDIR": str(make_scratch(folder))}
         with (folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
                 [*lane.command, claim.job.id, claim.token],
-                env=os.environ | self._core.environment | child_environment(),
+                env=os.environ | self._core.environment | child_environment() | places,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
             ending = self._watch(process, claim)
+        discard_scratch(folder)
         is_out_of_memory = _count_memory_kills() > num_killed
         self._insist(lambda: self._conclude(lane, claim, ending, is_out_of_memory=is_out_of_memory))
         return True
@@ -228,9 +233,12 @@ class Supervisor:
         is_open = status == lane.status and not self._is_ending()
         if ending.returncode > 0 and status == lane.status:
             self._jobs.fail(claim, self._describe_crash(lane, ending.returncode))
-        lost = _describe_kill(lane, -ending.returncode, is_out_of_memory=is_out_of_memory)
-        is_lost = is_open and ending.returncode < 0 and not ending.is_killed
-        job = self._jobs.release(claim, problem=lost if is_lost else None)
+        if is_open and ending.returncode < 0 and not ending.is_killed:
+            cause = _describe_kill(lane, -ending.returncode, is_out_of_memory=is_out_of_memory)
+            last = JobError("out_of_memory" if is_out_of_memory else "trainer_lost", _last_words(cause))
+            job = self._jobs.release(claim, problem=f"{cause}; {lane.again}", last=last)
+        else:
+            job = self._jobs.release(claim)
         _log.info("job_left", job=job.id, status=job.status, returncode=ending.returncode)
         if job.status not in ACTIVE_STATUSES:
             self._discard_checkpoints(self._core.home / "jobs" / job.id)
@@ -263,6 +271,7 @@ class Supervisor:
                 is_active = False
             if not is_active:
                 self._discard_checkpoints(folder)
+                discard_scratch(folder)
 
     @staticmethod
     def _discard_checkpoints(folder: Path) -> None:
@@ -280,16 +289,24 @@ def _describe_kill(lane: _Lane, number: int, *, is_out_of_memory: bool) -> str:
         reason = ", by the kernel, since memory ran out"
     elif number == signal.SIGKILL:
         reason = ", as the kernel does when memory runs out"
-    return f"The {lane.worker} was killed by signal {number}{reason}; {lane.again}"
+    return f"The {lane.worker} was killed by signal {number}{reason}"
+
+
+def _last_words(cause: str) -> str:
+    """What the job's error says of a process that was killed as often as is tried."""
+    advice = f": {MEMORY_ADVICE}, or free some of the machine's" if "memory" in cause else ""
+    return f"{cause[0].lower()}{cause[1:]}, {MAX_ATTEMPTS} times without reaching another checkpoint{advice}"
 
 
 def _count_memory_kills() -> int:
-    """How many processes of this machine or container the kernel has killed for memory, where it tells; else 0."""
-    try:
-        lines = _OUT_OF_MEMORY_EVENTS.read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+    """How many processes the kernel has killed for memory: of this container, else of the machine; 0 if nobody says."""
+    for path in _OUT_OF_MEMORY_COUNTS:
+        try:
+            lines = path.read_text().splitlines()
+        except OSError:
+            continue
+        return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+    return 0
 
 
 def main() -> None:

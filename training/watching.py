@@ -24,7 +24,7 @@ __all__ = ["STATE_FILE", "Best", "Ended", "RunListener", "Watch", "WatchPlan"]
 STATE_FILE = "watch.safetensors"
 _WEIGHTS, _EVALUATION = "weights/", "evaluation/"
 _STATE = "state"
-_ARRAYS = ("losses", "weights", "num_right")
+_ARRAYS = ("losses", "weights", "num_right", "scores")
 
 
 class RunListener(Protocol):

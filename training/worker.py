@@ -2,89 +2,55 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from adapters.adapter_files import read_adapter_config, read_adapter_weights
-from adapters.base_files import public_name, pull_base
-from adapters.base_model import LoadedBase, load_base, load_tokenizer
-from adapters.chat_rows import Row
-from adapters.chat_template import hash_chat_template
+from adapters.base_files import public_name
+from adapters.base_model import load_base
 from adapters.database import open_database
-from adapters.errors import DataError, RankTooHighError
-from adapters.gate_report import GateReport, may_promote
-from adapters.manifest import ADAPTER_CONFIG_FILE, DataReference, Manifest, hash_file
+from adapters.errors import OutOfMemoryError, RankTooHighError
+from adapters.gate_report import GateReport
+from adapters.manifest import Manifest
 from adapters.pulse import EnginePulse, pulse_path
 from adapters.records import NumberedVersion, check_alias_name
 from adapters.registry import Registry
-from adapters.reward_head import read_reward_head
-from adapters.routing.prompts import prompts_of
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
 from training.config import TrainSettings
-from training.evaluation import Yardstick
-from training.formats import Dataset, ReadOptions, read_rows
-from training.gate import judge
-from training.gate_evidence import PresentVersion, find_present, gather_evidence
+from training.formats import ReadOptions
 from training.giving_way import Gate, install_gate, share_from_environment
+from training.liger import check_liger
 from training.losses import Evaluation
-from training.methods import METHODS, VALIDATORS, TrainingRun, check_trainable, render_rows
-from training.plots import write_curves
-from training.preflight import run_preflight
-from training.preparation import load_function, prepare_run
+from training.memory import MEMORY_ADVICE, is_about_memory
+from training.methods import METHODS, VALIDATORS, TrainingRun
+from training.preparation import PreparedRun, load_function, prepare_run
 from training.progress import Checkpointing, NextMove, StepListener, StepMetrics, TrainedCounts
-from training.rewards_file import public_reward
+from training.publication import (
+    AdapterSaver,
+    MoveRule,
+    Published,
+    Publisher,
+    TrainedAdapter,
+    VersionOpener,
+    describe_version,
+    judge_and_publish,
+)
+from training.run_data import DataFile, RenderedData, prepare_data
 from training.run_log import RunLog
-from training.sampling import SamplePrompt, make_prompts, read_prompts, sample_answers
-from training.start import linear_shapes_of
+from training.sampling import sample_answers
 from training.trackers import prepare_trackers
-from training.watching import Best, RunListener, Watch, WatchPlan
+from training.watching import RunListener, Watch, WatchPlan
 
-__all__ = [
-    "AdapterSaver",
-    "DataFile",
-    "JobFolder",
-    "MoveRule",
-    "Publisher",
-    "SilentListener",
-    "TrainingListener",
-    "TrainingResult",
-    "VersionOpener",
-    "run_training",
-    "train_and_publish",
-]
-
-_NOT_RECORDED = {
-    "home",
-    "keep_prompts",
-    "promote",
-    "sample_file",
-}  # where it runs and what becomes of the result, not what it is
-_RECORDED_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
-
-# Writes an adapter into a folder and checks it as strictly as the server; returns its manifest with these metrics.
-# Raises AdapterRejectedError: the server would refuse it, for one that has learned nothing so far.
-AdapterSaver = Callable[[Path, dict[str, float | None]], Manifest]
-# Opens the registry with the versions that settings may name.
-VersionOpener = Callable[[], AbstractContextManager[Registry]]
-# What may move an alias: asked with the number that it points to when the version is published.
-MoveRule = Callable[[int | None], bool]
-# Makes the checked adapter in a folder a version, with prompts for the router; returns it, and whether its alias points
-# to it.
-Publisher = Callable[[Path, Manifest, TrainedCounts, MoveRule, Sequence[str]], tuple[NumberedVersion, bool]]
+__all__ = ["JobFolder", "SilentListener", "TrainingListener", "TrainingResult", "run_training", "train_and_publish"]
 
 
 class TrainingListener(StepListener, RunListener, Protocol):
@@ -140,25 +106,6 @@ class JobFolder:
 
 
 @dataclass(frozen=True, slots=True)
-class DataFile:
-    """A source of training data, what messages call it, the field of a request that named it, and how to read it."""
-
-    path: Path
-    name: str
-    param: str
-    options: ReadOptions | None = None
-
-    def read(self) -> Dataset:
-        """Read and check it.
-
-        Raises:
-            DataError: as `read_rows`, or rows are bad, with the field at fault.
-        """
-        with _blaming(self.param):
-            return read_rows(self.path, self.options, name=self.name).as_dataset()
-
-
-@dataclass(frozen=True, slots=True)
 class TrainingResult:
     """What a run made. Losses are nats a token that carries loss; without a validation file they are None."""
 
@@ -174,16 +121,6 @@ class TrainingResult:
     best_step: int | None
     gate: GateReport
     folder: Path
-
-
-@dataclass(frozen=True, slots=True)
-class _RenderedData:
-    train: Sequence[Any]
-    validation: Sequence[Any]
-    reference: DataReference
-    sampled: list[SamplePrompt]  # answered at each validation
-    judged: list[SamplePrompt]  # answered for the gate
-    prompts: list[str]  # kept for the router
 
 
 def run_training(
@@ -204,6 +141,7 @@ def run_training(
         RankTooHighError: no server with these settings could serve the result.
         DataError: bad rows, named by file, line and field; nothing has been loaded by then.
         BaseModelError: the base model can't be fetched or loaded.
+        OutOfMemoryError: the machine or its device has too little memory.
         TrainingDivergedError: the loss is no number, or only rises.
     """
     check_alias_name(alias)
@@ -223,17 +161,23 @@ def run_training(
     validation = (
         DataFile(validation_path, str(validation_path), "validation", validation_options) if validation_path else None
     )
-    result = train_and_publish(
-        alias,
-        train,
-        validation,
-        core=core,
-        settings=settings,
-        listener=listener or SilentListener(),
-        publish=publish,
-        open_versions=open_versions,
-        folder=core.home / "runs" / _make_run_id(),
-    )
+    try:
+        result = train_and_publish(
+            alias,
+            train,
+            validation,
+            core=core,
+            settings=settings,
+            listener=listener or SilentListener(),
+            publish=publish,
+            open_versions=open_versions,
+            folder=core.home / "runs" / _make_run_id(),
+        )
+    except Exception as error:
+        # Whatever library it was: memory runs out in all of them, each with words of its own.
+        if is_about_memory(error):
+            raise OutOfMemoryError(f"the device has too little memory for this run: {MEMORY_ADVICE}") from error
+        raise
     assert result is not None, "nobody stops a run without a watcher"
     return result
 
@@ -273,151 +217,77 @@ def train_and_publish(
         NotFoundError: no such version.
         TrainingDivergedError: the loss is no number, or only rises.
     """
-    if settings.rank > core.max_rank:
-        raise RankTooHighError(rank=settings.rank, max_rank=core.max_rank)
+    _check_rank(settings, core)
     settings.check_validation(is_given=validation_file is not None)
-    # A job's data was inspected before it was queued.
-    inspect = job is None
+    check_liger(settings, core)
     function = load_function(settings, is_job=job is not None)
     prepare_trackers(settings.report_to, folder)
-    data = _prepare_data(train_file, validation_file, core=core, settings=settings, listener=listener, inspect=inspect)
+    # A job's data was inspected before it was queued.
+    inspect = job is None
+    data = prepare_data(train_file, validation_file, core=core, settings=settings, listener=listener, inspect=inspect)
     listener.on_stage(f"Loading the base model {public_name(core.base)} ({core.quantisation})")
     base = load_base(core)
     prepared = prepare_run(base, data.train, settings, open_versions, function, listener)
-    settings, run = prepared.run.settings, prepared.run
-    if settings.rank > core.max_rank:
-        raise RankTooHighError(rank=settings.rank, max_rank=core.max_rank)
+    _check_rank(prepared.run.settings, core)
     if (share := share_from_environment()) is not None:
         install_gate(base.model, Gate(EnginePulse(pulse_path(core.home)), share, is_ending=_ending_of(job)))
-    validate = VALIDATORS[settings.method](run, data.validation) if data.validation else None
-    before = _validate(validate, listener)
+    trained, train_seconds = _train(prepared, data, listener=listener, folder=folder, job=job)
+    if not trained.counts.is_complete:
+        return None
+    done = judge_and_publish(trained, alias, open_versions=open_versions, publish=publish, listener=listener)
+    return _make_result(trained, done, len(data.train), train_seconds)
+
+
+def _check_rank(settings: TrainSettings, core: CoreSettings) -> None:
+    if settings.rank > core.max_rank:
+        raise RankTooHighError(rank=settings.rank, max_rank=core.max_rank)
+
+
+def _train(
+    prepared: PreparedRun, data: RenderedData, *, listener: TrainingListener, folder: Path, job: JobFolder | None
+) -> tuple[TrainedAdapter, float]:
+    """Train to the end, or to where the job's watcher stops it, and restore the best state; and how long that took."""
+    run, settings = replace(prepared.run, folder=folder), prepared.run.settings
+    measure = VALIDATORS[settings.method](run, data.validation) if data.validation else None
+    before = _validate(measure, listener)
     listener.on_stage(f"Training on {len(data.train)} rows")
     started = time.monotonic()
 
-    def save(folder: Path, metrics: dict[str, float | None]) -> Manifest:
-        prepared.save(folder)
-        return _describe(folder, base, data, settings, metrics, parent=prepared.parent)
+    def save(to: Path, metrics: dict[str, float | None]) -> Manifest:
+        prepared.save(to)
+        return describe_version(to, run.base, data.reference, settings, metrics, parent=prepared.parent)
 
     log = RunLog(folder, resume_step=_step_of(job.resume_from) if job and job.resume_from else 0)
-    watch = Watch(_trained_modules(run), _plan(run, data, validate), log=log, listener=listener)
+    watch = Watch(_trained_modules(run), _plan(run, data, measure), log=log, listener=listener)
     run = replace(run, watch=watch, checkpointing=_keep_checkpoints(job, save) if job else None)
     counts = METHODS[settings.method](run)
-    if not counts.is_complete:
-        return None
-    train_seconds = time.monotonic() - started
-    watch.restore_best()
+    seconds = time.monotonic() - started
+    if counts.is_complete:
+        watch.restore_best()
+    return TrainedAdapter(run, save, measure, before, watch.best, counts, data.judged, data.asked, log), seconds
 
-    with tempfile.TemporaryDirectory(prefix="hotswap-adapter-") as scratch:
-        saved = Path(scratch)
-        manifest = save(saved, _metrics_of(before, watch.best, counts))
-        listener.on_stage("Checking the version against the gate")
-        present = find_present(open_versions, alias, run)
-        yardstick = Yardstick(run, validate, before) if validate and before else None
-        known = _find_report(present, manifest, saved)
-        report = known or _judge(run, yardstick, watch.best, present, data.judged)
-        log.note("gate", counts.num_steps, {"verdict": report.verdict, "reason": report.reason})
-        write_curves(log)
-        listener.on_stage("Publishing")
-        judged = manifest.model_copy(update={"gate": report})
-        published, is_live = publish(saved, judged, counts, _move_rule(settings, report, present), data.prompts)
-    best = watch.best
+
+def _make_result(trained: TrainedAdapter, done: Published, num_rows: int, train_seconds: float) -> TrainingResult:
+    counts, before = trained.counts, trained.before
+    after = trained.best.evaluation if trained.best else None
     return TrainingResult(
-        published=published,
-        is_live=is_live,
-        num_rows=len(data.train),
+        published=done.version,
+        is_live=done.is_live,
+        num_rows=num_rows,
         num_steps=counts.num_steps,
         train_seconds=train_seconds,
         tokens_per_second=counts.num_tokens / train_seconds,
         validation_loss_before=before.loss if before else None,
-        validation_loss_after=best.evaluation.loss if best else None,
-        validation_accuracy_after=best.evaluation.accuracy if best else None,
-        best_step=best.step if best else None,
-        gate=report,
-        folder=folder,
+        validation_loss_after=after.loss if after else None,
+        validation_accuracy_after=after.accuracy if after else None,
+        best_step=trained.best.step if trained.best else None,
+        gate=done.gate,
+        folder=trained.log.folder,
     )
 
 
 def _make_run_id() -> str:
     return f"run-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-
-
-def _prepare_data(
-    train_file: DataFile,
-    validation_file: DataFile | None,
-    *,
-    core: CoreSettings,
-    settings: TrainSettings,
-    listener: TrainingListener,
-    inspect: bool,
-) -> _RenderedData:
-    """Read, check and tokenise all rows; only the tokenizer of the base model is loaded for it."""
-    listener.on_stage("Checking the data")
-    train = train_file.read()
-    validation = validation_file.read() if validation_file else None
-    listener.on_stage(f"Tokenising for the base model {public_name(core.base)}")
-    tokenizer = load_tokenizer(pull_base(core.base, core.home))
-    if inspect:
-        _inspect(train, validation, (train_file, validation_file), tokenizer, settings, listener)
-    with _blaming(train_file.param):
-        train_rows = render_rows(tokenizer, train, settings)
-        check_trainable(train_rows, train.name, settings)
-    validation_rows: Sequence[Any] = []
-    if validation_file and validation:
-        with _blaming(validation_file.param):
-            validation_rows = render_rows(tokenizer, validation, settings)
-    reference = DataReference(
-        train_sha256=train.sha256,
-        num_train_rows=len(train.rows),
-        validation_sha256=validation.sha256 if validation else None,
-        num_validation_rows=len(validation.rows) if validation else 0,
-    )
-    rows = [numbered.row for numbered in (validation or train).rows]
-    return _RenderedData(
-        train_rows,
-        validation_rows,
-        reference,
-        sampled=_sampled_prompts(tokenizer, rows, settings),
-        judged=make_prompts(tokenizer, rows, limit=settings.gate_samples),
-        prompts=prompts_of(numbered.row for numbered in train.rows) if settings.keep_prompts else [],
-    )
-
-
-def _sampled_prompts(tokenizer: Any, rows: Sequence[Row], settings: TrainSettings) -> list[SamplePrompt]:
-    if settings.sample_file is None:
-        return make_prompts(tokenizer, rows, limit=settings.sample_prompts)
-    return read_prompts(tokenizer, Path(settings.sample_file))
-
-
-def _inspect(
-    train: Dataset,
-    validation: Dataset | None,
-    files: tuple[DataFile, DataFile | None],
-    tokenizer: Any,
-    settings: TrainSettings,
-    listener: TrainingListener,
-) -> None:
-    """Refuse data that can't be trained on, and tell the listener what its owner should know of it."""
-    params = [file.param if file else None for file in files]
-    preflight = run_preflight(
-        train,
-        validation,
-        tokenizer=tokenizer,
-        settings=settings,
-        train_param=params[0],
-        validation_param=params[1],
-    )
-    for warning in preflight.warnings:
-        listener.on_warning(warning)
-
-
-@contextmanager
-def _blaming(param: str) -> Iterator[None]:
-    """Add to an error in the data which field of a request named that data."""
-    try:
-        yield
-    except DataError as error:
-        error.param = param
-        raise
 
 
 class _SavingWatcher:
@@ -445,7 +315,7 @@ def _trained_modules(run: TrainingRun[Any]) -> torch.nn.ModuleList:
     return torch.nn.ModuleList([run.model] if run.head is None else [run.model, run.head])
 
 
-def _plan(run: TrainingRun[Any], data: _RenderedData, validate: Callable[[], Evaluation] | None) -> WatchPlan:
+def _plan(run: TrainingRun[Any], data: RenderedData, validate: Callable[[], Evaluation] | None) -> WatchPlan:
     settings = run.settings
     sample = partial(
         sample_answers,
@@ -471,95 +341,9 @@ def _validate(validate: Callable[[], Evaluation] | None, listener: TrainingListe
     return validate()
 
 
-def _judge(
-    run: TrainingRun[Any],
-    yardstick: Yardstick | None,
-    best: Best | None,
-    present: PresentVersion | None,
-    prompts: Sequence[SamplePrompt],
-) -> GateReport:
-    candidate = best.evaluation if best else None
-    evidence = gather_evidence(run, yardstick, candidate=candidate, present=present, prompts=prompts)
-    return judge(evidence, run.settings)
-
-
-def _find_report(present: PresentVersion | None, manifest: Manifest, folder: Path) -> GateReport | None:
-    """The report of what the alias answers with already, if that is this version: published again, it stays the same.
-
-    Equal in all that is recorded, not in its bytes alone: under other settings of the gate they are judged again.
-    """
-    known = present.manifest if present else None
-    if known is None or any(hash_file(folder / name) != file.sha256 for name, file in known.files.items()):
-        return None
-    same = manifest.model_copy(update={"files": known.files, "gate": known.gate})
-    return known.gate if same.digest == known.digest else None
-
-
-def _move_rule(settings: TrainSettings, report: GateReport, present: PresentVersion | None) -> MoveRule:
-    """With the gate, the alias moves only from where it pointed to when the gate compared."""
-    compared = present.version.number if present else None
-
-    def may_move(number: int | None) -> bool:
-        return may_promote(settings.promote, report) and (settings.promote == "always" or number == compared)
-
-    return may_move
-
-
-def _metrics_of(before: Evaluation | None, best: Best | None, counts: TrainedCounts) -> dict[str, float | None]:
-    after = best.evaluation if best else None
-    metrics: dict[str, float | None] = {
-        "validation_loss_before": before.loss if before else None,
-        "validation_loss_after": after.loss if after else None,
-        "validation_accuracy_after": after.accuracy if after else None,
-    }
-    for when, found in (("before", before), ("after", after)):
-        metrics |= {f"validation_{name}_{when}": value for name, value in (found.extra if found else {}).items()}
-    return metrics | {"num_steps": counts.num_steps, "best_step": best.step if best else None}
-
-
 def _ending_of(job: JobFolder | None) -> Callable[[], bool]:
     return lambda: job is not None and job.watcher.next_move() != "continue"
 
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def _describe(
-    folder: Path,
-    base: LoadedBase,
-    data: _RenderedData,
-    settings: TrainSettings,
-    metrics: dict[str, float | None],
-    *,
-    parent: str | None,
-) -> Manifest:
-    """Check what was saved as strictly as the server will, and write down where it comes from."""
-    _sort_target_modules(folder / ADAPTER_CONFIG_FILE)
-    config = read_adapter_config(folder)
-    weights = read_adapter_weights(folder, config, linear_shapes_of(base))
-    is_reward_model = settings.method == "reward"
-    if is_reward_model:
-        read_reward_head(folder, base.model.config.get_text_config().hidden_size)
-    return Manifest(
-        source="trained",
-        kind="reward" if is_reward_model else "chat",
-        method=settings.method,
-        parent=parent,
-        base=base.reference,
-        rank=config.r,
-        alpha=config.lora_alpha,
-        target_modules=sorted({module.rsplit(".", 1)[-1] for module in weights.modules}),
-        data=data.reference,
-        settings=settings.model_dump(mode="json", exclude=_NOT_RECORDED) | {"reward": public_reward(settings.reward)},
-        metrics=metrics,
-        chat_template_sha256=hash_chat_template(base.tokenizer),
-        libraries={name: version(name) for name in _RECORDED_LIBRARIES} | {"python": platform.python_version()},
-    )
-
-
-def _sort_target_modules(config_path: Path) -> None:
-    # PEFT writes them in the order of a set: equal runs would get different names.
-    document = json.loads(config_path.read_bytes())
-    document["target_modules"] = sorted(document["target_modules"])
-    config_path.write_text(json.dumps(document, indent=2, sort_keys=True), encoding="utf-8")

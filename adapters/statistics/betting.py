@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,7 +88,7 @@ def share_p_value(treatment: Sequence[float], control: Sequence[float], bets: Be
 
 
 def share_evidence(
-    values: _Array, treatment: _Array, control: _Array, difference: float, bets: Bets, *, side: _Side
+    values: _Array, treatment: NDArray[Any], control: NDArray[Any], difference: float, bets: Bets, *, side: _Side
 ) -> _Array:
     """Log of the gamblers' mean fortune, who began with 1 and bet that the difference is larger (or smaller).
 

@@ -101,7 +101,7 @@ def mean_bounds(moments: ArmMoments, *, confidence: float, planned_units: float)
 def tuned_time(confidence: float) -> float:
     """The intrinsic time at which the boundary is tightest: x with log((1 + x) / alpha^2) = x; 8.21 for 0.95.
 
-    Source: Waudby-Smith et al. (2024), appendix B.2; solved by Lambert's W.
+    Source: Waudby-Smith et al. (2024), on tuning rho; solved by Lambert's W.
     """
     alpha = 1 - confidence
     return float(-special.lambertw(-(alpha**2) / math.e, -1).real - 1)

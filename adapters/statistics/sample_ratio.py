@@ -41,7 +41,7 @@ def sample_ratio(counts: Sequence[int], weights: Sequence[float], *, alpha: floa
     Source: Lindon and Malek (2022), NeurIPS, "Anytime-valid inference for multinomial count data", section 3.
     """
     shares = np.asarray(weights, dtype=float)
-    if len(counts) != len(weights) or not (shares > 0).all() or min(counts, default=0) < 0:
+    if not len(counts) == len(weights) > 0 or not (shares > 0).all() or min(counts, default=0) < 0:
         raise ValueError(f"expected a count and a weight above 0 for each arm, found {counts} and {weights}")
     shares = shares / shares.sum()
     p_value = float(np.exp(-np.maximum(log_mismatch_evidence(np.asarray(counts), shares), 0)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from adapters.errors import DataError
+from adapters.methods import METHOD_OF_KIND, ROW_KINDS, Method
 from clients.cli.options import (
     BaseOption,
     DeviceOption,
@@ -28,6 +32,7 @@ from clients.cli.settings_flags import with_settings
 from training.config import TrainSettings
 
 if TYPE_CHECKING:
+    from adapters.chat_rows import RowKind
     from adapters.chat_template import RenderedRow
     from adapters.settings import CoreSettings
     from training.estimate import Estimate
@@ -42,6 +47,7 @@ _SourceArgument = Annotated[
 ]
 _MAX_LINES = 20
 _BAR_WIDTH = 40
+_BY_ROWS = "by the rows"
 
 
 @app.command("convert")
@@ -53,19 +59,62 @@ def convert(
     subset: SubsetOption = None,
     encoding: EncodingOption = None,
     force: Annotated[bool, typer.Option("--force", help="Write over OUT if it exists.")] = False,
-    drop_bad: Annotated[bool, typer.Option("--drop-bad", help="Leave bad rows out, and say which.")] = False,
+    drop_bad: Annotated[
+        bool,
+        typer.Option(
+            "--drop-bad", help="Leave out rows that can't be read, or not be trained on (too long), and say which."
+        ),
+    ] = False,
+    method: Annotated[
+        str | None, typer.Option("--method", help="With --drop-bad: which method's needs count.", show_default=_BY_ROWS)
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", help="With --drop-bad: longest row in tokens.", show_default="1024")
+    ] = None,
+    home: HomeOption = None,
+    base: BaseOption = None,
 ) -> None:
     """Write the rows of SOURCE as JSON lines that can be trained on and uploaded."""
     from training.formats import read_rows, write_dataset
 
     found = read_rows(source, read_options(mapping, split, subset, encoding))
-    _say(_summary(found.as_dataset() if not drop_bad or not found.rows else found.good_rows()))
-    num_rows = write_dataset(found.rows, out, overwrite=force)
-    for problem in found.problems[:_MAX_LINES]:
+    if not drop_bad or not found.rows:
+        data = found.as_dataset()
+        _say(_summary(data))
+    else:
+        _say(_summary(found.good_rows()))
+        flags = {"method": method, "max_length": max_length}
+        data = _drop_unfit(found, load_core(home, base=base), {k: v for k, v in flags.items() if v is not None})
+    num_rows = write_dataset(data.rows, out, overwrite=force)
+    console.print(f"{num_rows} {data.kind} rows written to {out}", markup=False)
+
+
+def _drop_unfit(found: ReadRows, core: CoreSettings, flags: Mapping[str, Any]) -> Dataset:
+    """The rows that a run with these flags would take; says which are left out, and how many."""
+    from training.preflight import find_unfit_rows
+
+    data = found.good_rows()
+    settings, _ = _choose_settings(data.kind, core.home, flags)
+    unfit = find_unfit_rows(data, tokenizer=_load_tokenizer(core), settings=settings)
+    problems = [*found.problems, *(f"{data.name}:{line}: {problem}" for line, problem in unfit)]
+    for problem in problems[:_MAX_LINES]:
         _say(f"left out: {problem}")
-    if len(found.problems) > _MAX_LINES:
-        _say(f"... and {len(found.problems) - _MAX_LINES} more problems")
-    console.print(f"{num_rows} {found.rows[0].row.kind} rows written to {out}", markup=False)
+    if len(problems) > _MAX_LINES:
+        _say(f"... and {len(problems) - _MAX_LINES} more problems")
+    lines = {line for line, _ in unfit}
+    kept = tuple(numbered for numbered in data.rows if numbered.line not in lines)
+    if problems:
+        _say(f"rows left out: {found.num_bad + len(data.rows) - len(kept)}, kept: {len(kept)}")
+    if not kept:
+        raise DataError([f"{data.name}: no row is left to be written"])
+    return replace(data, rows=kept)
+
+
+def _choose_settings(kind: RowKind | None, home: Path, flags: Mapping[str, Any]) -> tuple[TrainSettings, bool]:
+    """A run's settings, and whether its method is only the usual one for such rows: nobody has named one."""
+    if kind is None or "method" in flags or "method" in TrainSettings.load(home).model_fields_set:
+        return TrainSettings.load(home, **flags), False
+    return TrainSettings.load(home, **flags, method=METHOD_OF_KIND[kind]), True
 
 
 @app.command("show")
@@ -118,22 +167,40 @@ def check(
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Look at training data as a run with these settings would: errors, warnings, figures. Trains nothing."""
+    """Look at training data as a run with these settings would: errors, warnings, figures. Trains nothing.
+
+    Without --method, by the method that is usual for such rows.
+    """
     from training.formats import read_rows
 
     core = load_core(home, base=base, device=device)
-    settings = TrainSettings.load(core.home, **flags)
     found = [read_rows(source, read_options(mapping, split, subset, encoding))]
     if validation is not None:
         found.append(read_rows(validation, read_options(mapping, validation_split, subset, encoding)))
+    settings, is_usual = _choose_settings(found[0].kind, core.home, flags)
     report, estimate = _inspect(found, core, settings)
     problems = [problem for data in found for problem in data.problems]
     problems += [problem for data in (report.sets if report else ()) for problem in data.problems]
     if json:
         warnings = report.warnings if report else []
-        print_json({"problems": problems, "warnings": warnings, "report": report, "estimate": estimate})
+        print_json(
+            {
+                "method": settings.method,
+                "problems": problems,
+                "warnings": warnings,
+                "report": report,
+                "estimate": estimate,
+            }
+        )
     else:
+        if is_usual:
+            _print_method(settings.method)
         _print_report(report, problems)
+        unfit = [data.name for data in found if data.problems]
+        if unfit := [*unfit, *(data.name for data in (report.unfit_sets if report else ()))]:
+            given = {"map": ",".join(mapping or ()), "split": split, "subset": subset, "encoding": encoding}
+            given |= {name: flags.get(name) for name in ("method", "max_length")}
+            _print_advice(unfit, given)
         _print_estimate(estimate)
     if problems:
         raise typer.Exit(1)
@@ -208,9 +275,21 @@ def _print_report(report: Preflight | None, problems: list[str]) -> None:
     if len(problems) > _MAX_LINES:
         console.print(f"... and {len(problems) - _MAX_LINES} more errors")
     console.print(f"errors: {len(problems)}, warnings: {len(warnings)}")
-    if problems:
-        advice = "Mend the rows, or leave the bad ones out: hotswap data convert SOURCE OUT.jsonl --drop-bad"
-        console.print(advice, soft_wrap=True)
+
+
+def _print_method(method: Method) -> None:
+    others = [name for name, kinds in ROW_KINDS.items() if name != method and set(kinds) & set(ROW_KINDS[method])]
+    more = f"; --method {' or '.join(others)} takes such rows, too" if others else ""
+    console.print(f"method: {method}, the usual one for such rows{more}", soft_wrap=True)
+
+
+def _print_advice(names: list[str], given: Mapping[str, Any]) -> None:
+    """How to be rid of rows that can't be used: a command with the options that were given here."""
+    console.print("Mend the rows, give a higher --max-length where they are too long, or leave them out:")
+    options = [part for name, value in given.items() if value for part in (f"--{name.replace('_', '-')}", str(value))]
+    for name in dict.fromkeys(names):
+        command = ["hotswap", "data", "convert", name, "OUT.jsonl", "--drop-bad", *options]
+        console.print(f"  {shlex.join(command)}", soft_wrap=True, markup=False)
 
 
 def _print_estimate(estimate: Estimate | None) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -244,8 +245,8 @@ async def _swap_under_load(shell: _Shell, url: str, stable: str, candidate: str,
     console.print(
         f"{len(results)} answers: "
         + ", ".join(f"{number} from {version}" for version, number in sorted(swap.versions.items()))
-        + f"; {swap.num_failed} failed. Every request sent after the promotion got {candidate}, the first token "
-        f"{swap.seconds_to_first:.2f} s after it. {swap.tokens_per_second:.0f} tokens/s."
+        + f"; {swap.num_failed} failed. Every request sent after the promotion got {candidate}, the first of them its "
+        f"first token after {swap.seconds_to_first:.2f} s, loading included. {swap.tokens_per_second:.0f} tokens/s."
     )
     if swap.num_failed or set(swap.versions) != {stable, candidate}:
         console.print("the swap did not go as it should", style="red")
@@ -255,17 +256,18 @@ async def _swap_under_load(shell: _Shell, url: str, stable: str, candidate: str,
 
 def _summarise_swap(results: list[LoadResult], candidate: str, promoted_at: float) -> _Swap:
     good = [result for result in results if result.error is None]
-    later = [result for result in good if result.started >= promoted_at]
+    later = sorted((result for result in good if result.started >= promoted_at), key=lambda result: result.started)
     if any(result.answer.version != candidate for result in later):
         console.print("a request that was sent after the promotion got the old version", style="red")
         raise typer.Exit(1)
     tokens = sum(result.answer.usage["completion_tokens"] for result in good)
     seconds = max(result.ended for result in results) - min(result.started for result in results)
-    first_tokens = [result.first_token for result in later if result.first_token is not None]
+    # From its sending on: when a client happens to ask next after the promotion says nothing about the swap.
+    waits = [result.first_token - result.started for result in later if result.first_token is not None]
     return _Swap(
         versions=dict(Counter(result.answer.version for result in good)),
         num_failed=len(results) - len(good),
-        seconds_to_first=min(first_tokens, default=promoted_at) - promoted_at,
+        seconds_to_first=waits[0] if waits else math.nan,
         tokens_per_second=tokens / seconds,
     )
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adapters.errors import NotFoundError
+from adapters.methods import WIRE_METHODS
 from clients.cli.job_orders import create_job
 from clients.cli.job_output import print_job, print_progress
 from clients.cli.options import HomeOption, JsonOption, load_core, open_registry
@@ -52,15 +53,16 @@ def show(
     """One job: how far it is, its latest losses, warnings, what went wrong, and what the gate said of its version."""
     jobs = _open(home)
     job = jobs.get(job_id)
+    gate = open_registry(home).gate_report(job.fine_tuned_model) if job.fine_tuned_model is not None else None
     if json:
-        print_json(job)
+        print_json({field.name: getattr(job, field.name) for field in fields(job)} | {"gate": gate})
         return
     print_job(job)
     print_progress(jobs, job_id)
     if plot:
-        print_metrics(jobs.metrics(job_id))
-    if job.fine_tuned_model is not None:
-        _print_gate_of(job.fine_tuned_model, home)
+        print_metrics(jobs.metrics(job_id), WIRE_METHODS[job.method["type"]])
+    if gate is not None:
+        print_gate(gate)
 
 
 @app.command("events")
@@ -99,16 +101,6 @@ def _open(home: Path | None) -> JobService:
     core = load_core(home)
     max_queued = ServeSettings.load(core.home).max_queued_jobs  # which bounds what is resumed, too
     return JobService(open_registry(home).database, max_queued=max_queued)
-
-
-def _print_gate_of(label: str, home: Path | None) -> None:
-    registry = open_registry(home)
-    try:
-        report = registry.store.read_manifest(registry.find(label).version.digest).gate
-    except NotFoundError:  # removed since
-        return
-    if report is not None:
-        print_gate(report)
 
 
 def _print_turned(job: Job, *, json: bool) -> None:

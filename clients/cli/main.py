@@ -17,10 +17,13 @@ from clients.cli import (
     demo,
     doctor,
     experiments,
+    feedback_data,
     jobs,
     keys,
+    replay,
     route,
     serve,
+    shadow,
     train,
 )
 
@@ -35,12 +38,15 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
+data.app.command("from-feedback")(feedback_data.from_feedback)
 app.add_typer(data.app, name="data")
 app.command("serve")(serve.serve)
 app.command("chat")(chat.chat)
 app.add_typer(adapters.app, name="adapters")
+experiments.app.command("replay")(replay.replay)
 app.add_typer(experiments.app, name="experiments")
 app.add_typer(route.app, name="route")
+app.add_typer(shadow.app, name="shadow")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(base.app, name="base")
 app.add_typer(keys.app, name="keys")
@@ -69,7 +75,7 @@ def main() -> None:
         # The process boundary: what a user can cause is one line; anything else is a defect and keeps its traceback.
         if not _is_expected(error):
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), err=True)
         sys.exit(1)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 from rich.markup import escape
 
-from adapters.errors import ConfigurationError
+from adapters.errors import ConfigurationError, DataError
+from adapters.methods import Method
 from clients.cli.options import (
     BaseOption,
     DeviceOption,
@@ -86,18 +88,18 @@ def train(
     mapping, subset, encoding = mapping or run.mapping, subset or run.subset, encoding or run.encoding
     options = read_options(mapping, split or run.split, subset, encoding)
     validation_options = read_options(mapping, validation_split or run.validation_split, subset, encoding)
-    # Importing the trainer takes seconds: bad data is reported before.
-    for path, how in ((data, options), (validation, validation_options)):
-        if path is not None:
-            found = read_rows(path, how).as_dataset()
-            summary = f"{found.name}: {len(found.rows)} rows; {found.recognised}"
-            error_console.print(summary, markup=False, soft_wrap=True)
-            check_kind(found, settings.method)
-    # The training libraries warn about their own future arguments; nobody who trains can act on that.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    from training.worker import run_training
+    with _advised(), ProgressView(alias, error_console if json else console) as view:
+        # Importing the trainer takes seconds: bad data is reported before.
+        for path, how in ((data, options), (validation, validation_options)):
+            if path is not None:
+                found = read_rows(path, how).as_dataset()
+                summary = f"{found.name}: {len(found.rows)} rows; {found.recognised}"
+                error_console.print(summary, markup=False, soft_wrap=True)
+                check_kind(found, settings.method)
+        # The training libraries warn about their own future arguments; nobody who trains can act on that.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        from training.worker import run_training
 
-    with ProgressView(alias, error_console if json else console) as view:
         result = run_training(
             alias,
             data,
@@ -111,7 +113,17 @@ def train(
     if json:
         print_json(result)
     else:
-        _print_result(result)
+        _print_result(result, settings.method)
+
+
+@contextmanager
+def _advised() -> Iterator[None]:
+    """Say beside errors in the data what shows all of them."""
+    try:
+        yield
+    except DataError as error:
+        error.add_note("hotswap data check shows every problem, and how to leave rows out")
+        raise
 
 
 def _load_settings(home: Path, config: Path | None, given: Mapping[str, Any]) -> TrainSettings:
@@ -180,7 +192,7 @@ class ProgressView:
         self._progress.update(TaskID(self._task), completed=step, loss=loss)
 
 
-def _print_result(result: TrainingResult) -> None:
+def _print_result(result: TrainingResult, method: Method) -> None:
     rows = [
         ("rows", result.num_rows),
         ("steps", result.num_steps),
@@ -191,7 +203,7 @@ def _print_result(result: TrainingResult) -> None:
         ("digest", result.published.version.digest[:12]),
     ]
     console.print(make_table(["", result.published.label], rows))
-    print_curves(result.folder)
+    print_curves(result.folder, method)
     print_gate(result.gate)
     alias, label = result.published.alias, result.published.label
     console.print(f"metrics, sampled answers and curves are in {result.folder}", soft_wrap=True)

@@ -50,6 +50,11 @@ class BlockPool:
         return len(self._free) + len(self._idle)
 
     @property
+    def num_free(self) -> int:
+        """Blocks that can be had without taking one from the prefix cache."""
+        return len(self._free)
+
+    @property
     def num_cached(self) -> int:
         """Blocks that the prefix cache can find."""
         return len(self._block_of)

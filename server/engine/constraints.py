@@ -136,6 +136,11 @@ class GrammarCompiler:
             self._known.popitem(last=False)
         return future
 
+    def find(self, constraint: Constraint) -> Future[Grammar] | None:
+        """The constraint if it is compiled; changes nothing."""
+        future = self._known.get(constraint)
+        return future if future is not None and future.done() and future.exception() is None else None
+
     def close(self) -> None:
         """Stop the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)

@@ -35,7 +35,7 @@ __all__ = [
 MAX_TIMINGS = 1000
 
 FinishReason = Literal[
-    "stop", "length", "cancelled", "deadline", "adapter_failed", "constraint_failed", "engine_failed"
+    "stop", "length", "cancelled", "deadline", "adapter_failed", "constraint_failed", "engine_failed", "dropped"
 ]
 
 
@@ -89,7 +89,8 @@ class SamplingParams:
 class GenerationRequest:
     """One prompt for one adapter version; `digest` None is the base model.
 
-    `client` is whom the engine is fair to: the API key's id, or empty. `timeout_s` counts from submission.
+    `client` is whom the engine is fair to: the API key's id, or empty. `timeout_s` counts from submission. A shadow is
+    computed while nobody else is, and dropped where it would take what others need.
     """
 
     id: str
@@ -98,6 +99,7 @@ class GenerationRequest:
     sampling: SamplingParams
     client: str = ""
     timeout_s: float | None = None
+    is_shadow: bool = False
 
     @property
     def num_tokens(self) -> int:

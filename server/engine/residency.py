@@ -119,6 +119,7 @@ class Residency:
         self._resident: dict[str, _Holding] = {}
         self._draining: dict[int, _Holding] = {}  # unloaded while in use, by slot
         self._reads: dict[str, Future[tuple[AdapterWeights, float]]] = {}
+        self._aside: set[str] = set()  # being read for work that must cost nobody anything
         self._ahead: set[str] = set()  # read into the host cache for a request that has not had its turn
         self._wanted: OrderedDict[str, None] = OrderedDict()  # to be read ahead when there is room
         self._given_up: set[str] = set()  # being read, but whoever asked has left
@@ -201,6 +202,21 @@ class Residency:
             return holding
         holding.users += 1
         self._touch(holding)
+        return holding.slot
+
+    def acquire_aside(self, digest: str) -> int | None:
+        """The version's slot for work that must cost nobody anything, held until `release`; None if it is in none.
+
+        Then it is read, if a slot is free and nothing else is being read. A version that is used by such work alone is
+        the first to lose its slot.
+        """
+        holding = self._resident.get(digest)
+        if holding is None:
+            if self._free and not self._reads:
+                self._aside.add(digest)
+                self._start_read(digest)
+            return None
+        holding.users += 1
         return holding.slot
 
     def release(self, slot: int) -> None:
@@ -443,7 +459,9 @@ class Residency:
         self._timings.append(LoadTiming(digest, load_ms / 1000, is_loaded=True))
         self._settle_host(digest, weights)
         holding = self._resident[digest] = _Holding(digest, slot, weights.num_bytes)
-        self._touch(holding)
+        if digest not in self._aside:
+            self._touch(holding)
+        self._aside.discard(digest)
         self._unplaced_pins.discard(digest)
         return holding
 
@@ -505,6 +523,7 @@ class Residency:
         self._stats.num_failures += 1
         seconds = time.perf_counter() - self._asked_at.pop(digest, time.perf_counter())
         self._timings.append(LoadTiming(digest, seconds, is_loaded=False))
+        self._aside.discard(digest)
         self._failures[digest] = str(error) if is_rejected else _UNREADABLE
         self._unplaced_pins.discard(digest)
         if self._rereading == digest:

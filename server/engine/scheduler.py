@@ -33,9 +33,11 @@ from server.engine.text_stream import TextStream
 from server.engine.token_text import TokenBytes, TokenTrail
 from server.engine.waiting import Waiting, WaitingQueue
 
-__all__ = ["Engine"]
+__all__ = ["MAX_SHADOWS", "Engine"]
 
 _log = structlog.get_logger(__name__)
+
+MAX_SHADOWS = 4  # in the batch at once; more of them would only wait for each other
 
 
 class Engine:
@@ -85,8 +87,13 @@ class Engine:
 
     @property
     def num_running(self) -> int:
-        """Requests in the batch."""
-        return len(self._running)
+        """Requests in the batch, shadows not counted."""
+        return len(self._running) - self.num_shadows
+
+    @property
+    def num_shadows(self) -> int:
+        """Shadows in the batch, whether they are computed or wait until nobody else is."""
+        return sum(sequence.request.is_shadow for sequence in self._running)
 
     @property
     def num_waiting(self) -> int:
@@ -116,13 +123,15 @@ class Engine:
     def submit(self, request: GenerationRequest) -> list[EngineEvent]:
         """Queue a request and have its version read; its events come from `step`.
 
-        What is returned ends requests: this one, if prompt and answer can't ever fit the cache, or earlier ones whose
-        version could not be read.
+        What is returned ends requests: this one, if prompt and answer can't ever fit the cache, or if it is a shadow
+        and there is no room for it at this moment, or earlier ones whose version could not be read.
         """
         room = self._longest
         if not request.prompt or len(request.prompt) + request.sampling.max_tokens > room:
             error = f"prompt and answer must take 1 to {room} tokens"
             return [EngineEvent(request.id, finish_reason="engine_failed", error=error)]
+        if request.is_shadow:
+            return self._start_shadow(request)
         # A failure that is known by now belongs to those who waited for it; this request has the version read again.
         events = self._fail_unloadable(self.residency.take_failures())
         if request.digest:
@@ -157,20 +166,23 @@ class Engine:
         """
         started = time.perf_counter()
         events = self._expire(self._clock()) + self._fail_unloadable(self.residency.finish_loads())
-        events += self._take_compiled()
+        events += self._take_compiled() + self._make_way()
         self._admit()
         work = self._plan()
         if not work:
             return events
         num_prompt_tokens = sum(len(item.tokens) for item in work if not item.sequence.is_decoding)
+        is_live = not work[0].sequence.request.is_shadow  # a step computes one or the other
         computed = self._compute(work)
         seconds = time.perf_counter() - started
         if computed is None:
             events += [self._fail(item.sequence) for item in work]
         else:
             events += computed
-            self._pacer.note(num_prompt_tokens=num_prompt_tokens, seconds=seconds)
-        self._step_timings.append(StepTiming(seconds, has_prefill=num_prompt_tokens > 0))
+            if is_live:
+                self._pacer.note(num_prompt_tokens=num_prompt_tokens, seconds=seconds)
+        if is_live:
+            self._step_timings.append(StepTiming(seconds, has_prefill=num_prompt_tokens > 0))
         return events
 
     def take_timings(self) -> EngineTimings:
@@ -195,6 +207,39 @@ class Engine:
             _log.exception("engine_step_failed", num_requests=len(work))
             return None
         return self._choose_all(self._note_computed(work), logits, tokens, is_finite)
+
+    def _start_shadow(self, request: GenerationRequest) -> list[EngineEvent]:
+        """Take a shadow into the batch if that costs nobody anything, and drop it otherwise; it never queues."""
+        constraint = request.sampling.constraint
+        grammar = None if constraint is None else self._grammars.find(constraint)
+        reason = ""
+        if self.num_waiting:
+            reason = "other requests wait"
+        elif self.num_shadows >= MAX_SHADOWS:
+            reason = "other shadows are under way"
+        elif not self._free_rows or self.blocks.blocks_for(request.num_tokens) > self.blocks.num_free:
+            reason = "the batch or the KV cache has no room"
+        elif constraint is not None and grammar is None:
+            reason = "the form of its answer is not compiled"
+        slot = None if reason or request.digest is None else self.residency.acquire_aside(request.digest)
+        if not reason and slot is None and request.digest is not None:
+            reason = "its version is in no slot"
+        if reason:
+            return [EngineEvent(request.id, finish_reason="dropped", error=reason)]
+        self._running.append(self._start(Waiting(request, self._clock(), grammar), slot or 0))
+        return []
+
+    def _make_way(self) -> list[EngineEvent]:
+        """Drop the shadows, unless everybody who waits finds a row, blocks and a slot beside them."""
+        shadows = [sequence for sequence in self._running if sequence.request.is_shadow]
+        waiting = list(self._waiting.requests) if shadows else []
+        num_blocks = sum(self.blocks.blocks_for(request.num_tokens) for request in waiting)
+        has_room = len(waiting) <= len(self._free_rows) and num_blocks <= self.blocks.num_free
+        if has_room and all(request.digest is None or request.digest in self.residency.resident for request in waiting):
+            return []
+        for sequence in shadows:
+            self._give_up(sequence)
+        return [_final(sequence, "dropped", error="it gave way to other requests") for sequence in shadows]
 
     def _admit(self) -> None:
         """Move requests from the queue into the batch, in the queue's order."""
@@ -226,10 +271,16 @@ class Engine:
         return sequence
 
     def _plan(self) -> list[Work]:
-        """One token for each decoding request, and prompt chunks within the budget behind them, shorter ones first."""
+        """One token for each decoding request, and prompt chunks within the budget behind them, shorter ones first.
+
+        Shadows are computed in steps of their own, which are as short as those beside running streams: whoever comes
+        meanwhile waits for one of them.
+        """
         decodes, prefills = [], []
-        budget = self._pacer.budget(is_anybody_decoding=any(sequence.is_decoding for sequence in self._running))
-        for sequence in self._running:
+        live = [sequence for sequence in self._running if not sequence.request.is_shadow]
+        is_held_up = not live or any(sequence.is_decoding for sequence in live)
+        budget = self._pacer.budget(is_anybody_decoding=is_held_up)
+        for sequence in live or self._running:
             if sequence.is_decoding:
                 decodes.append(Work(sequence, sequence.tokens_to_compute(1)))
             elif budget:
@@ -244,7 +295,7 @@ class Engine:
             sequence, request = item.sequence, item.sequence.request
             was_prompt = sequence.num_cached < len(request.prompt)
             sequence.num_cached += len(item.tokens)
-            if was_prompt and sequence.allocation is not None:
+            if was_prompt and sequence.allocation is not None and not request.is_shadow:
                 self.blocks.register(sequence.allocation, request.digest, request.prompt, sequence.num_cached)
         return [item.sequence for item in work if item.sequence.num_cached == item.sequence.num_tokens]
 
@@ -355,8 +406,9 @@ class Engine:
         sequence.allocation = None
         if sequence.request.digest:
             self.residency.release(sequence.slot)
-        num_unused = sequence.request.sampling.max_tokens - len(sequence.generated)
-        self._waiting.settle(sequence.request, num_unused=num_unused)
+        if not sequence.request.is_shadow:  # which never was in the queue
+            num_unused = sequence.request.sampling.max_tokens - len(sequence.generated)
+            self._waiting.settle(sequence.request, num_unused=num_unused)
 
 
 def _final(

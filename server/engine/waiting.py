@@ -134,6 +134,11 @@ class WaitingQueue:
         """Prompt and max_tokens of all requests here."""
         return self._num_tokens
 
+    @property
+    def requests(self) -> Iterator[GenerationRequest]:
+        """All requests here, in no particular order."""
+        return (waiting.request for lane in self._lanes.values() for waiting in lane)
+
     def wants(self, digest: str) -> bool:
         """Whether any request here is for this version."""
         return any(wanted == digest for _, wanted in self._lanes)

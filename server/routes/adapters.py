@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import StreamingResponse
 
 from adapters.archive import VersionArchive
 from adapters.audit import AuditLog
@@ -37,6 +36,7 @@ from server.resources import (
     make_page,
 )
 from server.services import CurrentServices, Services
+from server.streaming import ClosingStreamingResponse
 from server.uploads import FILE_PARTS
 
 __all__ = ["router"]
@@ -178,8 +178,8 @@ async def delete_version(alias: AliasPath, version: VersionPath, services: Curre
     return DeletedObject(id=removed[0], versions=removed)
 
 
-@router.get("/{alias}/versions/{version}/export", response_class=StreamingResponse, responses=_TAR)
-async def export_version(alias: AliasPath, version: VersionPath, services: CurrentServices) -> StreamingResponse:
+@router.get("/{alias}/versions/{version}/export", response_class=ClosingStreamingResponse, responses=_TAR)
+async def export_version(alias: AliasPath, version: VersionPath, services: CurrentServices) -> ClosingStreamingResponse:
     """The version's files, checked against its manifest, as a tar archive: the same bytes every time."""
 
     def read() -> tuple[NumberedVersion, VersionArchive]:
@@ -192,7 +192,7 @@ async def export_version(alias: AliasPath, version: VersionPath, services: Curre
         "content-disposition": f'attachment; filename="{found.alias}-v{found.number}.tar"',
         "etag": f'"{found.version.digest}"',
     }
-    return StreamingResponse(iter(archive), media_type="application/x-tar", headers=headers)
+    return ClosingStreamingResponse(iter(archive), media_type="application/x-tar", headers=headers)
 
 
 @router.post("/{alias}/promote")

@@ -8,12 +8,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, 
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from adapters.errors import EngineFailureError, HotswapError
 from server.calls import Call
 from server.engine.core import EngineEvent
 from server.errors import count_error, describe_error
+from server.streaming import ClosingStreamingResponse
 
 __all__ = ["AnswerWriter", "respond"]
 
@@ -51,7 +52,7 @@ async def respond(
     first = await _unless_client_leaves(anext(events), request)
     if first is None:
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
-    return StreamingResponse(
+    return ClosingStreamingResponse(
         _stream(writer, first, events, request),
         media_type="text/event-stream",
         headers={**call.headers, "cache-control": "no-store"},

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
+import os
+from collections.abc import Iterator
+from typing import IO, Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import FileResponse
 
 from adapters.errors import InvalidInputError
 from adapters.files import TRAINING_PURPOSE, FileService
@@ -15,10 +16,12 @@ from server.auth import needs
 from server.fine_tuning_schemas import FilesQuery, file_body, page_body
 from server.forms import Form, FormShape
 from server.services import CurrentServices
+from server.streaming import ClosingStreamingResponse
 
 __all__ = ["router"]
 
 router = APIRouter(dependencies=[needs("train")])
+_PIECE_BYTES = 1 << 16
 _SHAPE = FormShape(files={"file": "content"}, fields=frozenset({"purpose"}), max_field_bytes=1000)
 _FORM = {  # the body is read by hand, so that its parts are bounded
     "required": True,
@@ -63,10 +66,11 @@ async def retrieve_file(file_id: str, services: CurrentServices) -> dict[str, An
 
 
 @router.get("/v1/files/{file_id}/content")
-async def download_file(file_id: str, services: CurrentServices) -> FileResponse:
+async def download_file(file_id: str, services: CurrentServices) -> ClosingStreamingResponse:
     """A file's bytes."""
-    path = await asyncio.to_thread(services.files.path, file_id)
-    return FileResponse(path, media_type="application/octet-stream")
+    content = await asyncio.to_thread(services.files.open, file_id)
+    headers = {"content-length": str(os.fstat(content.fileno()).st_size)}
+    return ClosingStreamingResponse(_pieces(content), media_type="application/octet-stream", headers=headers)
 
 
 @router.delete("/v1/files/{file_id}")
@@ -88,3 +92,9 @@ def _check_form(form: Form) -> None:
 def _keep(files: FileService, form: Form) -> StoredFile:
     with form.files["file"].open("rb") as content:
         return files.upload(content, form.filenames["file"])
+
+
+def _pieces(content: IO[bytes]) -> Iterator[bytes]:
+    with content:
+        while piece := content.read(_PIECE_BYTES):
+            yield piece

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
+from adapters.records import Job
 from server.auth import needs
 from server.fine_tuning_schemas import (
     CheckpointsQuery,
@@ -22,7 +23,8 @@ from server.fine_tuning_schemas import (
     job_body,
     page_body,
 )
-from server.services import CurrentServices
+from server.services import CurrentServices, Services
+from server.streaming import ClosingStreamingResponse
 
 __all__ = ["router"]
 
@@ -58,41 +60,46 @@ async def create_job(
     body: CreateJobRequest, services: CurrentServices, idempotency_key: _RequestKey = None
 ) -> dict[str, Any]:
     """Take a job: its files are validated, then it is queued. The same key again gives the job that it made."""
-    return job_body(await asyncio.to_thread(services.fine_tuning.accept, body, request_key=idempotency_key))
+    return await asyncio.to_thread(
+        lambda: _with_gate(services, services.fine_tuning.accept(body, request_key=idempotency_key))
+    )
 
 
 @router.get("/v1/fine_tuning/jobs", openapi_extra={"parameters": _LIST_PARAMETERS})
 async def list_jobs(request: Request, services: CurrentServices) -> dict[str, Any]:
     """Jobs, newest first; `metadata[key]=value` leaves those that have it."""
     query = _read_jobs_query(request)
-    found, has_more = await asyncio.to_thread(
-        services.fine_tuning.jobs.list, limit=query.limit, after=query.after, metadata=query.metadata
-    )
-    return page_body([job_body(job) for job in found], has_more=has_more)
+
+    def read() -> dict[str, Any]:
+        jobs = services.fine_tuning.jobs
+        found, has_more = jobs.list(limit=query.limit, after=query.after, metadata=query.metadata)
+        return page_body([_with_gate(services, job) for job in found], has_more=has_more)
+
+    return await asyncio.to_thread(read)
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}")
 async def retrieve_job(job_id: str, services: CurrentServices) -> dict[str, Any]:
     """One job."""
-    return job_body(await asyncio.to_thread(services.fine_tuning.jobs.get, job_id))
+    return await asyncio.to_thread(lambda: _with_gate(services, services.fine_tuning.jobs.get(job_id)))
 
 
 @router.post("/v1/fine_tuning/jobs/{job_id}/cancel")
 async def cancel_job(job_id: str, services: CurrentServices) -> dict[str, Any]:
     """End a job for good."""
-    return job_body(await asyncio.to_thread(services.fine_tuning.jobs.cancel, job_id))
+    return await asyncio.to_thread(lambda: _with_gate(services, services.fine_tuning.jobs.cancel(job_id)))
 
 
 @router.post("/v1/fine_tuning/jobs/{job_id}/pause")
 async def pause_job(job_id: str, services: CurrentServices) -> dict[str, Any]:
     """Stop a job after a checkpoint."""
-    return job_body(await asyncio.to_thread(services.fine_tuning.jobs.pause, job_id))
+    return await asyncio.to_thread(lambda: _with_gate(services, services.fine_tuning.jobs.pause(job_id)))
 
 
 @router.post("/v1/fine_tuning/jobs/{job_id}/resume")
 async def resume_job(job_id: str, services: CurrentServices) -> dict[str, Any]:
     """Queue a paused job again."""
-    return job_body(await asyncio.to_thread(services.fine_tuning.jobs.resume, job_id))
+    return await asyncio.to_thread(lambda: _with_gate(services, services.fine_tuning.jobs.resume(job_id)))
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}/events")
@@ -104,7 +111,7 @@ async def list_events(
     if query.stream:
         await asyncio.to_thread(jobs.follow, job_id, after=query.after, limit=1)  # what is wrong gets a status code
         events = services.fine_tuning.streams.open(services, job_id, query.after, request)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        return ClosingStreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
     found, has_more = await asyncio.to_thread(jobs.events, job_id, limit=query.limit, after=query.after)
     return JSONResponse(page_body([event_body(event) for event in found], has_more=has_more))
 
@@ -117,6 +124,11 @@ async def list_checkpoints(
     jobs = services.fine_tuning.jobs
     found, has_more = await asyncio.to_thread(jobs.checkpoints, job_id, limit=query.limit, after=query.after)
     return page_body([checkpoint_body(checkpoint) for checkpoint in found], has_more=has_more)
+
+
+def _with_gate(services: Services, job: Job) -> dict[str, Any]:
+    """A job's body; reads the manifest of its version, if it has made one."""
+    return job_body(job, services.registry.gate_report(job.fine_tuned_model) if job.fine_tuned_model else None)
 
 
 def _read_jobs_query(request: Request) -> JobsQuery:

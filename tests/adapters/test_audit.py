@@ -20,6 +20,7 @@ from adapters.pins import PinService
 from adapters.records import Actor, AuditAction, AuditEntry
 from adapters.registry import Registry
 from adapters.routing.service import RoutingService
+from adapters.shadows import ShadowService
 from tests.support.conversations import easy_rows, write_rows
 from tests.support.routing import COOKING, LEGAL, MUSIC, NOTHING
 from tests.support.versions import PLAIN_MANIFEST, publish_text, write_files
@@ -74,6 +75,9 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
     keys = KeyService(registry.database)
     key, _ = keys.create("web", scopes=["chat"])
     keys.revoke(key.id)
+    shadows = ShadowService(registry.database)
+    shadow = shadows.start("legal", "v1", share=5)
+    shadows.stop("legal")
     publish_text(registry, "cooked", alias="cooking", prompts=COOKING)
     publish_text(registry, "lawful", alias="law", prompts=LEGAL)
     routing = RoutingService(registry, None, background=NOTHING)
@@ -110,6 +114,8 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
         ("delete_file", stored.id),
         ("create_key", key.id),
         ("revoke_key", key.id),
+        ("start_shadow", shadow.id),
+        ("stop_shadow", shadow.id),
         ("publish", "cooking@v1"),
         ("publish", "law@v1"),
         ("remove", "law"),

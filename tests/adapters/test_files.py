@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from adapters.database import Database
@@ -44,6 +45,24 @@ def test_upload_keeps_the_very_bytes_when_they_are_good(files: FileService, cont
     assert (stored.filename, stored.purpose) == ("rows.jsonl", "fine-tune")
     assert files.get(stored.id) == stored
     assert _on_disk(files) == [stored.id]
+
+
+def test_open_content_is_read_to_its_end_when_the_file_is_deleted_meanwhile(files: FileService, content: bytes) -> None:
+    """Who reads keeps reading; who comes later is told that there is no such file."""
+    stored = files.upload(io.BytesIO(content), "rows.jsonl")
+    with files.open(stored.id) as opened:
+        files.delete(stored.id)
+        assert content == opened.read()
+    with pytest.raises(NotFoundError, match=f"no file '{stored.id}'"):
+        files.open(stored.id)
+
+
+def test_open_says_that_there_is_no_file_when_its_deletion_is_half_done(files: FileService, content: bytes) -> None:
+    """A reader that found the row just before it went finds no content: the same words, no failure of the server."""
+    stored = files.upload(io.BytesIO(content), "rows.jsonl")
+    files.path(stored.id).unlink()
+    with pytest.raises(NotFoundError, match=f"no file '{stored.id}'"):
+        files.open(stored.id)
 
 
 def test_upload_leaves_nothing_when_a_line_is_bad(files: FileService) -> None:
@@ -175,6 +194,6 @@ def test_upload_leaves_nothing_when_its_row_can_not_be_written(
         session.flush()
 
     monkeypatch.setattr(FileService, "register", staticmethod(fail))
-    with pytest.raises(Exception, match="NOT NULL"):
+    with pytest.raises(IntegrityError):
         files.upload(io.BytesIO(content), "rows.jsonl")
     assert _on_disk(files) == []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from adapters.database import open_database
@@ -105,11 +103,11 @@ def test_pins_go_with_what_they_name_when_it_is_removed(pins: PinService, regist
     assert frozenset() == pins.names()
 
 
-def test_pins_are_there_when_the_database_is_opened_again(tmp_path: Path, pins: PinService, registry: Registry) -> None:
+def test_pins_are_there_when_the_database_is_opened_again(pins: PinService, registry: Registry) -> None:
     """What was wanted before a restart is wanted after it."""
     publish_text(registry, "one")
     pins.pin("legal", max_versions=1)
-    again = open_database(f"sqlite:///{tmp_path / 'hotswap.db'}")
+    again = open_database(registry.database.engine.url.render_as_string(hide_password=False))
     assert frozenset({"legal"}) == PinService(again).names()
     again.close()
 

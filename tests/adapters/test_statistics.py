@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -140,3 +143,10 @@ def test_difference_interval_covers_the_truth_when_shares_are_simulated() -> Non
     ]
     share = np.mean([interval is not None and interval.low <= 0.1 <= interval.high for interval in intervals])
     assert 0.93 < share < 0.98
+
+
+def test_statistics_are_imported_without_scipys_when_a_process_starts() -> None:
+    """`scipy.stats` takes longer to import than everything here together."""
+    program = "import sys, adapters.statistics; print('scipy.stats' in sys.modules, 'scipy.special' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "False True" == found.stdout.strip()

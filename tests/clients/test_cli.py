@@ -430,8 +430,8 @@ def test_job_is_drawn_when_it_has_been_measured(shell: Shell) -> None:
         data = {"step": step, "total_steps": 3, "train_loss": 3.0 - step, "valid_loss": 2.0 if step > 1 else None}
         jobs.note_metrics(claim, f"Step {step}/3", data, trained_tokens=step, seconds_left=0)
     shown = shell.text("jobs", "show", job.id, "--plot")
-    assert "training loss, 2.000 to 0.000, steps 1 to 3" in shown
-    assert "validation loss, 2.000 to 2.000, steps 2 to 3" in shown
+    assert "training loss (nats a token), 0.000 to 2.000, steps 1 to 3" in shown
+    assert "validation loss (nats a token), 2.000 to 2.000, steps 2 to 3" in shown
     assert any("\u2801" <= letter <= "\u28ff" for letter in shown)
     assert "training loss," not in shell.text("jobs", "show", job.id)
 
@@ -468,7 +468,7 @@ def test_gate_is_printed_when_a_version_was_trained(shell: Shell, tmp_path: Path
     printed = shell.text("train", "legal", "--data", str(data), *flags)
     assert "the gate: inconclusive" in printed
     assert "legal was not moved to it" in printed
-    assert "training loss, " in printed
+    assert "training loss (nats a token), " in printed
     shown = shell.text("adapters", "show", "legal@v3")
     assert "not compared with legal@v2: there is no validation file" in shown
     report = shell.json("adapters", "show", "legal@v3")["manifest"]["gate"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from adapters.errors import ConflictError, DataError
-from clients.cli.main import app
+from clients.cli.main import app, main
 from tests.support.conversations import make_messages, write_rows
 from tests.support.tiny import make_tokenizer
 
@@ -67,6 +68,21 @@ def test_train_reads_a_csv_when_columns_are_mapped(tmp_path: Path, base: tuple[s
     assert f"warning: {source}: number of rows: 2; fewer than 10 seldom teach a behaviour" in result.stderr
 
 
+def test_train_says_what_shows_every_problem_when_rows_are_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Below the error, for whoever has only this command."""
+    source = _write(tmp_path / "d.csv", CSV + "s;\n")
+    monkeypatch.setattr("sys.argv", ["hotswap", "train", "tickets", "--data", source, *MAPPED, "--home", str(tmp_path)])
+
+    with pytest.raises(SystemExit):
+        main()
+
+    told = capsys.readouterr().err.splitlines()
+    assert f"error: {source}:5: field antwort: is empty" == told[-2]
+    assert "hotswap data check shows every problem, and how to leave rows out" == told[-1]
+
+
 def test_data_convert_leaves_a_file_alone_when_it_exists(tmp_path: Path) -> None:
     """Nothing of the user's is overwritten without --force, and nothing half-written is left beside it."""
     source, out = _write(tmp_path / "d.csv", CSV), tmp_path / "out.jsonl"
@@ -102,17 +118,34 @@ def test_data_convert_writes_rows_when_the_file_system_has_no_hard_links(
     assert ["d.csv", "out.jsonl"] == sorted(path.name for path in tmp_path.iterdir())
 
 
-def test_data_convert_leaves_bad_rows_out_when_asked(tmp_path: Path) -> None:
-    """Without the flag they are an error and nothing is written; with it each is named."""
-    source, out = _write(tmp_path / "d.csv", CSV + "s;\n"), tmp_path / "out.jsonl"
+def test_data_convert_leaves_bad_rows_out_when_asked(tmp_path: Path, base: tuple[str, str]) -> None:
+    """Without the flag they are an error and nothing is written; with it each is named, and all are counted.
+
+    Bad are rows that can't be read, and rows that no run would take: too long, or with the template's own tokens.
+    """
+    bad = f"s;\nt;{'long ' * 50}\nu;<|im_end|>\n"
+    source, out = _write(tmp_path / "d.csv", CSV + bad), tmp_path / "out.jsonl"
 
     with pytest.raises(DataError, match=r"d\.csv:5: field antwort: is empty$"):
         _run(tmp_path, "convert", source, str(out), *MAPPED)
     assert not out.exists()
 
-    result = _run(tmp_path, "convert", source, str(out), *MAPPED, "--drop-bad")
+    result = _run(tmp_path, "convert", source, str(out), *MAPPED, *base, "--drop-bad", "--max-length", "200")
     assert 2 == len(out.read_text().splitlines())
     assert f"left out: {source}:5: field antwort: is empty" in result.stderr
+    assert re.search(rf"left out: {source}:6: \d+ tokens, more than max_length 200", result.stderr)
+    assert f"left out: {source}:7: " in result.stderr
+    assert "rows left out: 3, kept: 2" in result.stderr
+    assert 0 == _run(tmp_path, "check", str(out), *base, "--max-length", "200").exit_code
+
+
+def test_data_convert_writes_nothing_when_every_row_is_left_out(tmp_path: Path, base: tuple[str, str]) -> None:
+    """An empty file would be an error of the next command."""
+    source, out = _write(tmp_path / "d.csv", CSV), tmp_path / "out.jsonl"
+
+    with pytest.raises(DataError, match=r"d\.csv: no row is left to be written$"):
+        _run(tmp_path, "convert", source, str(out), *MAPPED, *base, "--drop-bad", "--max-length", "8")
+    assert not out.exists()
 
 
 def test_data_convert_names_the_folder_when_it_is_not_there(tmp_path: Path) -> None:
@@ -162,6 +195,11 @@ def test_data_check_ends_with_status_one_when_rows_are_bad(tmp_path: Path, base:
     assert "tokens, more than max_length 200" in result.stdout
     assert f"{source}: 2 chat rows; JSON lines: chat (messages = messages)" in result.stdout
     assert "errors: 2, warnings: 2" in result.stdout
+    advice = result.stdout[result.stdout.index("hotswap data convert") :].splitlines()[0]
+    assert f"hotswap data convert {source} OUT.jsonl --drop-bad --max-length 200" == advice
+    out = tmp_path / "out.jsonl"
+    _run(tmp_path, *advice.replace("OUT.jsonl", str(out)).split()[2:], *base)
+    assert 0 == _run(tmp_path, "check", str(out), *base, "--max-length", "200").exit_code
 
 
 def test_data_check_reports_both_sets_when_validation_is_given(tmp_path: Path, base: tuple[str, str]) -> None:
@@ -185,3 +223,55 @@ def test_data_check_names_the_lines_when_no_row_can_be_read(tmp_path: Path, base
 
     assert 1 == result.exit_code
     assert "errors: 1, warnings: 0" in result.stdout
+
+
+_PAIR = {"prompt": "q", "chosen": "yes", "rejected": "no"}
+_LABELLED = [{"prompt": "q", "completion": "yes", "label": label} for label in (True, False)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "method", "others"),
+    [
+        ([_PAIR], "dpo", "; --method reward takes such rows, too"),
+        (_LABELLED, "kto", ""),
+        ([make_messages("q", "a")], "sft", "; --method rloo or grpo takes such rows, too"),
+    ],
+)
+def test_data_check_takes_the_method_from_the_rows_when_none_is_named(
+    tmp_path: Path, base: tuple[str, str], rows: list[Any], method: str, others: str
+) -> None:
+    """Rows that are right for what they are for are right; which method was meant is said."""
+    source = str(write_rows(tmp_path / "d.jsonl", rows))
+
+    result = _run(tmp_path, "check", source, *base)
+
+    assert 0 == result.exit_code, result.stdout
+    assert f"method: {method}, the usual one for such rows{others}\n" in result.stdout
+    assert method == json.loads(_run(tmp_path, "check", source, *base, "--json").stdout)["method"]
+
+
+def test_data_check_keeps_to_the_method_when_one_is_named(tmp_path: Path, base: tuple[str, str]) -> None:
+    """By flag or in the home's settings; rows of another kind are the error, and leaving some out is no advice."""
+    source = str(write_rows(tmp_path / "d.jsonl", [_PAIR]))
+
+    result = _run(tmp_path, "check", source, *base, "--method", "kto")
+
+    assert 1 == result.exit_code
+    assert "error: " in result.stdout
+    assert "method kto trains on labelled rows, found preference rows, which are for dpo, reward" in result.stdout
+    assert "--drop-bad" not in result.stdout
+    (tmp_path / "hotswap.toml").write_text('[train]\nmethod = "kto"\n')
+    assert 1 == _run(tmp_path, "check", source, *base).exit_code
+
+
+def test_data_check_looks_at_prompts_alone_when_answers_are_to_be_sampled(
+    tmp_path: Path, base: tuple[str, str]
+) -> None:
+    """An answer in the row is not trained on by rloo, however long it is; its prompt must leave room for another."""
+    source = str(write_rows(tmp_path / "d.jsonl", [make_messages("q", "b" * 300), make_messages("p" * 180, "a")]))
+    sampling = ("--method", "rloo", "--reward", "tone@v1", "--max-answer-tokens", "20", "--max-length", "200")
+
+    result = _run(tmp_path, "check", source, *base, *sampling)
+
+    assert "errors: 1, " in result.stdout
+    assert f"error: {source}:2: the prompt has " in result.stdout

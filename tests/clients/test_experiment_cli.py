@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,10 @@ def test_show_says_what_to_do_and_why_when_a_treatment_wins(home: Home, tmp_path
         "however often you look",
     ):
         assert words in shown, words
+    document = json.loads(home.text("show", "legal", "--json"))
+    assert ("promote", "B", experiment.salt) == (
+        document["verdict"]["kind"], document["verdict"]["arm"], document["experiment"]["salt"],
+    )  # fmt: skip
     assert 1 == len(ET.parse(tmp_path / "effect.svg").getroot().findall("{http://www.w3.org/2000/svg}polygon"))
 
 

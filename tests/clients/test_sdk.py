@@ -38,10 +38,12 @@ from clients.sdk import (
     AsyncAdaptersResource,
     AsyncExperimentsResource,
     AsyncHotswap,
+    AsyncShadowsResource,
     ExperimentSpec,
     ExperimentsResource,
     GuardrailSpec,
     Hotswap,
+    ShadowsResource,
     WeightSpec,
 )
 from tests.support.engine import RECIPES, Bench, Site, make_bench, save_recipes
@@ -473,6 +475,7 @@ def test_call_is_refused_when_a_name_would_lead_to_another_route(alias: str) -> 
         (Hotswap, AsyncHotswap),
         (AdaptersResource, AsyncAdaptersResource),
         (ExperimentsResource, AsyncExperimentsResource),
+        (ShadowsResource, AsyncShadowsResource),
     ],
 )
 def test_async_client_has_the_same_methods_when_compared(sync: type, awaited: type) -> None:
@@ -487,3 +490,21 @@ def test_async_client_has_the_same_methods_when_compared(sync: type, awaited: ty
         assert inspect.signature(method) == inspect.signature(twins[name])
         assert inspect.iscoroutinefunction(twins[name])
     assert found.keys() == twins.keys()
+
+
+def test_shadow_is_started_and_read_when_driven_by_the_client(url: str) -> None:
+    """Sync and async read the same objects; one alias has one shadow at a time."""
+    with Hotswap(url) as hotswap:
+        started = hotswap.shadows.start("legal@v1", share=5)
+        assert ("legal@v1", 5.0, "running") == (started.version, started.share, started.state)
+        assert [started] == list(hotswap.shadows.list())
+        with pytest.raises(ConflictError):
+            hotswap.shadows.start("legal", "v2", share=5)
+        detail = hotswap.shadows.get(started.id)
+        assert (started.id, 0, None) == (detail.id, detail.num_answered, detail.same_share)
+
+    async def stop() -> str:
+        async with AsyncHotswap(url) as hotswap:
+            return (await hotswap.shadows.stop(started.id)).state
+
+    assert "stopped" == asyncio.run(stop())

@@ -177,13 +177,14 @@ def test_experiment_is_sticky_and_reported_when_users_come_back(
             body = {"model": "split", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "user": user}
             response = client.post("/v1/chat/completions", json=body)
             arms.setdefault(user, set()).add(response.headers["x-hotswap-arm"])
-            good = response.headers["x-hotswap-arm"] == "B"
-            feedback = {"id": response.json()["id"], "metric": "good", "value": good}
+            is_good = response.headers["x-hotswap-arm"] == "B"
+            feedback = {"id": response.json()["id"], "metric": "good", "value": is_good}
             assert client.post("/v1/feedback", json=feedback).status_code == 200
     assert all(len(seen) == 1 for seen in arms.values())
     report = tiny_home.run("experiments", "show", "split")
     by_arm = {arm["arm"]["name"]: arm for arm in report["arms"]}
-    assert {name: arm["metrics"][0]["estimate"]["mean"] for name, arm in by_arm.items()} == {"A": 0.0, "B": 1.0}
+    good = {name: [m["mean"] for m in arm["metrics"] if m["metric"] == "good"] for name, arm in by_arm.items()}
+    assert {"A": [0.0], "B": [1.0]} == good
     assert sum(arm["num_exposures"] for arm in by_arm.values()) == 24
     assert sum(arm["num_units"] for arm in by_arm.values()) == 12
     tiny_home.run("experiments", "stop", "split")

@@ -133,7 +133,7 @@ def _chat(site: Site, *, headers: dict[str, str] | None = None, **fields: Any) -
 def test_experiment_goes_its_way_when_driven_over_http(site: Site) -> None:
     """Draft, start, weights, undo, stop; every act is in the log, and the states can be asked for."""
     _publish(site, "legal")
-    plan = {
+    plan: dict[str, Any] = {
         "metric": {"name": "solved", "direction": "increase"},
         "guardrails": [{"metric": "error_rate", "direction": "decrease", "margin": 0.01}],
         "smallest_effect": 0.05,

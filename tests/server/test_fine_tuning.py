@@ -5,18 +5,20 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import openai
 import pytest
 from fastapi import Request
 
-from adapters.errors import ConflictError, NotFoundError
+from adapters.errors import ConflictError, NotFoundError, OverloadedError
+from adapters.gate_report import GateCheck, GateReport
 from adapters.jobs import Claim, JobService
+from adapters.methods import METHOD_SETTINGS, WIRE_METHODS
 from adapters.records import JobError
 from server.event_streams import EventStreams
-from server.fine_tuning_schemas import RewardedHyperparameters, SupervisedHyperparameters
+from server.fine_tuning_schemas import Method, RewardedHyperparameters, SupervisedHyperparameters
 from server.services import Services
 from tests.support.conversations import easy_rows, write_rows
 from tests.support.engine import Site, on_site
@@ -28,8 +30,8 @@ from training.job_settings import resolve_settings
 
 _JOBS = "/v1/fine_tuning/jobs"
 _ELSEWHERE_ON_THE_WIRE = {"home", "seed", "method", "start_from", "report_to"}
-# The operator's: what a version is measured against, and files of the server.
-_NOT_ON_THE_WIRE = {"sample_prompts", "sample_file", "sample_tokens"} | {
+# The operator's: what a version is measured against, files of the server, and what runs on its device.
+_NOT_ON_THE_WIRE = {"sample_prompts", "sample_file", "sample_tokens", "use_liger_kernel"} | {
     name for name in TrainSettings.model_fields if name.startswith("gate_")
 }
 
@@ -278,6 +280,40 @@ def test_job_reports_what_came_of_it_when_it_has_ended(site: Site, file_id: str)
     assert failed["finished_at"] >= failed["created_at"]
 
 
+def test_job_tells_what_the_gate_found_when_it_has_made_a_version(site: Site, file_id: str) -> None:
+    """Alone and in the list; null before."""
+    job = _create(site, file_id).json()
+    assert job["gate"] is None
+    check = GateCheck(name="base", outcome="failed", sentence="validation loss 2 against 1", figures={"low": -1.5})
+    manifest = make_manifest(site.base.reference).model_copy(update={"gate": GateReport(checks=[check])})
+    version, _ = site.registry.publish(site.adapters[f"{1:064x}"], manifest, alias="legal", promote=False)
+    claim = _claim(site)
+    with _jobs(site).database.write() as session:
+        _jobs(site).succeed(session, claim, fine_tuned_model=version.label, result_file="file-r", trained_tokens=1)
+
+    found = _get(site, f"{_JOBS}/{job['id']}").json()["gate"]
+
+    assert ("failed", "the gate was not passed: validation loss 2 against 1") == (found["verdict"], found["reason"])
+    assert [{**check.model_dump()}] == found["checks"]
+    assert [found] == [listed["gate"] for listed in _get(site, _JOBS).json()["data"]]
+
+
+def test_too_many_paused_jobs_are_a_429_when_another_is_paused(site: Site, file_id: str) -> None:
+    """Each keeps its checkpoints on the disk: as many may be paused as may wait."""
+    bounded = JobService(_jobs(site).database, max_queued=2)
+    ids = [_create(site, file_id).json()["id"] for _ in range(2)]
+    for job_id in ids:
+        bounded.pause(job_id)
+    third = _create(site, file_id).json()["id"]
+    with pytest.raises(
+        OverloadedError, match=r"^2 jobs are paused, as many as this server keeps; cancel or resume one$"
+    ):
+        bounded.pause(third)
+    assert "paused" == bounded.pause(ids[0]).status
+    bounded.cancel(ids[0])
+    assert "paused" == bounded.pause(third).status
+
+
 def _supervised(**hyperparameters: Any) -> dict[str, Any]:
     return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
 
@@ -331,6 +367,11 @@ def _supervised(**hyperparameters: Any) -> dict[str, Any]:
             {"method": _supervised(learning_rate=0.1, learning_rate_multiplier=2)},
             "method.supervised.hyperparameters.learning_rate",
         ),
+        ({"method": _supervised(beta=0.1)}, "method.supervised.hyperparameters.beta"),
+        (
+            {"method": {"type": "dpo", "dpo": {"hyperparameters": {"dropout": 0.1}}}},
+            "method.dpo.hyperparameters.dropout",
+        ),
         ({"method": _supervised(), "hyperparameters": {"n_epochs": 1}}, "hyperparameters"),
         ({"hyperparameters": {"n_epochs": 1001}}, "hyperparameters.n_epochs"),
         ({"organization": "x"}, "organization"),
@@ -382,6 +423,15 @@ def test_hyperparameters_have_the_bounds_of_the_trainer_when_compared() -> None:
     compared = {differing.get(name, name) for name in fields} - no_settings
     assert compared | _ELSEWHERE_ON_THE_WIRE | _NOT_ON_THE_WIRE == set(TrainSettings.model_fields)
     assert compared.isdisjoint(_NOT_ON_THE_WIRE)
+
+
+@pytest.mark.parametrize("kind", sorted(WIRE_METHODS))
+def test_hyperparameters_are_those_of_the_method_when_compared_with_the_table(kind: str) -> None:
+    """What a method does not use is an unknown field of its hyperparameters, and what it uses is known."""
+    method = Method.model_fields[kind].annotation
+    fields = set(get_args(method)[0].model_fields["hyperparameters"].annotation.model_fields)
+    used = {name for name, methods in METHOD_SETTINGS.items() if WIRE_METHODS[kind] in methods}
+    assert used - _NOT_ON_THE_WIRE == fields & set(METHOD_SETTINGS)
 
 
 def _bounds(field: Any) -> dict[str, float]:

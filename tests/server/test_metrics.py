@@ -337,8 +337,11 @@ def _rows() -> Iterator[tuple[str, str, frozenset[str], str]]:
 
 def _everything(site: Site) -> Callable[[httpx.AsyncClient], Awaitable[Scrape]]:
     async def scenario(http: httpx.AsyncClient) -> Scrape:
+        site.services.shadows.start("legal", "v2", share=100)
+        await site.services.shadow_keeper.reconcile()
         for model in ("legal", "nobody"):
             await http.post(CHAT, json=_body(model))
+        await site.services.shadow_keeper.settle()
         return await _scrape(http)
 
     return scenario
@@ -347,6 +350,7 @@ def _everything(site: Site) -> Callable[[httpx.AsyncClient], Awaitable[Scrape]]:
 def test_page_lists_every_metric_when_compared_with_the_registry(site: Site) -> None:
     """Names, types and labels are the same on both sides; every row has a unit; nothing is listed twice."""
     site.publish("legal", FIRST)
+    site.publish("legal", SECOND, promote=False)
     families = on_site(site, _everything(site)).families
     found = set()
     for family in families.values():

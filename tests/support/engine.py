@@ -167,6 +167,7 @@ class Bench:
         read: Callable[[str], AdapterWeights] | None = None,
         max_host_bytes: int = 1 << 20,
         clock: Callable[[], float] = time.monotonic,
+        max_stall_s: float = 0.2,
     ) -> Engine:
         """A fresh engine with empty slots."""
         return Engine(
@@ -176,6 +177,7 @@ class Bench:
             max_prefill_tokens=max_prefill_tokens,
             max_host_bytes=max_host_bytes,
             clock=clock,
+            max_stall_s=max_stall_s,
         )
 
 
@@ -466,8 +468,10 @@ class Site:
         max_waiting: int = 64,
         max_context: int = 128,
         max_queued_tokens: int = 200_000,
+        send_timeout_s: float = 60.0,
         chat_template: str = CHATML,
         clock: Callable[[], float] = time.monotonic,
+        keep_conversations: bool = False,
     ) -> Site:
         """The API as `server.app` joins it, with an engine in this process; the base model is called `tiny`."""
         home.mkdir(parents=True, exist_ok=True)
@@ -481,8 +485,10 @@ class Site:
             max_tokens=12,
             max_waiting=max_waiting,
             max_queued_tokens=max_queued_tokens,
+            send_timeout_s=send_timeout_s,
             max_body_bytes=1_000_000,
             max_file_bytes=200_000,
+            keep_conversations=keep_conversations,
         )
         read = make_weights_reader(registry.store, bench.base, bench.runner.slots.module_shapes)
         engine = bench.engine(tokenizer=bench.base.tokenizer, read=read, clock=clock)

@@ -18,6 +18,8 @@ from tests.support.engine import Site
 
 __all__ = ["Attempts", "ServedSite", "serve_site", "wait_until"]
 
+_SEND_BUFFER_BYTES = 16_384
+
 
 @dataclass
 class Attempts:
@@ -86,6 +88,8 @@ def serve_site(
 ) -> Iterator[ServedSite]:
     """Serve a site from a thread until the end of the block; `is_up` False leaves its engine for later."""
     with socket.socket() as listener:
+        # Connections inherit it: what a client does not read must not disappear in the kernel's megabytes.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         listener.bind(("127.0.0.1", 0))
         config = uvicorn.Config(wrap(site.app), lifespan="off", log_config=None, ws="none", timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)

@@ -74,7 +74,9 @@ class TinyWatcher:
 def method_settings(home: Path, method: str, **changes: Any) -> TrainSettings:
     """Settings under which a tiny model learns the toy rows in a dozen steps."""
     defaults: dict[str, Any] = {"rank": 8, "alpha": 16, "batch_size": 4, "epochs": 4, "warmup_steps": 1}
-    defaults |= {"promote": "always", "gate_samples": 1, "gate_sample_tokens": 4, "sample_prompts": 0}
+    defaults |= {"promote": "always", "sample_prompts": 0}
+    if method != "reward":  # which gives no answers
+        defaults |= {"gate_samples": 1, "gate_sample_tokens": 4}
     if method in ("rloo", "grpo"):
         defaults |= {"reward": "toy.py:toy", "max_answer_tokens": 4, "batch_size": 8, "epochs": 2}
     return TrainSettings.load(home, method=method, **(defaults | {"learning_rate": 1e-2, "max_length": 128} | changes))

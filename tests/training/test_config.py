@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from adapters.errors import ConfigurationError
+from adapters.methods import HELD_TO_A_REFERENCE, METHOD_SETTINGS, ROW_KINDS, SAMPLING_METHODS, Method
 from training.config import METHOD_DEFAULTS, TrainSettings
 
 FIELDS = sorted(set(TrainSettings.model_fields) - {"home"})
@@ -167,10 +169,11 @@ def test_train_settings_take_their_defaults_from_the_method_when_none_are_given(
     reward = "tone" if method in ("rloo", "grpo") else None
 
     settings = TrainSettings.load(tmp_path, method=method, reward=reward)
-    given = TrainSettings.load(tmp_path, method=method, reward=reward, learning_rate=0.5, beta=2)
+    beta = 2.0 if method in HELD_TO_A_REFERENCE else None
+    given = TrainSettings.load(tmp_path, method=method, reward=reward, learning_rate=0.5, beta=beta)
 
     assert METHOD_DEFAULTS[method] == {"learning_rate": settings.learning_rate, "beta": settings.beta}
-    assert (0.5, 2.0) == (given.learning_rate, given.beta)
+    assert (0.5, beta or 0.0) == (given.learning_rate, given.beta)
 
 
 @pytest.mark.parametrize(
@@ -192,11 +195,8 @@ def test_reference_is_the_start_when_there_is_one_and_nothing_is_said(
     ("given", "message"),
     [
         ({"method": "grpo"}, "grpo needs reward: a reward version"),
-        ({"method": "dpo", "reward": "tone"}, "reward is for rloo and grpo, not for dpo"),
         ({"method": "kto", "beta": 0}, "beta must be above 0 for kto"),
         ({"method": "dpo", "reference": "start"}, "reference start needs start_from"),
-        ({"method": "dpo", "neftune": 5}, "neftune is for sft: for dpo it would blur"),
-        ({"method": "dpo", "dropout": 0.1}, "dropout is for sft: for dpo it would blur"),
         ({"method": "kto", "batch_size": 1}, "batch_size must be 2 or more, found 1"),
         (
             {"method": "grpo", "reward": "tone", "max_answer_tokens": 512, "max_length": 512},
@@ -225,3 +225,75 @@ def test_lists_come_from_the_environment_when_it_has_them(tmp_path: Path, monkey
     monkeypatch.setenv("HOTSWAP_TRAIN_TARGETS", "q_proj, v_proj q_proj")
 
     assert TrainSettings.load(tmp_path).targets == ("q_proj", "v_proj")
+
+
+# Settings that belong to some methods only.
+
+_OTHERS: dict[str, Any] = {
+    "neftune": 5.0,
+    "dropout": 0.1,
+    "beta": 0.3,
+    "reference": "start",
+    "reward": "tone",
+    "generations": 8,
+    "max_answer_tokens": 64,
+    "temperature": 0.5,
+    "use_liger_kernel": True,
+    "sample_prompts": 3,
+    "sample_file": "prompts.txt",
+    "sample_tokens": 3,
+    "gate_forgetting": 0.1,
+    "gate_samples": 2,
+    "gate_sample_tokens": 9,
+    "gate_degenerate": 0.1,
+    "gate_format_regex": "[a-z]+",
+    "gate_format_schema": "{}",
+    "gate_format_share": 0.5,
+}
+_MISPLACED = [
+    (method, name) for name, methods in METHOD_SETTINGS.items() for method in ROW_KINDS if method not in methods
+]
+
+
+def _of(method: Method, **given: Any) -> dict[str, Any]:
+    """Settings with what the method can't be without."""
+    return {"method": method, "reward": "tone" if method in SAMPLING_METHODS else None} | given
+
+
+def test_settings_of_methods_are_known_when_they_are_compared_with_the_settings() -> None:
+    """The table names settings that exist, each with a value here that is not the default."""
+    assert set(_OTHERS) == set(METHOD_SETTINGS) <= set(TrainSettings.model_fields)
+    assert len(_MISPLACED) >= 40
+
+
+@pytest.mark.parametrize(("method", "name"), _MISPLACED)
+def test_setting_is_refused_when_the_method_does_not_use_it(tmp_path: Path, method: Method, name: str) -> None:
+    """A flag or a line of YAML without effect would be believed to have one; the message says whose it is."""
+    users = ", ".join(METHOD_SETTINGS[name])
+
+    with pytest.raises(
+        ConfigurationError, match=rf"train\.{name}: method {method} does not use it; it is for {users},"
+    ):
+        TrainSettings.load(tmp_path, **_of(method, **{name: _OTHERS[name]}))
+
+
+@pytest.mark.parametrize(("method", "name"), _MISPLACED)
+def test_setting_has_no_effect_when_the_file_holds_it_for_other_methods(
+    tmp_path: Path, method: Method, name: str
+) -> None:
+    """The server's own settings are for jobs by every method; one that does not use them is recorded without them."""
+    plain = TrainSettings.load(tmp_path, **_of(method))
+    value = json.dumps(_OTHERS[name])  # which of texts, numbers and truth is TOML, too
+    (tmp_path / "hotswap.toml").write_text(f"[train]\n{name} = {value}\n")
+
+    assert plain == TrainSettings.load(tmp_path, **_of(method))
+
+
+@pytest.mark.parametrize(("method", "name"), _MISPLACED)
+def test_setting_is_taken_when_it_is_the_default_of_a_method_that_does_not_use_it(
+    tmp_path: Path, method: Method, name: str
+) -> None:
+    """It says what is so anyway."""
+    plain = TrainSettings.load(tmp_path, **_of(method))
+
+    assert plain == TrainSettings.load(tmp_path, **_of(method, **{name: getattr(plain, name)}))

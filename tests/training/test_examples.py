@@ -11,9 +11,9 @@ import yaml
 from typer.testing import CliRunner
 
 from adapters.errors import ConfigurationError
+from adapters.methods import ROW_KINDS
 from clients.cli.main import app
 from training.formats import read_dataset
-from training.kinds import METHOD_KINDS
 
 _EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 _RUNS = sorted(path.stem for path in _EXAMPLES.glob("*.yaml"))
@@ -60,7 +60,7 @@ def test_example_run_makes_a_version_when_its_command_is_given(shell: Shell, nam
 
 def test_every_method_has_an_example_when_listed() -> None:
     """One file a method, which says in its first lines what it is for and how it is run."""
-    assert sorted(METHOD_KINDS) == _RUNS
+    assert sorted(ROW_KINDS) == _RUNS
     for name in _RUNS:
         text = (_EXAMPLES / f"{name}.yaml").read_text()
         assert text.startswith("# ")

@@ -239,3 +239,36 @@ def test_read_dataset_hashes_the_bytes_when_the_rows_are_equal(tmp_path: Path) -
 
     assert hashlib.sha256(GOOD).hexdigest() == read_dataset(first).sha256
     assert hashlib.sha256(GOOD + b"\n").hexdigest() == read_dataset(second).sha256
+
+
+def test_rows_are_read_when_another_program_has_exported_them(tmp_path: Path) -> None:
+    """One list of objects somewhere in an object; what lies in objects of a row is named with dots."""
+    items = [{"id": n, "ticket": {"question": f"Q{n}"}, "reply": {"agent": {"name": "x"}, "text": "A"}} for n in (1, 2)]
+    path = tmp_path / "export.json"
+    path.write_text(json.dumps({"meta": {"by": "helpdesk"}, "result": {"total": 2, "items": items}}))
+
+    with pytest.raises(DataError, match=r"the columns ticket.question, reply.agent.name, reply.text, id are no shape"):
+        read_dataset(path)
+    dataset = read_dataset(path, mapping={"user": "ticket.question", "assistant": "reply.text"})
+
+    assert "JSON, rows in 'result.items': mapped to chat (user = ticket.question, assistant = reply.text" in (
+        dataset.recognised
+    )
+    assert [f"Q{n}" for n in (1, 2)] == [numbered.row.messages[0]["content"] for numbered in dataset.rows]
+
+
+def test_object_is_one_row_when_it_has_columns_of_a_row(tmp_path: Path) -> None:
+    """A list of objects beside a question and its answer is no list of rows."""
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps({"question": "Q", "answer": "A", "sources": [{"url": "x"}]}, indent=1))
+    assert 1 == len(read_dataset(path).rows)
+
+
+def test_table_is_refused_with_advice_when_it_has_one_message_a_row(tmp_path: Path) -> None:
+    """Its texts would be learned one by one, without what they answer; told otherwise, they are."""
+    path = tmp_path / "turns.tsv"
+    path.write_text("chat_id\tspeaker\ttext\n1\tcustomer\thi\n1\tagent\thello\n")
+
+    with pytest.raises(DataError, match=r"has a column 'speaker' beside the text, .* expected one conversation a row"):
+        read_dataset(path)
+    assert "text" == read_dataset(path, mapping={"text": "text"}).kind

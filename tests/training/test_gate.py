@@ -50,6 +50,34 @@ def _find(evidence: Evidence, settings: TrainSettings, name: str) -> GateCheck:
     return check
 
 
+def _scored(scores: Any) -> Evaluation:
+    """Losses that say the opposite of the scores, so that it shows which of them counts."""
+    array = np.asarray(scores, dtype=np.float64)
+    return Evaluation(array, np.ones(len(array)), scores=array)
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "figure"),
+    [
+        ("reward", "share of validation pairs in the right order 0.900 against 0.500", "pair_accuracy"),
+        ("rloo", "mean reward of answers to validation prompts 0.900 against 0.500", "mean_reward"),
+    ],
+)
+def test_scores_count_and_not_losses_when_a_method_has_scores(
+    tmp_path: Path, method: str, words: str, figure: str
+) -> None:
+    """More pairs in the right order, or more reward: what such a version is for, said in its own words."""
+    settings = _settings(tmp_path, method=method, reward="tone" if method == "rloo" else None)
+    right, even = _scored([1.0] * 18 + [0.0] * 2), _scored([0.5] * 20)
+
+    better = _find(_evidence(candidate=right, base=even), settings, "base")
+    worse = _find(_evidence(candidate=even, base=right), settings, "base")
+
+    assert ("passed", "failed") == (better.outcome, worse.outcome)
+    assert better.sentence.startswith(f"{words} of the base model: 0.400 better, at least ")
+    assert (0.9, 0.5) == (better.figures[figure], better.figures[f"other_{figure}"])
+
+
 # The interval ---------------------------------------------------------------------------------------------------------
 
 

@@ -190,6 +190,52 @@ def test_version_is_judged_again_when_its_bytes_are_the_same_under_other_setting
     assert again.gate.compared_with == first.published.version.digest
 
 
+# Methods with scores --------------------------------------------------------------------------------------------------
+
+_PAIRS = [{"prompt": f"Q{number}?", "chosen": "Yes!", "rejected": "No no"} for number in range(12)]
+_FLIPPED = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in _PAIRS]
+
+
+def _train(home: Home, method: str, rows: list[Any], validation: list[Any], **settings: Any) -> TrainingResult:
+    paths = [write_rows(home.root / f"{name}.jsonl", found) for name, found in (("t", rows), ("v", validation))]
+    unused = {"gate_forgetting", "gate_samples", "sample_prompts"} if method == "reward" else set()
+    given = {name: value for name, value in home.settings.items() if name not in unused} | settings
+    resolved = TrainSettings.load(home.core.home, method=method, **given | {"max_length": 128})
+    return run_training("tone", paths[0], paths[1], core=home.core, settings=resolved)
+
+
+def test_reward_model_earns_its_alias_when_it_orders_validation_pairs(home: Home) -> None:
+    """A head that gives every answer the same is right by half; who has learned the opposite replaces nobody."""
+    learned = _train(home, "reward", _PAIRS, _PAIRS, epochs=4)
+    misled = _train(home, "reward", _PAIRS, _FLIPPED, epochs=4, seed=1)
+
+    assert ("passed", True) == (learned.gate.verdict, learned.is_live)
+    (check,) = [check for check in learned.gate.checks if check.name == "base"]
+    assert (1.0, 0.5) == (check.figures["pair_accuracy"], check.figures["other_pair_accuracy"])
+    assert ("failed", False) == (misled.gate.verdict, misled.is_live)
+    assert "share of validation pairs in the right order" in misled.gate.reason
+    assert "of tone@v1" in misled.gate.reason
+
+
+def test_rewarded_version_earns_its_alias_when_its_answers_get_more_reward(home: Home) -> None:
+    """By a function of one's own: small letters are liked, and the mean over validation prompts must rise."""
+    (home.root / "toy.py").write_text(
+        "def small(completions, prompts, references):\n"
+        "    return [sum('a' <= c <= 'z' for c in text) / max(1, len(text)) for text in completions]\n"
+    )
+    rows = [{"messages": row} for row in easy_rows(12)]
+    options = {"reward": f"{home.root}/toy.py:small", "max_answer_tokens": 4, "batch_size": 8, "beta": 0}
+
+    learned = _train(home, "rloo", rows, rows, epochs=4, **options)
+    idle = _train(home, "rloo", rows, rows, max_steps=1, learning_rate=1e-9, **options)
+
+    (check,) = [check for check in learned.gate.checks if check.name == "base"]
+    assert check.sentence.startswith("mean reward of answers to validation prompts ")
+    assert check.figures["mean_reward"] > check.figures["other_mean_reward"] + 0.1
+    assert ("passed", True) == (learned.gate.verdict, learned.is_live)
+    assert ("failed", False) == (idle.gate.verdict, idle.is_live)
+
+
 # What is published and written down -----------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import torch
 from adapters.chat_template import RenderedRow
 from tests.support.methods import TinyWatcher, keep, make_run, method_settings, trained_tensors
 from tests.support.tiny import load_tiny_base
+from training.length_order import grouped_order
 from training.log_probs import answer_log_probs
 from training.methods import METHODS, VALIDATORS, TrainingRun
 from training.methods.kto import label_weights, mismatched_rows
@@ -175,7 +176,8 @@ def test_kto_compares_with_the_base_when_it_begins(tmp_path: Path, tiny_folders:
     changes: dict[str, Any] = {"start_from": "legal", "reference": "base", "beta": 0.3, "batch_size": 4, "max_steps": 1}
     run = _only(_run(tmp_path, tiny_folders["llama"], "kto", **changes, learning_rate=1e-9), 4)
     _shift(run)
-    order = torch.randperm(4, generator=torch.Generator().manual_seed(run.settings.seed)).tolist()
+    lengths = [len(row.row.input_ids) for row in run.rows]
+    order = grouped_order(lengths, 4, torch.Generator().manual_seed(run.settings.seed))
     rows = [run.rows[number] for number in order]
     mismatched = mismatched_rows([row.row for row in rows], max_length=128)
     divergence = max(0.0, sum(_ratio(run, row) for row in mismatched) / 4)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-from training.plots import CURVES_FILE, draw_braille, draw_svg, read_curves, write_curves
+import pytest
+
+from adapters.methods import ROW_KINDS, Method
+from training.plots import CURVES_FILE, MEASURES, draw_braille, draw_svg, read_curves, write_curves
 from training.run_log import RunLog
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -19,8 +22,31 @@ def test_curves_hold_what_was_measured_when_lines_are_read() -> None:
         {"step": 2, "valid_loss": 1.5},
         {"step": 3},
     ]
-    assert read_curves(lines) == {"training": [(1.0, 2.0)], "validation": [(2.0, 1.5)]}
-    assert read_curves([]) == {}
+    assert read_curves(lines, "sft") == {"training": [(1.0, 2.0)], "validation": [(2.0, 1.5)]}
+    assert read_curves([], "sft") == {}
+
+
+def test_curves_hold_rewards_when_answers_are_sampled() -> None:
+    """As a run writes them, and as a job's events hold them; the losses beside them are not drawn."""
+    of_a_run = [
+        {"kind": "step", "step": 1, "train_loss": 0.0, "mean_reward": 0.25},
+        {"kind": "evaluation", "step": 1, "valid_loss": -0.5, "mean_reward": 0.5},
+    ]
+    of_a_job = [{"step": 1, "train_loss": 0.0, "train_mean_reward": 0.25, "valid_loss": -0.5, "valid_mean_reward": 0.5}]
+    expected = {"training": [(1.0, 0.25)], "validation": [(1.0, 0.5)]}
+    assert expected == read_curves(of_a_run, "rloo") == read_curves(of_a_job, "grpo")
+
+
+@pytest.mark.parametrize("method", sorted(ROW_KINDS))
+def test_svg_names_what_the_method_is_watched_by_when_it_is_written(tmp_path: Path, method: Method) -> None:
+    """Nats a token are the unit of supervised training alone."""
+    log = RunLog(tmp_path / "run")
+    log.note("step", 1, {"train_loss": 1.0, "mean_reward": 0.5})
+    write_curves(log, method)
+    drawn = (tmp_path / "run" / CURVES_FILE).read_text()
+    assert f"{MEASURES[method]} by step" in drawn
+    assert ("nats" in drawn) == (method == "sft")
+    assert 1 == drawn.count("<polyline")
 
 
 def test_svg_has_a_line_a_curve_when_it_is_parsed(tmp_path: Path) -> None:
@@ -29,7 +55,7 @@ def test_svg_has_a_line_a_curve_when_it_is_parsed(tmp_path: Path) -> None:
     for step in range(1, 11):
         log.note("step", step, {"train_loss": 3.0 - step / 5})
     log.note("evaluation", 10, {"valid_loss": 1.25})
-    write_curves(log)
+    write_curves(log, "sft")
     root = ET.parse(tmp_path / "run" / CURVES_FILE).getroot()
     lines = root.findall(f"{SVG}polyline")
     points = [[tuple(map(float, point.split(","))) for point in line.attrib["points"].split()] for line in lines]
@@ -42,10 +68,10 @@ def test_svg_has_a_line_a_curve_when_it_is_parsed(tmp_path: Path) -> None:
 
 def test_svg_is_drawn_when_there_is_little_or_much_to_draw() -> None:
     """Nothing, a flat line, and far more steps than it has columns, whose last is kept."""
-    assert draw_svg({}).count("<polyline") == 0
-    assert "nan" not in draw_svg({"a <b>": [(1.0, 2.0), (2.0, 2.0)]})
-    assert "a &lt;b&gt;" in draw_svg({"a <b>": [(1.0, 2.0)]})
-    many = draw_svg({"training": [(float(step), 1.0 / step) for step in range(1, 10_001)]})
+    assert draw_svg({}, title="t").count("<polyline") == 0
+    assert "nan" not in draw_svg({"a <b>": [(1.0, 2.0), (2.0, 2.0)]}, title="t")
+    assert "a &lt;b&gt;" in draw_svg({"a <b>": [(1.0, 2.0)]}, title="t")
+    many = draw_svg({"training": [(float(step), 1.0 / step) for step in range(1, 10_001)]}, title="t")
     assert len(many) < 100_000
     assert many.split('points="')[1].split('"')[0].split()[-1].startswith("664.0,")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from adapters.base_model import LoadedBase
 from adapters.chat_rows import ChatRow, LabelledRow, PreferenceRow, Row, TextRow
 from adapters.chat_template import render_prompt, stop_token_ids
 from adapters.errors import DataError
@@ -148,3 +149,29 @@ def test_prompts_are_refused_when_the_file_is_bad(tmp_path: Path, content: bytes
     with pytest.raises(DataError, match=f"^sample_file {path}: ") as caught:
         read_prompts(make_tokenizer(), path)
     assert problem in str(caught.value)
+
+
+# Answers that are ended early -----------------------------------------------------------------------------------------
+
+
+def _babble(base: LoadedBase, reference: int | None, max_tokens: int = 90) -> list[Sample]:
+    prompts = [
+        SamplePrompt("?", tuple(render_prompt(base.tokenizer, [{"role": "user", "content": text}])), reference)
+        for text in ("a", "b", "long one")
+    ]
+    return sample_answers(base.model, base.tokenizer, prompts, max_tokens=max_tokens, batch_size=3, ends_flawed=True)
+
+
+def test_answers_are_ended_when_they_are_too_long_already(tiny_base: LoadedBase) -> None:
+    """At one token more than three times the row's own, where the flaw is certain; up to there all is the same."""
+    free, bounded = _babble(tiny_base, None), _babble(tiny_base, 5)
+    assert [16] * 3 == [len(sample.tokens) for sample in bounded if not sample.has_ended]
+    assert [sample.tokens[:16] for sample in free] == [sample.tokens for sample in bounded]
+    assert {"too long"} == {find_flaw(sample) for sample in bounded} - {"loop"}
+
+
+def test_answer_is_ended_when_it_has_looped_for_long(tiny_base: LoadedBase) -> None:
+    """One that says the same for ever costs the batch 72 tokens and not the limit; it is still told as a loop."""
+    tiny_base.model.get_output_embeddings().weight.data.zero_()  # the likeliest token is the first, always
+    samples = _babble(tiny_base, None, max_tokens=400)
+    assert [(72, False, "loop")] * 3 == [(len(s.tokens), s.has_ended, find_flaw(s)) for s in samples]

@@ -261,10 +261,50 @@ def test_job_fails_when_every_trainer_is_killed(place: JobPlace) -> None:
     error = place.jobs.get(job.id).error
     assert error is not None
     assert error.code == "trainer_lost"
+    assert error.message.startswith(
+        "the trainer was killed by signal 9, as the kernel does when memory runs out, 3 times"
+    )
+    assert "lower batch_size or max_length" in error.message
     lost = [event.message for event in place.jobs.events(job.id, limit=9, level="warn")[0]]
     assert len(lost) == MAX_ATTEMPTS
     assert "killed by signal 9, " in lost[0]
     assert "memory r" in lost[0]
+
+
+def test_job_fails_for_memory_when_the_kernel_counts_its_trainer_among_those_it_killed(
+    place: JobPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The count of a container comes before the machine's; the job's own error says what to change."""
+    counts = tmp_path / "memory.events"
+    counts.write_text("oom 0\noom_kill 0\n")
+    monkeypatch.setattr("training.supervisor._OUT_OF_MEMORY_COUNTS", (tmp_path / "none", counts, Path("/proc/vmstat")))
+    job = place.create()
+    dying = (
+        "import os, pathlib, sys; path = pathlib.Path(sys.argv[1]); lines = path.read_text().split(); "
+        "path.write_text(f'oom 0\\noom_kill {int(lines[-1]) + 1}\\n'); os.kill(os.getpid(), 9)"
+    )
+    supervisor = _supervisor(place, ("-c", dying, str(counts)))
+    for _ in range(MAX_ATTEMPTS):
+        assert supervisor.run_one()
+    error = place.jobs.get(job.id).error
+    assert error is not None
+    assert error.code == "out_of_memory"
+    assert error.message.startswith("the trainer was killed by signal 9, by the kernel, since memory ran out, 3 times")
+    assert "lower batch_size or max_length, or set gradient_checkpointing" in error.message
+    assert place.messages(job.id)[-1] == f"The job failed: {error.message}"
+
+
+def test_scratch_of_a_trainer_is_in_the_home_and_gone_when_it_has_ended(place: JobPlace, tmp_path: Path) -> None:
+    """What libraries would put into the system's temporary folder goes there, too; also if the trainer is killed."""
+    job = place.create()
+    leaving = (
+        "import os, pathlib, sys, tempfile; folder = tempfile.mkdtemp(); pathlib.Path(sys.argv[1]).write_text(folder); "
+        "os.kill(os.getpid(), 9)"
+    )
+    assert _supervisor(place, ("-c", leaving, str(tmp_path / "told"))).run_one()
+    folder = Path((tmp_path / "told").read_text())
+    assert folder.parent == place.core.home / "jobs" / job.id / "scratch"
+    assert sorted(path.name for path in (place.core.home / "jobs" / job.id).iterdir()) == ["log.txt"]
 
 
 def test_trainer_is_killed_when_its_job_is_cancelled_and_it_does_not_end(place: JobPlace) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from adapters.chat_template import RenderedRow
 from adapters.errors import TrainingDivergedError
@@ -20,7 +21,7 @@ from training.lora import add_adapter
 from training.losses import Evaluation, evaluate
 from training.methods import TrainingRun
 from training.methods.sft import train_sft
-from training.progress import Checkpointing, NextMove, StepMetrics, TrainedCounts
+from training.progress import Checkpointing, NextMove, Reporter, StepMetrics, TrainedCounts
 from training.rendering import render_dataset
 from training.run_log import SAMPLES_FILE, RunLog, read_lines
 from training.sampling import Sample, SamplePrompt
@@ -297,3 +298,41 @@ def test_run_is_complete_when_patience_ended_it(tmp_path: Path, tiny_folders: di
     assert again.listener.evaluations == []
     for name, expected in first.tensors.items():
         assert torch.equal(expected, again.tensors[name]), name
+
+
+# Who is told ----------------------------------------------------------------------------------------------------------
+
+
+class _Steps:
+    """A listener of steps, which does nothing with them."""
+
+    def on_step(self, step: int, num_steps: int, loss: float) -> None:
+        """Of no interest."""
+
+
+def test_trackers_are_told_of_a_validation_when_it_was_made(tmp_path: Path) -> None:
+    """Under the trainer's names for it, at the step where it was made and at no other."""
+    told: list[dict[str, float]] = []
+    watch = _watch(Losses(2.0, 1.5), tmp_path, eval_steps=2)
+    reporter = Reporter(_Steps(), lambda logs: (None, {}), None, watch, told.append)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    for step in (1, 2, 3, 4):
+        state = TrainerState(global_step=step, max_steps=4, epoch=0.5, num_input_tokens_seen=step)
+        control = TrainerControl()
+        reporter.on_step_end(arguments, state, control)
+        reporter.on_log(arguments, state, control, logs={"loss": 1.0})
+    assert [{"eval_loss": 2.0, "eval_margin": 0.5}, {"eval_loss": 1.5, "eval_margin": 0.5}] == told
+
+
+def test_scores_are_kept_when_a_state_is_saved_and_loaded(tmp_path: Path) -> None:
+    """A run that goes on from a checkpoint is judged by the scores of its best state, as one that was let alone."""
+    model = torch.nn.Linear(1, 1)
+    scored = Evaluation(np.zeros(2), np.ones(2), scores=np.array([1.0, 0.5]))
+    watch = Watch(model, WatchPlan(measure=lambda: scored), log=RunLog(tmp_path), listener=Listener())
+    watch.evaluate(_metrics(1))
+    watch.save(tmp_path)
+    other = Watch(model, WatchPlan(), log=RunLog(tmp_path / "other"), listener=Listener())
+    other.load(tmp_path)
+    assert other.best is not None
+    assert other.best.evaluation.scores is not None
+    assert [1.0, 0.5] == other.best.evaluation.scores.tolist()

@@ -19,7 +19,14 @@ from adapters.base_files import compute_fingerprint
 from adapters.base_model import load_base, load_tokenizer, read_module_shapes
 from adapters.chat_template import hash_chat_template
 from adapters.database import open_database
-from adapters.errors import AdapterWeightsError, BaseModelError, ConfigurationError, DataError, InvalidNameError
+from adapters.errors import (
+    AdapterWeightsError,
+    BaseModelError,
+    ConfigurationError,
+    DataError,
+    InvalidNameError,
+    OutOfMemoryError,
+)
 from adapters.manifest import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, MANIFEST_FILE, Manifest, hash_file
 from adapters.registry import Registry
 from adapters.routing.store import load_prompts
@@ -472,3 +479,27 @@ def test_run_training_leaves_no_temporary_file_when_it_is_done(
         place.run()
 
     assert list(scratch.glob("hotswap-*")) == []
+
+
+def test_run_says_what_takes_less_when_memory_runs_out(place: Workplace) -> None:
+    """Torch's own words on a CPU, met in the middle of a run; nothing is published, and no scratch is left."""
+
+    def exhaust(step: int, num_steps: int, loss: float) -> None:
+        torch.empty(2**60)
+
+    place.recorder.on_step = exhaust  # type: ignore[method-assign]
+    with pytest.raises(OutOfMemoryError, match=r"lower batch_size or max_length, or set gradient_checkpointing$"):
+        place.run()
+    (folder,) = (place.core.home / "runs").iterdir()
+    assert not any(folder.iterdir())
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite"])
+def test_version_is_better_than_its_base_when_the_family_changes_its_logits(
+    tmp_path: Path, tiny_folders: dict[str, Path], family: str
+) -> None:
+    """Scores that are capped and logits that are capped or scaled are those of training, too, from file to version."""
+    result = _make_workplace(tmp_path, tiny_folders[family]).run()
+    assert result.validation_loss_before is not None
+    assert result.validation_loss_after is not None
+    assert result.validation_loss_after < result.validation_loss_before - 0.5

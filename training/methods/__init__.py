@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from adapters.methods import SAMPLING_METHODS
 from training.config import TrainSettings
 from training.formats import Dataset
 from training.kinds import check_kind, check_labels
@@ -47,7 +48,7 @@ def render_rows(tokenizer: Any, dataset: Dataset, settings: TrainSettings) -> Se
         DataError: rows of another kind, rows that are too long or that the chat template refuses.
     """
     check_kind(dataset, settings.method)
-    if settings.method in ("rloo", "grpo"):
+    if settings.method in SAMPLING_METHODS:
         return render_prompts(tokenizer, dataset, max_length=settings.max_length - settings.max_answer_tokens)
     return render_dataset(tokenizer, dataset, max_length=settings.max_length)
 

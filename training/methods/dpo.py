@@ -53,6 +53,7 @@ def train_dpo(run: TrainingRun[RenderedPair]) -> TrainedCounts:
                 processing_class=run.base.tokenizer,
                 data_collator=collator,
             )
+        trainer.row_lengths = [row.num_tokens for row in run.rows]
         collator.reference = reference_sums(trainer, run, collator)
         trainer.precompute_ref_logps = True  # they come with each batch
         return run_trainer(trainer, run, read_step=pick_logs(_LOGS))

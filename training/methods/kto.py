@@ -16,6 +16,7 @@ from datasets import Dataset
 from trl import KTOConfig, KTOTrainer
 
 from adapters.chat_template import RenderedRow
+from training.length_order import grouped_order
 from training.log_probs import answer_log_probs, as_reference
 from training.losses import Evaluation
 from training.methods.references import AnswerBatch, reference_sums
@@ -45,11 +46,12 @@ def train_kto(run: TrainingRun[RenderedLabel]) -> TrainedCounts:
     """Train the adapter on labelled answers.
 
     TRL takes the rows in one fixed order, since the divergence from the reference is estimated from the mismatched rows
-    of each batch: they are shuffled here, once, by the seed. The last batch is filled up from the first, since a batch
-    of few rows estimates badly.
+    of each batch: they are shuffled here, once, by the seed, into batches of about one length. The last batch is filled
+    up from the first, since a batch of few rows estimates badly.
     """
     settings = run.settings
-    order = torch.randperm(len(run.rows), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    lengths = [len(row.row.input_ids) for row in run.rows]
+    order = grouped_order(lengths, settings.batch_size, torch.Generator().manual_seed(settings.seed))
     num_batches = math.ceil(len(order) / settings.batch_size)
     filled = islice(cycle(order), num_batches * settings.batch_size)
     run = replace(run, rows=[run.rows[number] for number in filled])

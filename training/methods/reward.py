@@ -53,6 +53,7 @@ def train_reward(run: TrainingRun[RenderedPair]) -> TrainedCounts:
                 processing_class=run.base.tokenizer,
                 data_collator=collate_pairs,
             )
+        trainer.row_lengths = [row.num_tokens for row in run.rows]
         return run_trainer(trainer, run, read_step=pick_logs(_LOGS))
 
 
@@ -69,7 +70,7 @@ def validate_reward(run: TrainingRun[Any], rows: Sequence[RenderedPair]) -> Call
         margins = chosen - rejected
         losses = -torch.nn.functional.logsigmoid(margins)
         extra = {"pair_accuracy": (margins > 0).float().mean().item(), "reward_margin": margins.mean().item()}
-        return Evaluation.of_rows(losses, extra)
+        return Evaluation.of_rows(losses, extra, scores=(margins.sign() + 1) / 2)
 
     return measure
 

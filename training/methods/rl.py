@@ -5,7 +5,7 @@ Both sample several answers to a prompt, and an answer is worth what it is above
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from adapters.chat_template import stop_token_ids
+from training.length_order import grouped_order
 from training.log_probs import eval_mode
 from training.losses import Evaluation
 from training.methods.references import drop_copy
@@ -62,8 +63,8 @@ def validate_rl(run: TrainingRun[RenderedPrompt], prompts: Sequence[RenderedProm
     def measure() -> Evaluation:
         assert run.score is not None, "the worker gives an rl run its rewards"
         answers = [answer_greedily(run, prompt) for prompt in prompts]
-        rewards = run.score(prompts, answers)
-        return Evaluation.of_rows(-torch.tensor(rewards), {"mean_reward": sum(rewards) / len(rewards)})
+        rewards = torch.tensor(run.score(prompts, answers))
+        return Evaluation.of_rows(-rewards, {"mean_reward": rewards.mean().item()}, scores=rewards)
 
     return measure
 
@@ -126,15 +127,24 @@ def _ends(run: TrainingRun[Any]) -> list[int]:
 
 
 class _EpochSampler(RepeatSampler):  # type: ignore[misc]  # TRL ships no types
-    """TRL's order of prompts, drawn from the seed and the epoch's number.
+    """TRL's order of prompts, but those of one step about equally long, and drawn from the seed and the epoch's number.
 
     TRL's own draws each epoch's order behind the last one's: a run that goes on from a checkpoint in a later epoch
     would see the orders from the first on again.
     """
 
+    lengths: Sequence[int]
+
     def set_epoch(self, epoch: int) -> None:
         """Called before each epoch, also by a run that begins in its middle."""
         self.generator.manual_seed(self.seed + epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        """As TRL's: each prompt of a step as often as answers are sampled to it, each step as often as it is used."""
+        order = grouped_order(self.lengths, self.batch_size, self.generator)
+        for start in range(0, len(order) - self.batch_size + 1, self.batch_size):
+            step = order[start : start + self.batch_size]
+            yield from [number for number in step for _ in range(self.mini_repeat_count)] * self.repeat_count
 
 
 class _AnsweringTrainer(MethodTrainer):
@@ -147,9 +157,11 @@ class _AnsweringTrainer(MethodTrainer):
         return [self.prompt_ids[prompt] for prompt in prompts], None, {}
 
     def _get_train_sampler(self, dataset: Any = None) -> _EpochSampler:
-        given = super()._get_train_sampler(dataset)  # type: ignore[misc]
+        given = super()._get_train_sampler(dataset)
         names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
-        return _EpochSampler(**{name: getattr(given, name) for name in names})
+        sampler = _EpochSampler(**{name: getattr(given, name) for name in names})
+        sampler.lengths = [len(ids) for ids in self.prompt_ids.values()]
+        return sampler
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         with self._precision():

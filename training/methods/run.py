@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +17,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from adapters.base_model import LoadedBase
 from training.config import TrainSettings
+from training.length_order import LengthSampler
 from training.precision import base_precision
 from training.progress import Checkpointing, Reporter, StepListener, StepReader, TrainedCounts
+from training.scratch import scratch_folder
 from training.trackers import tracker_arguments
 from training.watching import Watch
 
@@ -43,8 +44,8 @@ class TrainingRun(Generic[R]):
     """An adapter to train in place, on rows as its method takes them.
 
     With `checkpointing` the run goes on from a checkpoint and writes more. A `watch` validates it and may end it early.
-    `head` is the score head that a reward model
-    trains beside its adapter. `score` gives the rewards of a step's answers to rloo and grpo.
+    `head` is the score head that a reward model trains beside its adapter. `score` gives rloo and grpo the rewards of a
+    step's answers. `folder` is the run's own, for what it writes.
     """
 
     model: PeftModel
@@ -56,6 +57,7 @@ class TrainingRun(Generic[R]):
     watch: Watch | None = None
     head: torch.nn.Linear | None = None
     score: Callable[[Sequence[R], Sequence[list[int]]], list[float]] | None = None
+    folder: Path | None = None
 
 
 @contextmanager
@@ -64,8 +66,8 @@ def trainer_folder(run: TrainingRun[Any]) -> Iterator[Path]:
     if run.checkpointing is not None:
         yield run.checkpointing.folder
         return
-    with tempfile.TemporaryDirectory(prefix="hotswap-train-") as scratch:
-        yield Path(scratch)
+    with scratch_folder(run.folder) as folder:
+        yield folder
 
 
 @contextmanager
@@ -85,6 +87,15 @@ class AdapterTrainer:
     """Mixed into TRL's trainers: checkpoints hold the adapter alone, and nobody else is told that somebody trains."""
 
     model: Any
+    args: Any
+    row_lengths: Sequence[int] | None = None  # of rows that are padded to one length in a batch
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Batches of rows of about one length, where they are padded."""
+        if self.row_lengths is None:
+            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        size, seed = self.args.per_device_train_batch_size, self.args.seed
+        return LengthSampler(self.row_lengths, batch_size=size, seed=seed)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The adapter alone: tokenizer and arguments are made again from the settings when a run goes on."""
@@ -134,7 +145,8 @@ def run_trainer(trainer: Any, run: TrainingRun[Any], *, read_step: StepReader) -
         run.watch.load(resume_from)
         if (end := run.watch.ended_at) is not None:  # it was ended early, and only its result is still to be published
             return TrainedCounts(end.step, end.num_tokens, is_complete=True)
-    trainer.add_callback(Reporter(run.listener, read_step, run.checkpointing, run.watch))
+    announce = trainer.log if run.settings.report_to else None
+    trainer.add_callback(Reporter(run.listener, read_step, run.checkpointing, run.watch, announce))
     trainer.remove_callback(PrinterCallback)
     # PEFT would copy every layer's input to the adapter's float32 and keep it for the backward pass; autocast casts
     # the small matrices instead. A step took a quarter less time so (SmolLM2-135M, 4 rows, 2 CPU cores).
@@ -174,6 +186,7 @@ def common_arguments(run: TrainingRun[Any], folder: Path, *, rows_per_example: i
         "warmup_steps": min(settings.warmup_steps, num_steps // 4),
         "weight_decay": settings.weight_decay,
         "gradient_checkpointing": settings.gradient_checkpointing,
+        "use_liger_kernel": settings.use_liger_kernel,
         "seed": settings.seed,
         "bf16": False,  # the losses choose the precision themselves
         "use_cpu": base.device.type == "cpu",

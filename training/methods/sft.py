@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from adapters.chat_template import RenderedRow
 from training.embedding_noise import noisy_embeddings
-from training.flat_rows import make_batch
+from training.flat_rows import has_row_attention, make_batch
 from training.losses import Evaluation, evaluate, token_sums
 from training.methods.run import (
     AdapterTrainer,
@@ -47,6 +47,8 @@ def train_sft(run: TrainingRun[RenderedRow]) -> TrainedCounts:
                 data_collator=partial(_batch_rows, model=run.base.model, pad_token_id=run.base.tokenizer.pad_token_id),
             )
         trainer.neftune = run.settings.neftune
+        if not has_row_attention(run.base.model):  # otherwise nothing is padded
+            trainer.row_lengths = [len(row.input_ids) for row in run.rows]
         return run_trainer(trainer, run, read_step=lambda logs: (trainer.take_accuracy(), {}))
 
 

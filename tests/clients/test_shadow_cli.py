@@ -1,0 +1,86 @@
+"""`hotswap shadow` in process, over answers that a server would have written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from adapters.conversations import Conversation, ConversationLog
+from adapters.errors import ConflictError, NotFoundError
+from adapters.experiments import ExperimentService
+from adapters.records import Binding, Exposure
+from adapters.registry import Registry
+from adapters.shadows import ShadowAnswer, ShadowService
+from clients.cli.main import app
+from tests.support.versions import publish_text
+
+
+def _run(home: Path, *arguments: str) -> str:
+    environment = {"HOTSWAP_HOME": str(home), "COLUMNS": "200", "NO_COLOR": "1"}
+    result = CliRunner().invoke(app, ["shadow", *arguments], env=environment)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert 0 == result.exit_code, result.output
+    return result.stdout
+
+
+def _answer(registry: Registry, shadow_id: str, number: int, live: str, shadow: str, *, keep: bool = True) -> None:
+    name = f"chatcmpl-{number}"
+    binding = Binding("legal", "alias", "d" * 64, 1)
+    ExperimentService(registry.database).record_exposure(
+        Exposure(name, binding, "u", "user", 5, 7, 1.5, 9.5, "stop", None)
+    )
+    sides = [{"role": "assistant", "content": text} for text in (live, shadow)]
+    if keep:
+        question = {"role": "user", "content": "q"}
+        assert ConversationLog(registry.database).keep(Conversation(name, [question], [], sides[:1]))
+    ShadowService(registry.database).record(
+        ShadowAnswer(name, shadow_id, "answered", None, len(live), "stop", len(shadow), "stop", sides[0], sides[1])
+    )
+
+
+@pytest.fixture
+def shadow_id(tmp_path: Path, registry: Registry) -> str:
+    """A shadow that runs on `legal`."""
+    for content in ("one", "two"):
+        publish_text(registry, content)
+    return str(json.loads(_run(tmp_path, "start", "legal", "--version", "v1", "--share", "5", "--json"))["id"])
+
+
+def test_shadow_is_started_listed_and_stopped_when_asked(tmp_path: Path, shadow_id: str) -> None:
+    """By its id or its alias."""
+    assert [shadow_id] == [item["id"] for item in json.loads(_run(tmp_path, "list", "--json"))]
+    assert "5 %" in _run(tmp_path, "list")
+    with pytest.raises(ConflictError, match="runs on 'legal' already"):
+        _run(tmp_path, "start", "legal", "--version", "v2")
+    assert f"{shadow_id} is stopped" in _run(tmp_path, "stop", "legal")
+    assert "there is nothing to compare" in _run(tmp_path, "show", shadow_id)
+
+
+def test_show_compares_both_answers_when_there_are_some(tmp_path: Path, registry: Registry, shadow_id: str) -> None:
+    """Shares, lengths and what was dropped; a function of the user's judges those whose text is kept."""
+    _answer(registry, shadow_id, 1, "same words", "same words")
+    _answer(registry, shadow_id, 2, "short", "a longer one")
+    _answer(registry, shadow_id, 3, "gone", "gone", keep=False)
+    _answer(registry, shadow_id, 4, "x", "yy")
+    shown = _run(tmp_path, "show", "legal")
+    for expected in ("50.0%", "tokens, shadow minus live", "+2.00"):
+        assert expected in shown
+    judge = tmp_path / "judges.py"
+    judge.write_text("def short(completions, prompts, references):\n    return [-len(text) for text in completions]\n")
+    judged = json.loads(_run(tmp_path, "show", "legal", "--judge", f"{judge}:short", "--json"))
+    assert (3, 0, 1, 2) == tuple(judged["judged"][name] for name in ("num_prompts", "wins", "ties", "losses"))
+    assert (4, 3) == (judged["report"]["num_answered"], judged["report"]["num_kept"])
+    assert "the shadow won 0, tied 1, lost 2 of 3" in _run(tmp_path, "show", "legal", "--judge", f"{judge}:short")
+
+
+def test_show_says_how_texts_are_kept_when_there_are_none_to_judge(
+    tmp_path: Path, registry: Registry, shadow_id: str
+) -> None:
+    """Numbers are there without them."""
+    _answer(registry, shadow_id, 1, "a", "b", keep=False)
+    with pytest.raises(NotFoundError, match="--keep-conversations"):
+        _run(tmp_path, "show", "legal", "--judge", "judges.py:short")
