@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from adapters.records import Arm, Stretch
 
 __all__ = [
+    "RESERVED_SALTS",
     "allot_traffic",
     "assign_arm",
     "holds",
@@ -25,6 +26,9 @@ __all__ = [
 ]
 
 _HASH_BYTES = 8
+# Salts of an alias. An experiment's salt never begins so, or its arms would follow who is in it.
+_TRAFFIC, _HOLDOUT = "traffic of ", "holdout of "
+RESERVED_SALTS = (_TRAFFIC, _HOLDOUT)
 _TOLERANCE = 1e-6  # percent: what sums of floats may be off by
 _WHOLE: Stretch = (0.0, 100.0)
 
@@ -42,12 +46,12 @@ def unit_position(salt: str, unit: str) -> float:
 
 def traffic_position(alias: str, unit: str) -> float:
     """Where a unit falls among those of an alias: the position that says which experiment it is in, if any."""
-    return unit_position(f"traffic of {alias}", unit)
+    return unit_position(f"{_TRAFFIC}{alias}", unit)
 
 
 def is_held_out(alias: str, percent: float, unit: str) -> bool:
     """Whether a unit is among the percent of the alias's units that no experiment touches, today and in all others."""
-    return unit_position(f"holdout of {alias}", unit) < percent
+    return unit_position(f"{_HOLDOUT}{alias}", unit) < percent
 
 
 def assign_arm(arms: Sequence[Arm], salt: str, unit: str) -> Arm:

@@ -10,8 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
+from adapters.assignment import RESERVED_SALTS
 from adapters.errors import InvalidInputError
-from adapters.records import BUILT_IN_METRICS, AnalysisPlan, Guardrail, Metric
+from adapters.experiment_metrics import built_in
+from adapters.records import BUILT_IN_METRICS, AnalysisPlan, Guardrail, Metric, MetricKind
 
 __all__ = [
     "ALIAS_PATTERN",
@@ -22,9 +24,12 @@ __all__ = [
     "MetricConfig",
     "check_arms",
     "check_feedback_name",
+    "check_feedback_value",
     "check_plan",
+    "check_salt",
     "check_times",
     "check_traffic",
+    "is_share_metric",
     "parse_arm",
     "parse_weight",
 ]
@@ -35,6 +40,7 @@ METRIC_PATTERN = r"^[a-zA-Z][a-zA-Z0-9_.-]{0,63}$"
 VERSION_PATTERN = r"^([a-z0-9][a-z0-9._-]{0,62}@)?(v[1-9][0-9]{0,8}|[0-9a-f]{8,64})$"
 _MAX_ARMS = 16
 _MAX_GUARDRAILS = 10
+_MAX_SALT_CHARS = 64
 _MIN_WEIGHT = 0.01
 _LATEST = 253_402_300_799  # the end of the year 9999
 _WEIGHT_TOLERANCE = 1e-6
@@ -75,6 +81,9 @@ class MetricConfig(_Config):
 
     name: str = Field(pattern=METRIC_PATTERN, description="A built-in metric, or one that is reported as feedback.")
     direction: Literal["increase", "decrease"] = "increase"
+    kind: Literal["share", "number"] = Field(
+        "number", description="Of what clients report: `share` if every value lies between 0 and 1, as yes and no do."
+    )
 
 
 class GuardrailConfig(_Config):
@@ -84,6 +93,9 @@ class GuardrailConfig(_Config):
     direction: Literal["increase", "decrease"] = Field("decrease", description="In which direction it gets better.")
     margin: float = Field(gt=0, le=1e12, allow_inf_nan=False, description="By how much it may get worse.")
     is_relative: bool = Field(False, description="Whether the margin is a share of the control's mean: 0.1 is 10 %.")
+    kind: Literal["share", "number"] = Field(
+        "number", description="Of what clients report: `share` if every value lies between 0 and 1, as yes and no do."
+    )
 
 
 class ExperimentConfig(_Config):
@@ -122,9 +134,10 @@ class ExperimentConfig(_Config):
     def plan(self) -> AnalysisPlan:
         """How the experiment is to be read."""
         return AnalysisPlan(
-            metric=None if self.metric is None else Metric(self.metric.name, self.metric.direction),
+            metric=None if self.metric is None else Metric(self.metric.name, self.metric.direction, self.metric.kind),
             guardrails=tuple(
-                Guardrail(item.metric, item.direction, item.margin, item.is_relative) for item in self.guardrails
+                Guardrail(item.metric, item.direction, item.margin, item.is_relative, item.kind)
+                for item in self.guardrails
             ),
             alpha=self.alpha,
             smallest_effect=self.smallest_effect,
@@ -230,8 +243,61 @@ def check_plan(plan: AnalysisPlan) -> None:
     guarded = [guardrail.metric for guardrail in plan.guardrails]
     if len(set(guarded)) != len(guarded):
         raise InvalidInputError(f"expected one guardrail a metric, found {guarded}", param="guardrails")
+    for guardrail in plan.guardrails:
+        _check_guardrail(plan, guardrail)
     if not all(0 < guardrail.margin < math.inf for guardrail in plan.guardrails):
         raise InvalidInputError("the margin of a guardrail is above 0", param="guardrails")
+
+
+def _check_guardrail(plan: AnalysisPlan, guardrail: Guardrail) -> None:
+    if guardrail.is_relative and is_share_metric(guardrail.metric, guardrail.kind):
+        raise InvalidInputError(
+            f"a margin relative to the share {guardrail.metric!r} is nought where the control's is, and could never "
+            "hold: give it in points, such as 0.01",
+            param="guardrails",
+        )
+    if plan.metric is not None and plan.metric.name == guardrail.metric and plan.metric.kind != guardrail.kind:
+        raise InvalidInputError(
+            f"{guardrail.metric!r} is a {plan.metric.kind} as the metric and a {guardrail.kind} as a guardrail; "
+            "expected one kind",
+            param="guardrails",
+        )
+
+
+def is_share_metric(metric: str, kind: MetricKind) -> bool:
+    """Whether a metric's values lie between 0 and 1: by the plan, or, of a built-in one, by what it is."""
+    known = built_in(metric)
+    return kind == "share" if known is None else known.scale == "share"
+
+
+def check_salt(salt: str) -> None:
+    """Refuse a salt that says something else already: who is in an experiment, or in none.
+
+    Raises:
+        InvalidInputError: it begins as those of an alias do, or is none or too long.
+    """
+    if not 1 <= len(salt) <= _MAX_SALT_CHARS or salt.startswith(RESERVED_SALTS):
+        raise InvalidInputError(
+            f"a salt has 1 to {_MAX_SALT_CHARS} characters and does not begin with "
+            f"{' or '.join(map(repr, RESERVED_SALTS))}, found {salt[:80]!r}",
+            param="salt",
+        )
+
+
+def check_feedback_value(plan: AnalysisPlan, metric: str, value: float) -> None:
+    """Refuse a value that a metric of the plan can't have.
+
+    Raises:
+        InvalidInputError: the plan says that it is a share, and the value lies outside 0 to 1.
+    """
+    named = [(item.metric, item.kind) for item in plan.guardrails]
+    if plan.metric is not None:
+        named.append((plan.metric.name, plan.metric.kind))
+    if (metric, "share") in named and not 0 <= value <= 1:
+        raise InvalidInputError(
+            f"{metric!r} is a share in this response's experiment: expected a value from 0 to 1, found {value:g}",
+            param="value",
+        )
 
 
 def check_times(starts_at: datetime | None, ends_at: datetime | None, now: datetime) -> None:

@@ -28,9 +28,10 @@ from adapters.experiment_rows import (
     to_experiment,
 )
 from adapters.experiments import ExperimentService
-from adapters.exposures import read_outcomes
+from adapters.exposures import FEEDBACK_WINDOW, read_outcomes
 from adapters.records import Actor, Experiment
 from adapters.registry import Registry
+from adapters.settled_values import read_settled
 from adapters.tables import ExperimentRow, utc_now
 
 __all__ = ["EVALUATOR", "REALLOCATION_EVERY", "ExperimentEvaluation"]
@@ -46,12 +47,13 @@ _LEAST_SHIFT = 5.0  # percent: less is not worth a stage
 class ExperimentEvaluation:
     """The verdicts of a registry's experiments, and the acts that follow from them."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, *, feedback_window: timedelta = FEEDBACK_WINDOW) -> None:
         self.registry = registry
+        self._feedback_window = feedback_window
 
     def acting_for(self, actor: Actor) -> ExperimentEvaluation:
         """The same on somebody's behalf: experiments on aliases that the actor may not see don't exist."""
-        return ExperimentEvaluation(self.registry.acting_for(actor))
+        return ExperimentEvaluation(self.registry.acting_for(actor), feedback_window=self._feedback_window)
 
     def report(self, name: str) -> ExperimentReport:
         """What came of an experiment so far, named by its id or its alias; writes nothing.
@@ -183,8 +185,9 @@ class ExperimentEvaluation:
             row = find_experiment_row(session, name)
             experiment = to_experiment(session, row, now)
             outcomes = read_outcomes(session, row.id, row.stage)
+            settled = read_settled(session, experiment, now=now, window=self._feedback_window)
             decisions = load_decisions(session, row.id)
-        return make_report(experiment, outcomes, now=now, decisions=decisions, in_full=in_full)
+        return make_report(experiment, outcomes, now=now, decisions=decisions, settled=settled, in_full=in_full)
 
 
 def _wanted_act(report: ExperimentReport) -> _Act | None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
+from adapters.experiment_config import is_share_metric
 from adapters.experiment_metrics import built_in, can_be_missing, num_outcomes_of, scale_of, value_of
 from adapters.records import BUILT_IN_METRICS, Arm, Decision, Direction, Experiment, Guardrail, Metric, UnitOutcomes
+from adapters.settled_values import Settled
 from adapters.statistics import (
     DEFAULT_PLANNED_UNITS,
     Interval,
@@ -55,6 +57,8 @@ Outcomes = Mapping[str, Sequence[UnitOutcomes]]  # by arm, in the order of the u
 _Role = Literal["primary", "guardrail", "other"]
 LEAST_SHARE = 5.0
 _HISTORY_POINTS = 40
+_MAX_METRICS = 50  # clients name metrics, and each costs a comparison
+_FIRST_STAGE = 6 / math.pi**2  # of alpha: one over the sum of 1, 1/4, 1/9, ...
 _LEAST_ALPHA = 1e-9  # below it, one less it is one: floats end there
 
 
@@ -113,6 +117,7 @@ def make_report(
     *,
     now: datetime,
     decisions: Sequence[Decision] = (),
+    settled: Settled | None = None,
     in_full: bool = True,
 ) -> ExperimentReport:
     """Read one stage of an experiment.
@@ -122,10 +127,12 @@ def make_report(
         outcomes: What came of that stage's units, by arm.
         now: The moment of reading, against which its end is held.
         decisions: Everything that was decided; a person's word that feedback may differ is among them.
+        settled: The primary metric's numbers. None takes them from the outcomes, for units that come once and whose
+            numbers don't change; a fixed sample is not judged without.
         in_full: Whether to compute what the verdict doesn't need, too: every metric of every arm, and the effect over
             time. Both take far longer than the rest.
     """
-    reader = _Reader(experiment, outcomes)
+    reader = _Reader(experiment, outcomes, settled)
     treatments = tuple(reader.treatment(arm) for arm in experiment.arms[1:])
     split = reader.split(decisions)
     evidence = Evidence(
@@ -137,7 +144,8 @@ def make_report(
         num_units=reader.num_units,
         planned_units=experiment.planned_units,
         is_early=reader.is_early,
-        over=_over(experiment, reader.num_units, now),
+        closes_at=reader.closes_at,
+        over=_over(experiment, now, is_judged=experiment.analysis == "fixed" and not reader.is_early),
         accepts_feedback_gap=any(d.action == "accept_feedback" and d.stage == experiment.stage for d in decisions),
     )
     return ExperimentReport(
@@ -169,24 +177,28 @@ def better_shares(experiment: Experiment, outcomes: Outcomes) -> dict[str, float
 def stage_confidence(experiment: Experiment) -> float:
     """The confidence of one interval, so that all comparisons and stages together keep the experiment's alpha.
 
-    Several treatments share it (each has its own chance to be taken for better by chance). Each further stage has half
-    of the one before: somebody who changes weights again and again gets no new chance at full price.
+    Several treatments share it (each has its own chance to be taken for better by chance). Stages have 1, 1/4, 1/9, ...
+    of 6 / pi^2 of it, which add up to alpha however many there are: somebody who changes weights again and again gets
+    no new chance for it.
     """
-    alpha = max(experiment.alpha * 0.5 ** (experiment.stage - 1), _LEAST_ALPHA)
+    alpha = max(experiment.alpha * _FIRST_STAGE / experiment.stage**2, _LEAST_ALPHA)
     return adjusted_confidence(1 - alpha, len(experiment.arms) - 1)
 
 
 class _Reader:
     """The outcomes of one stage, with how they are to be compared."""
 
-    def __init__(self, experiment: Experiment, outcomes: Outcomes) -> None:
+    def __init__(self, experiment: Experiment, outcomes: Outcomes, settled: Settled | None) -> None:
         self.experiment = experiment
         self.outcomes = outcomes
+        self.settled = None if settled is None else settled.values
+        self.closes_at = None if settled is None else settled.closes_at
+        self.num_settled = None if settled is None else settled.num_units
         self.confidence = stage_confidence(experiment)
         self.control = experiment.arms[0].name
         self.num_units = sum(len(self.units(arm.name)) for arm in experiment.arms)
         planned = experiment.planned_units
-        self.is_early = experiment.analysis == "fixed" and planned is not None and self.num_units < planned
+        self.is_early = experiment.analysis == "fixed" and self.settled is None
         self.tuned_for = DEFAULT_PLANNED_UNITS if planned is None else planned
         self._columns: dict[tuple[str, str], _Column] = {}
 
@@ -198,6 +210,15 @@ class _Reader:
         if key not in self._columns:
             self._columns[key] = _read_column(self.units(arm), metric)
         return self._columns[key]
+
+    def settled_column(self, arm: str, metric: str) -> _Column:
+        """The primary metric's numbers in the order in which they were known."""
+        if self.settled is None:
+            return self.column(arm, metric)
+        found = self.settled.get(arm, ())
+        num_units = len(self.units(arm)) if self.num_settled is None else self.num_settled.get(arm, 0)
+        missing = max(num_units - len(found), 0)
+        return _Column(scale_of(metric), [item.value for item in found], [item.at for item in found], missing)
 
     def label(self, arm: Arm) -> str:
         return f"{arm.name} ({self.experiment.alias}@v{arm.number})"
@@ -218,7 +239,7 @@ class _Reader:
         metric, smallest = self.experiment.metric, self.experiment.smallest_effect
         if metric is None or smallest is None or scale_of(metric.name) != "ratio":
             return smallest
-        mean = self.column(self.control, metric.name).side().mean
+        mean = self.settled_column(self.control, metric.name).side().mean
         return smallest / mean if mean else None
 
     def treatment(self, arm: Arm) -> Treatment:
@@ -246,15 +267,15 @@ class _Reader:
         )
 
     def history(self, arm: Arm) -> tuple[EffectPoint, ...]:
-        """The primary's interval after the first units, the first few more, ... all of them, each with today's value.
+        """The primary's interval after the first units whose outcome was known, the first few more, ... all of them.
 
         Empty for a plan with a fixed sample: an interval for one look has no history.
         """
         metric = self.experiment.metric
         if metric is None or self.experiment.analysis == "fixed":
             return ()
-        sides = self.column(arm.name, metric.name), self.column(self.control, metric.name)
-        arrivals = sorted(unit.first_at for name in (arm.name, self.control) for unit in self.units(name))
+        sides = self._sides(arm, metric)
+        arrivals = sorted(moment for side in sides for moment in side.arrivals)
         points = []
         for count in sorted({len(arrivals) * step // _HISTORY_POINTS for step in range(1, _HISTORY_POINTS + 1)} - {0}):
             until = arrivals[count - 1]
@@ -264,26 +285,21 @@ class _Reader:
                 points.append(EffectPoint(count, until, compared.interval))
         return tuple(points)
 
+    def _sides(self, arm: Arm, metric: Metric) -> tuple[_Column, _Column]:
+        return self.settled_column(arm.name, metric.name), self.settled_column(self.control, metric.name)
+
     def _primary(self, arm: Arm, metric: Metric) -> Comparison:
-        """The primary metric's comparison: by sequence, or at the end of a plan with a fixed sample for one look."""
-        sides = self.column(arm.name, metric.name), self.column(self.control, metric.name)
+        """The primary metric's comparison: by sequence, or of a fixed sample for one look, once it is closed."""
+        treatment, control = self._sides(arm, metric)
         if self.experiment.analysis == "sequential":
-            return self._compare(arm, *sides, metric)
+            return self._compare(arm, treatment, control, metric)
         if self.is_early:
-            return _comparison(*sides, metric, None)
-        last = self._last_planned()
-        treatment, control = (side.until(last) for side in sides)
+            return _comparison(treatment, control, metric, None)
         interval = difference_interval(treatment.values, control.values, confidence=self.confidence)
         return _comparison(treatment, control, metric, interval)
 
-    def _last_planned(self) -> datetime:
-        """When the last unit of the planned sample came: those after it don't count, or there would be second looks."""
-        arrivals = sorted(unit.first_at for units in self.outcomes.values() for unit in units)
-        assert self.experiment.planned_units is not None
-        return arrivals[self.experiment.planned_units - 1]
-
     def _guard(self, arm: Arm, guardrail: Guardrail) -> Guard:
-        metric = Metric(guardrail.metric, guardrail.direction)
+        metric = Metric(guardrail.metric, guardrail.direction, guardrail.kind)
         sides = self.column(arm.name, metric.name), self.column(self.control, metric.name)
         compared = self._compare(arm, *sides, metric)
         margin = _margin_on_scale(guardrail, compared)
@@ -297,13 +313,13 @@ class _Reader:
         return Comparison(metric, "increase", "share", first, second, interval)
 
     def _compare(self, arm: Arm, treatment: _Column, control: _Column, metric: Metric) -> Comparison:
-        # Rates are shares by their nature; of what clients report it shows: yes and no are.
-        is_share = True if treatment.scale == "share" else None
-        interval = self._sequence(arm, treatment.values, control.values, is_share=is_share)
+        is_share = is_share_metric(metric.name, metric.kind)
+        sides = [side.as_shares() if is_share else side for side in (treatment, control)]
+        interval = self._sequence(arm, sides[0].values, sides[1].values, is_share=is_share)
         return _comparison(treatment, control, metric, interval)
 
     def _sequence(
-        self, arm: Arm, treatment: Sequence[float], control: Sequence[float], *, is_share: bool | None
+        self, arm: Arm, treatment: Sequence[float], control: Sequence[float], *, is_share: bool
     ) -> Interval | None:
         both = arm.weight + self.experiment.arms[0].weight
         return difference_sequence(
@@ -316,12 +332,12 @@ class _Reader:
         )
 
     def _metric(self, arm: Arm, name: str) -> MetricReport | None:
-        column = self.column(arm.name, name)
+        role = self._role(name)
+        column = self.settled_column(arm.name, name) if role == "primary" else self.column(arm.name, name)
         side = column.side()
         if side.mean is None:
             return None
-        role = self._role(name)
-        metric = Metric(name, self._direction(name))
+        metric = self._planned(name) or Metric(name, self._direction(name))
         own = mean_sequence(column.values, confidence=self.confidence, planned_units=self.tuned_for * arm.weight / 100)
         difference = None
         if arm.name != self.control:
@@ -348,16 +364,23 @@ class _Reader:
             return "primary"
         return "guardrail" if any(g.metric == metric for g in self.experiment.guardrails) else "other"
 
+    def _planned(self, metric: str) -> Metric | None:
+        """The metric as the plan has it."""
+        if self.experiment.metric is not None and self.experiment.metric.name == metric:
+            return self.experiment.metric
+        found = (item for item in self.experiment.guardrails if item.metric == metric)
+        return next((Metric(item.metric, item.direction, item.kind) for item in found), None)
+
     def _direction(self, metric: str) -> Direction:
         known = built_in(metric)
         return known.direction if known else "increase"
 
     def _metric_names(self) -> list[str]:
-        """The primary metric, the guardrails, what else clients reported, what else exposures give."""
+        """The primary metric, the guardrails, what else exposures give, what else clients reported; at most so many."""
         planned = [self.experiment.metric.name] if self.experiment.metric else []
         guarded = [guardrail.metric for guardrail in self.experiment.guardrails]
         reported = sorted({name for units in self.outcomes.values() for unit in units for name in unit.feedback})
-        return list(dict.fromkeys([*planned, *guarded, *reported, *sorted(BUILT_IN_METRICS)]))
+        return list(dict.fromkeys([*planned, *guarded, *sorted(BUILT_IN_METRICS), *reported]))[:_MAX_METRICS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,6 +399,10 @@ class _Column:
             mean = math.exp(mean)
         return Side(len(self.values), self.num_missing, mean)
 
+    def as_shares(self) -> _Column:
+        """The values within 0 and 1: one outside, taken while its answer was still streamed, counts as the nearer."""
+        return replace(self, values=[min(max(value, 0.0), 1.0) for value in self.values])
+
     def until(self, moment: datetime) -> _Column:
         """The units that had come by then. Those without a value are not counted."""
         count = bisect_right(self.arrivals, moment)
@@ -393,11 +420,11 @@ def _read_column(units: Sequence[UnitOutcomes], metric: str) -> _Column:
     return _Column(scale_of(metric), values, arrivals, len(units) - len(found))
 
 
-def _over(experiment: Experiment, num_units: int, now: datetime) -> str | None:
-    """Why nothing more is to come, if so."""
+def _over(experiment: Experiment, now: datetime, *, is_judged: bool) -> str | None:
+    """Why nothing more is to come, if so; a fixed sample that is judged has had its look."""
     if experiment.state == "decided":
         return "it was decided"
-    if experiment.planned_units is not None and num_units >= experiment.planned_units:
+    if is_judged:
         return f"the planned {experiment.planned_units:,} users are there"
     if experiment.ends_at is not None and experiment.ends_at <= now:
         return "its end date has passed"

@@ -35,12 +35,14 @@ from adapters.tables import AliasRow, ArmRow, DecisionRow, ExperimentRow, utc_no
 __all__ = [
     "add_arms",
     "begin_stage",
+    "check_room",
     "find_experiment_row",
     "find_open_row",
     "find_running",
     "find_unfinished",
     "load_arms",
     "load_decisions",
+    "load_plan",
     "lock_alias",
     "record_decision",
     "settle_row",
@@ -52,6 +54,7 @@ __all__ = [
 
 _PLAN_FIELDS = tuple(AnalysisPlan.__dataclass_fields__)
 _MAX_REASON_CHARS = 1000
+_MAX_UNFINISHED = 20  # of an alias
 
 
 def state_of(row: ExperimentRow, now: datetime) -> ExperimentState:
@@ -65,10 +68,14 @@ def state_of(row: ExperimentRow, now: datetime) -> ExperimentState:
 
 
 def find_running(session: Session, alias: str) -> list[Experiment]:
-    """The experiments that split an alias at this moment, the oldest first."""
+    """The experiments that split an alias at this moment, the oldest first.
+
+    Every request to the alias asks for them: drafts are not read, and no hash is made (`config_hash` is empty).
+    """
     now = utc_now()
-    rows = [row for row in _unfinished_rows(session, alias, now) if state_of(row, now) == "running"]
-    return [to_experiment(session, row, now) for row in rows]
+    statement = select(ExperimentRow).where(ExperimentRow.alias == alias, ExperimentRow.state == "running")
+    rows = session.scalars(statement.order_by(ExperimentRow.created_at, ExperimentRow.id))
+    return [to_experiment(session, row, now, hashed=False) for row in rows if state_of(row, now) == "running"]
 
 
 def find_unfinished(session: Session, alias: str) -> list[Experiment]:
@@ -81,6 +88,18 @@ def _unfinished_rows(session: Session, alias: str, now: datetime) -> list[Experi
     statement = select(ExperimentRow).where(ExperimentRow.alias == alias, ExperimentRow.state.in_(("draft", "running")))
     rows = session.scalars(statement.order_by(ExperimentRow.created_at, ExperimentRow.id))
     return [row for row in rows if state_of(row, now) in ("draft", "running")]
+
+
+def check_room(session: Session, alias: str) -> None:
+    """Refuse another experiment on an alias that has too many.
+
+    Raises:
+        ConflictError: as many as there may be are drafts or run.
+    """
+    if len(_unfinished_rows(session, alias, utc_now())) >= _MAX_UNFINISHED:
+        raise ConflictError(
+            f"{alias!r} has {_MAX_UNFINISHED} experiments that are drafts or run, the most there may be; stop one first"
+        )
 
 
 def find_experiment_row(session: Session, name: str) -> ExperimentRow:
@@ -153,8 +172,13 @@ def _plan_of(stored: dict[str, Any]) -> AnalysisPlan:
     )
 
 
-def to_experiment(session: Session, row: ExperimentRow, now: datetime) -> Experiment:
-    """The record of a row, as of a moment."""
+def load_plan(session: Session, experiment_id: str) -> AnalysisPlan:
+    """How an experiment is read."""
+    return _plan_of(session.get_one(ExperimentRow, experiment_id).plan)
+
+
+def to_experiment(session: Session, row: ExperimentRow, now: datetime, *, hashed: bool = True) -> Experiment:
+    """The record of a row, as of a moment; without its hash where nobody asks for it."""
     arms, state = load_arms(session, row.id, row.stage), state_of(row, now)
     plan = _plan_of(row.plan)
     return Experiment(
@@ -171,7 +195,7 @@ def to_experiment(session: Session, row: ExperimentRow, now: datetime) -> Experi
         starts_at=row.starts_at,
         ends_at=row.ends_at,
         stopped_at=row.ends_at if row.stopped_at is None and state == "stopped" else row.stopped_at,
-        config_hash=_config_hash(row, arms, plan),
+        config_hash=_config_hash(row, arms, plan) if hashed else "",
     )
 
 

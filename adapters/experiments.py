@@ -20,10 +20,11 @@ from adapters.assignment import shift_weights
 from adapters.audit import record_act
 from adapters.database import Database, actor_of
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
-from adapters.experiment_config import check_arms, check_plan, check_times, check_traffic
+from adapters.experiment_config import check_arms, check_plan, check_salt, check_times, check_traffic
 from adapters.experiment_rows import (
     add_arms,
     begin_stage,
+    check_room,
     find_experiment_row,
     find_open_row,
     load_arms,
@@ -93,14 +94,16 @@ class ExperimentService:
             draft: Only write it down; `start` starts it.
 
         Raises:
-            InvalidInputError: arms, weights, times or the plan are wrong, or an arm is a reward model.
+            InvalidInputError: arms, weights, salt, times or the plan are wrong, or an arm is a reward model.
             NotFoundError: no such alias or version.
-            ConflictError: the alias's other experiments leave too few units.
+            ConflictError: the alias's other experiments leave too few units, or are too many.
         """
         plan = plan or AnalysisPlan()
         check_arms(arms)
         check_traffic(traffic)
         check_plan(plan)
+        if salt is not None:
+            check_salt(salt)
         check_times(starts_at, ends_at, utc_now())
         row = ExperimentRow(
             id=f"exp-{secrets.token_hex(6)}",
@@ -116,6 +119,7 @@ class ExperimentService:
         )
         with self.database.write() as session:
             alias_row = lock_alias(session, alias)
+            check_room(session, alias)
             session.add(row)
             session.flush()
             owned = shift_weights({}, {name: weight for name, _, weight in arms})
@@ -307,7 +311,8 @@ class ExperimentService:
         """Write an outcome; the same metric for the same response again replaces the value.
 
         Raises:
-            InvalidInputError: the metric is one that is measured anyway.
+            InvalidInputError: the metric is one that is measured anyway, or a share and the value is none.
+            ConflictError: the response has feedback by as many metrics as there may be.
             NotFoundError: no response has this id.
             FeedbackTooLateError: the response is older than the window.
         """

@@ -79,6 +79,7 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 ExperimentState = Literal["draft", "running", "stopped", "decided"]
 EXPERIMENT_STATES: tuple[ExperimentState, ...] = get_args(ExperimentState)
 Direction = Literal["increase", "decrease"]
+MetricKind = Literal["share", "number"]
 UnitSource = Literal["user", "header", "conversation", "request"]
 DecisionAction = Literal[
     "create", "start", "change_weights", "stop", "promote", "roll_back", "verdict", "accept_feedback", "undo"
@@ -189,23 +190,29 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What is measured by unit, and in which direction it gets better."""
+    """What is measured by unit, in which direction it gets better, and of which kind its values are.
+
+    The kind is of what clients report: a `share` lies between 0 and 1, as yes and no do. Built-in ones have their own.
+    """
 
     name: str
     direction: Direction
+    kind: MetricKind = "number"
 
 
 @dataclass(frozen=True, slots=True)
 class Guardrail:
     """A metric that may not get worse against the control by more than `margin`.
 
-    The margin is in the metric's own unit; if `is_relative`, it is a share of the control's mean: 0.1 is 10 %.
+    The margin is in the metric's own unit; if `is_relative`, it is a share of the control's mean: 0.1 is 10 %. The
+    kind is that of a `Metric`.
     """
 
     metric: str
     direction: Direction
     margin: float
     is_relative: bool = False
+    kind: MetricKind = "number"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,7 +333,10 @@ class Binding:
 
 @dataclass(frozen=True, slots=True)
 class Exposure:
-    """One answered (or failed) request: what served it and how it went. Written whatever happens."""
+    """One answered (or failed) request: what served it and how it went. Written whatever happens.
+
+    `bound_at` is when it was bound to what answers it, by which users are ordered; None is the moment of writing.
+    """
 
     response_id: str
     binding: Binding
@@ -338,6 +348,7 @@ class Exposure:
     total_ms: float
     finish_reason: str | None
     error: str | None
+    bound_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ the database nor how an interval is made.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal
 
 from adapters.statistics import Interval
@@ -118,7 +119,8 @@ class Evidence:
     """What a verdict is made of: one stage of an experiment, as of one moment.
 
     `over` says why nothing more is to come (an end date, the planned users, a stop), None while more is. Where a plan
-    with a fixed sample is not there yet, `is_early` is true and the treatments' primaries have no interval.
+    with a fixed sample is not judged yet, `is_early` is true and the treatments' primaries have no interval; where
+    its units are there, `closes_at` is when the last feedback on them is.
     `accepts_feedback_gap` is a person's word that feedback rates may differ.
     """
 
@@ -132,6 +134,7 @@ class Evidence:
     is_early: bool
     over: str | None
     accepts_feedback_gap: bool
+    closes_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +177,7 @@ def judge(evidence: Evidence) -> Verdict:
 
     1. The users are not split as they should be: inconclusive, whatever the numbers say.
     2. A guardrail is breached: roll back.
-    3. The sample was planned, and is not there yet: continue.
+    3. The sample was planned, and is not there yet, or feedback on it may still come: continue.
     4. A treatment is better, and nothing holds it back: promote. Of several the one with the highest estimate.
     5. Every treatment is worse: roll back.
     6. Every treatment is worse or equivalent, or nothing more is to come: inconclusive.
@@ -300,6 +303,8 @@ def _breach(evidence: Evidence, treatment: Treatment, breached: list[Guard]) -> 
 
 def _early(evidence: Evidence) -> Verdict:
     assert evidence.planned_units is not None
+    if evidence.closes_at is not None:
+        return _closing(evidence.planned_units, evidence.closes_at)
     is_over = evidence.over is not None
     return Verdict(
         "inconclusive" if is_over else "continue",
@@ -308,6 +313,17 @@ def _early(evidence: Evidence) -> Verdict:
         "when all of them are.",
         ("Until then there are means and no interval: one made for one look would promise too much at the second.",),
         f"No more are to come ({evidence.over}): start again with a plan that can be reached." if is_over else "Wait.",
+    )
+
+
+def _closing(planned_units: int, closes_at: datetime) -> Verdict:
+    return Verdict(
+        "continue",
+        None,
+        f"All {planned_units:,} planned users are there; the plan is to judge once, when no feedback on their answers "
+        f"is taken any more: at {closes_at:%Y-%m-%d %H:%M} UTC.",
+        ("Until then there are means and no interval: one made for one look would promise too much at the second.",),
+        "Wait.",
     )
 
 

@@ -54,7 +54,7 @@ async def run_scenario(http: httpx.AsyncClient, alias: str, scenario: Scenario) 
         "alias": alias,
         "arms": [{"name": "A", "version": "v1", "weight": 50}, {"name": "B", "version": "v2", "weight": 50}],
         "salt": f"{scenario.title} {scenario.seed}",
-        "metric": {"name": _METRIC, "direction": "increase"},
+        "metric": {"name": _METRIC, "direction": "increase", "kind": "share"},
         "guardrails": [
             {"metric": "error_rate", "direction": "decrease", "margin": 0.05},
             {"metric": "total_ms", "direction": "decrease", "margin": 0.5, "is_relative": True},

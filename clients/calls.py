@@ -92,6 +92,7 @@ class GuardrailSpec:
     margin: float
     direction: Literal["increase", "decrease"] = "decrease"
     is_relative: bool = False
+    kind: Literal["share", "number"] = "number"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +103,7 @@ class ExperimentSpec:
     traffic: float = 100.0
     metric: str | None = None
     direction: Literal["increase", "decrease"] = "increase"
+    kind: Literal["share", "number"] = "number"
     guardrails: Sequence[GuardrailSpec] = ()
     alpha: float = 0.05
     smallest_effect: float | None = None
@@ -116,9 +118,9 @@ class ExperimentSpec:
     def body(self) -> dict[str, Any]:
         """The fields as the API takes them."""
         fields = asdict(self)
-        direction = fields.pop("direction")
+        direction, kind = fields.pop("direction"), fields.pop("kind")
         moments = {name: fields[name] and int(fields[name].timestamp()) for name in ("starts_at", "ends_at")}
-        metric = None if self.metric is None else {"name": self.metric, "direction": direction}
+        metric = None if self.metric is None else {"name": self.metric, "direction": direction, "kind": kind}
         return fields | moments | {"metric": metric, "guardrails": [asdict(item) for item in self.guardrails]}
 
 

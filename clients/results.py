@@ -169,6 +169,7 @@ class PrimaryMetric(_Record):
 
     name: str
     direction: Literal["increase", "decrease"]
+    kind: Literal["share", "number"] = "number"
 
 
 class Margin(_Record):
@@ -178,6 +179,7 @@ class Margin(_Record):
     direction: Literal["increase", "decrease"]
     margin: float
     is_relative: bool
+    kind: Literal["share", "number"] = "number"
 
 
 class Experiment(_Record):

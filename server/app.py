@@ -203,7 +203,7 @@ def join_services(
     return Services(
         registry=registry,
         experiments=experiments,
-        evaluation=ExperimentEvaluation(registry),
+        evaluation=ExperimentEvaluation(registry, feedback_window=timedelta(days=settings.feedback_days)),
         engine=engine,
         chat=ChatService(
             registry,

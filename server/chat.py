@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import structlog
@@ -22,6 +23,7 @@ from adapters.errors import (
 )
 from adapters.experiment_config import check_feedback_name
 from adapters.experiments import ExperimentService
+from adapters.exposures import MAX_FEEDBACK_NAMES
 from adapters.records import Actor, Exposure, Feedback
 from adapters.registry import Registry
 from adapters.routing.service import Decision, RoutingService
@@ -49,7 +51,6 @@ __all__ = ["ChatService"]
 
 _log = structlog.get_logger(__name__)
 
-_MAX_EARLY_FEEDBACK = 32  # metrics; what waits in memory is bounded
 _NO_HEADERS = ExperimentHeaders()
 _FAILURES = frozenset({"adapter_failed", "constraint_failed", "deadline", "engine_failed", "cancelled"})
 
@@ -161,10 +162,9 @@ class ChatService:
         if call.is_recorded:
             await call.is_written.wait()
             return False
-        if len(call.feedback) >= _MAX_EARLY_FEEDBACK and feedback.metric not in call.feedback:
+        if len(call.feedback) >= MAX_FEEDBACK_NAMES and feedback.metric not in call.feedback:
             raise ConflictError(
-                f"{feedback.response_id!r} is still being written and has {_MAX_EARLY_FEEDBACK} metrics already; "
-                "send others when it has ended"
+                f"{feedback.response_id!r} has feedback by {MAX_FEEDBACK_NAMES} metrics, the most there may be"
             )
         call.feedback[feedback.metric] = feedback
         return True
@@ -400,6 +400,7 @@ def _exposure_of(call: Call) -> Exposure:
         total_ms=(time.monotonic() - call.started) * 1000,
         finish_reason=call.finish_reason,
         error=call.error,
+        bound_at=datetime.now(UTC) - timedelta(seconds=time.monotonic() - call.started),
     )
 
 

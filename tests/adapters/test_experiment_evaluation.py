@@ -16,17 +16,19 @@ from adapters.database import open_database
 from adapters.errors import ConflictError, IntegrityError, NotFoundError
 from adapters.experiment_acts import undo
 from adapters.experiment_evaluation import EVALUATOR, REALLOCATION_EVERY, ExperimentEvaluation
-from adapters.experiment_report import ArmReport, MetricReport, make_report
+from adapters.experiment_report import ArmReport, MetricReport, stage_confidence
 from adapters.experiments import ExperimentService
+from adapters.exposures import FEEDBACK_WINDOW
 from adapters.manifest import ADAPTER_WEIGHTS_FILE
-from adapters.records import AnalysisPlan, Arm, Decision, Experiment, Guardrail, Metric
+from adapters.records import BUILT_IN_METRICS, AnalysisPlan, Arm, Decision, Experiment, Feedback, Guardrail, Metric
 from adapters.registry import Registry
+from adapters.settled_values import read_settled
 from adapters.store import ArtifactStore
 from adapters.tables import DecisionRow, ExperimentRow, ExposureRow, utc_now
 from tests.support.experiments import HALVES, add_users
 from tests.support.versions import publish_text
 
-SOLVED = Metric("solved", "increase")
+SOLVED = Metric("solved", "increase", "share")
 ERRORS = Guardrail("error_rate", "decrease", 0.02)
 YES, NO = {"solved": 1.0}, {"solved": 0.0}
 Start = Callable[..., Experiment]
@@ -52,7 +54,7 @@ def evaluation(registry: Registry) -> ExperimentEvaluation:
     return ExperimentEvaluation(registry).acting_for(EVALUATOR)
 
 
-def _win(registry: Registry, experiment: Experiment, num: int = 400) -> None:
+def _win(registry: Registry, experiment: Experiment, num: int = 500) -> None:
     add_users(registry, experiment, "A", [YES, NO] * (num // 2))
     add_users(registry, experiment, "B", [YES, YES, YES, NO] * (num // 4))
 
@@ -244,8 +246,8 @@ def test_difference_in_feedback_holds_back_until_somebody_accepts_it(
 ) -> None:
     """Half of the treatment's users say nothing: who knows what they think."""
     experiment = start(auto_promote=True)
-    add_users(registry, experiment, "A", [YES, NO] * 200)
-    add_users(registry, experiment, "B", [YES, None] * 200)
+    add_users(registry, experiment, "A", [YES, NO] * 250)
+    add_users(registry, experiment, "B", [YES, None] * 250)
     evaluation.evaluate_all()
     assert (1, "continue") == (_points_to(registry), evaluation.report("legal").verdict.kind)
     assert "known of fewer of B's requests" in evaluation.report("legal").verdict.sentence
@@ -283,7 +285,7 @@ def test_only_the_present_stage_is_read_when_weights_were_changed(
     assert ("promote", "continue", [0, 0]) == (
         first.verdict.kind, report.verdict.kind, [arm.num_units for arm in report.arms],
     )  # fmt: skip
-    assert [0.95, 0.975] == pytest.approx([first.confidence, report.confidence])
+    assert [1 - 0.0304, 1 - 0.0076] == pytest.approx([first.confidence, report.confidence], abs=1e-4)
     add_users(registry, changed, "B", [YES])
     assert 1 == _arm(evaluation, experiment, "B").num_units
 
@@ -291,10 +293,10 @@ def test_only_the_present_stage_is_read_when_weights_were_changed(
 def test_several_treatments_share_the_error_when_compared(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:
-    """Two comparisons, half of it each."""
+    """Two comparisons, half of it each; a first stage has 0.61 of it."""
     experiment = start([("A", "v1", 40.0), ("B", "v2", 40.0), ("C", "v3", 20.0)])
     report = evaluation.report(experiment.id)
-    assert 0.975 == pytest.approx(report.confidence)
+    assert 1 - 0.0152 == pytest.approx(report.confidence, abs=1e-4)
     assert ["B", "C"] == [treatment.name for treatment in report.treatments]
 
 
@@ -319,22 +321,32 @@ def test_weights_follow_the_better_arm_once_a_day_when_that_was_asked_for(
     assert ("change_weights", "evaluator", weights) == (decision.action, decision.by, decision.numbers["shares"])
 
 
-def test_confidence_stays_below_one_when_weights_were_changed_a_thousand_times() -> None:
-    """Halving ends where floats do."""
-    moment = utc_now()
+def _in_stage(stage: int) -> Experiment:
     arms = (Arm("A", 1, "a" * 64, 50.0), Arm("B", 2, "b" * 64, 50.0))
-    experiment = Experiment(
-        id="exp-1", alias="legal", salt="s", arms=arms, state="running", created_at=moment, stage=2000, metric=SOLVED
+    return Experiment(
+        id="exp-1",
+        alias="legal",
+        salt="s",
+        arms=arms,
+        state="running",
+        created_at=utc_now(),
+        stage=stage,
+        metric=SOLVED,
     )
-    report = make_report(experiment, {}, now=moment)
-    assert 0.999 < report.confidence < 1
 
 
-def test_fixed_sample_is_judged_at_its_size_when_it_is_there(
+def test_alpha_is_kept_when_all_stages_are_added_up() -> None:
+    """Whoever changes weights again and again spends no more than the experiment's alpha; confidence stays below 1."""
+    spent = [1 - stage_confidence(_in_stage(stage)) for stage in range(1, 1001)]
+    assert 0.0499 < sum(spent) <= 0.05
+    assert 0.999 < stage_confidence(_in_stage(10**6)) < 1
+
+
+def test_fixed_sample_is_judged_once_when_no_feedback_on_it_can_come_any_more(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:
-    """No interval before; then Welch's (here Newcombe's) over the planned users alone, whoever comes later."""
-    experiment = start(analysis="fixed", planned_units=400, guardrails=())
+    """No interval before, whoever is there; then Newcombe's over the planned users, whatever comes later."""
+    experiment = start(analysis="fixed", planned_units=400, guardrails=(), auto_promote=True)
     _win(registry, experiment, 160)
     early = evaluation.report(experiment.id)
     assert ("continue", None, {"B": ()}) == (
@@ -342,11 +354,132 @@ def test_fixed_sample_is_judged_at_its_size_when_it_is_there(
     )  # fmt: skip
     assert None is _metric(early.arms[0], "solved").interval
     _win(registry, experiment, 40)
-    reached = evaluation.report(experiment.id)
-    add_users(registry, experiment, "B", [NO] * 50)
+    evaluation.evaluate_all()
+    waiting = evaluation.report(experiment.id)
+    assert ("continue", 1) == (waiting.verdict.kind, _points_to(registry))
+    assert "All 400 planned users are there; the plan is to judge once" in waiting.verdict.sentence
+    _age(registry, timedelta(days=8))
+    judged = evaluation.report(experiment.id)
+    winner = add_users(registry, experiment, "B", [NO] * 50)
+    with registry.database.write() as session:
+        known = session.query(ExposureRow.unit).filter_by(arm="B").order_by(ExposureRow.served_at).limit(50).all()
+        for response, (unit,) in zip(winner, known, strict=True):
+            session.get_one(ExposureRow, response).unit = unit
+    add_users(registry, experiment, "A", [YES] * 100)
     later = evaluation.report(experiment.id)
-    assert ("promote", "promote") == (reached.verdict.kind, later.verdict.kind)
-    assert reached.treatments[0].primary == later.treatments[0].primary
+    assert ("promote", "promote") == (judged.verdict.kind, later.verdict.kind)
+    assert judged.treatments[0].primary == later.treatments[0].primary
+    evaluation.evaluate_all()
+    assert 2 == _points_to(registry)
+
+
+def test_user_s_number_stays_when_it_was_counted_and_the_user_comes_back(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """A sequence promises nothing for numbers that change: the first outcome counts, a guardrail watches all."""
+    experiment = start()
+    first = add_users(registry, experiment, "B", [YES] * 30)
+    add_users(registry, experiment, "A", [NO] * 30)
+    before = evaluation.report(experiment.id).treatments[0]
+    again = add_users(registry, experiment, "B", [NO] * 30, error="the model failed")
+    with registry.database.write() as session:
+        for old, new in zip(first, again, strict=True):
+            session.get_one(ExposureRow, new).unit = session.get_one(ExposureRow, old).unit
+    after = evaluation.report(experiment.id).treatments[0]
+    assert before.primary == after.primary
+    assert (0.0, 0.5) == (before.guards[0].comparison.treatment.mean, after.guards[0].comparison.treatment.mean)
+
+
+def test_late_feedback_is_counted_last_when_others_were_counted_before(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """The order of what was counted stays, though the user came first; a value that is replaced keeps its place."""
+    experiment = start(guardrails=())
+    (early,) = add_users(registry, experiment, "B", [None])
+    add_users(registry, experiment, "B", [NO] * 5)
+    service = ExperimentService(registry.database)
+    service.record_feedback(Feedback(early, "solved", 0.0))
+    add_users(registry, experiment, "B", [NO] * 5)
+    service.record_feedback(Feedback(early, "solved", 1.0))
+    with registry.database.read() as session:
+        found = read_settled(session, experiment, now=utc_now(), window=FEEDBACK_WINDOW)
+    assert found.values is not None
+    assert [0.0] * 5 + [1.0] + [0.0] * 5 == [item.value for item in found.values["B"]]
+
+
+def test_method_is_the_plan_s_when_one_user_has_another_kind_of_value(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Values of 0 and 1 don't make a number a share, and one of 0.5 doesn't make a share a number."""
+    number = start(guardrails=(), metric=replace(SOLVED, kind="number"))
+    add_users(registry, number, "A", [YES] * 200)
+    add_users(registry, number, "B", [YES] * 200)
+    found = evaluation.report(number.id).treatments[0].primary
+    assert found is not None
+    assert None is found.interval  # an arm that doesn't vary has no interval but the exact one of shares
+    ExperimentService(registry.database).stop(number.id)
+    share = start(guardrails=(), metric=SOLVED)
+    add_users(registry, share, "A", [YES] * 200)
+    add_users(registry, share, "B", [YES] * 199)
+    before = evaluation.report(share.id).treatments[0].primary
+    add_users(registry, share, "B", [{"solved": 0.5}])
+    after = evaluation.report(share.id).treatments[0].primary
+    assert before is not None
+    assert after is not None
+    assert before.interval is not None
+    assert after.interval is not None
+    assert after.interval.low == pytest.approx(before.interval.low, abs=0.01)
+
+
+def test_value_outside_of_a_share_counts_as_the_nearest_when_it_came_with_the_answer(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """It is stored before anything is known of its experiment; the report must not fail for it."""
+    experiment = start(guardrails=(), metric=SOLVED)
+    add_users(registry, experiment, "A", [YES] * 100)
+    add_users(registry, experiment, "B", [{"solved": 1e9}] * 100)
+    found = evaluation.report(experiment.id).treatments[0].primary
+    assert found is not None
+    assert found.interval is not None
+    assert 0 == found.interval.estimate
+
+
+def test_report_names_the_plan_s_metrics_when_clients_report_hundreds(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Fifty at most, the plan's and the built-in ones among them."""
+    experiment = start()
+    for first in range(0, 120, 30):
+        add_users(registry, experiment, "A", [{f"a{number}": 1.0 for number in range(first, first + 30)}])
+    add_users(registry, experiment, "A", [YES])
+    names = [metric.metric for metric in _arm(evaluation, experiment, "A").metrics]
+    assert (50, ["solved", "error_rate"]) == (len(names), names[:2])
+    assert set(names) >= BUILT_IN_METRICS
+
+
+@pytest.mark.parametrize(("metric", "expected"), [("error_rate", [1.0]), ("feedback_rate", []), ("ttft_ms", [])])
+def test_first_answer_is_the_number_when_the_primary_metric_is_built_in(
+    metric: str, expected: list[float], registry: Registry, start: Start
+) -> None:
+    """A feedback rate counts once no feedback can come any more; a first token that never came is missing."""
+    experiment = start(metric=Metric(metric, "decrease"), guardrails=())
+    (first,) = add_users(registry, experiment, "A", [None], error="the model failed", ttft_ms=None)
+    (second,) = add_users(registry, experiment, "A", [YES])
+    with registry.database.write() as session:
+        session.get_one(ExposureRow, second).unit = session.get_one(ExposureRow, first).unit
+        found = read_settled(session, experiment, now=utc_now(), window=FEEDBACK_WINDOW)
+        later = read_settled(session, experiment, now=utc_now() + timedelta(days=8), window=FEEDBACK_WINDOW)
+    assert found.values is not None
+    assert later.values is not None
+    assert expected == [item.value for item in found.values.get("A", ())]
+    assert ([0.0] if metric == "feedback_rate" else expected) == [item.value for item in later.values.get("A", ())]
+
+
+def _age(registry: Registry, by: timedelta) -> None:
+    """Make all that was answered older."""
+    with registry.database.write() as session:
+        for row in session.query(ExposureRow):
+            row.served_at -= by
 
 
 def test_report_takes_users_once_when_they_ask_often(

@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import event
 
 from adapters.database import open_database
 from adapters.errors import ConflictError, FeedbackTooLateError, InvalidInputError, NotFoundError
 from adapters.experiment_config import parse_arm, parse_weight
+from adapters.experiment_rows import find_running
 from adapters.experiments import ExperimentService
+from adapters.exposures import MAX_FEEDBACK_NAMES
 from adapters.records import (
     BUILT_IN_METRICS,
     Actor,
@@ -37,6 +40,7 @@ from tests.support.versions import publish_text
 REPOSITORY = Path(__file__).parents[2]
 HALVES = [("A", "v1", 50.0), ("B", "v2", 50.0)]
 GUARD = Guardrail("error_rate", "decrease", 0.01)
+SOLVED = Metric("solved", "increase")
 
 
 @pytest.fixture
@@ -224,6 +228,89 @@ def test_feedback_raises_when_the_response_is_unknown(experiments: ExperimentSer
         experiments.record_feedback(Feedback("nope", "score", 1.0))
 
 
+def test_feedback_is_refused_when_it_breaks_the_kind_that_the_plan_says(experiments: ExperimentService) -> None:
+    """A share lies between 0 and 1; of a metric that is in no plan anything goes."""
+    plan = AnalysisPlan(
+        metric=replace(SOLVED, kind="share"), guardrails=(Guardrail("rude", "decrease", 0.1, kind="share"),)
+    )
+    experiment = experiments.create("legal", HALVES, plan=plan)
+    response = _outcome(experiments, experiment, "A", "u", 0.5, "solved")
+    for metric in ("solved", "rude"):
+        with pytest.raises(InvalidInputError, match=f"{metric!r} is a share .* found 1.5"):
+            experiments.record_feedback(Feedback(response, metric, 1.5))
+    experiments.record_feedback(Feedback(response, "stars", 5.0))
+    (unit,) = experiments.outcomes(experiment.id, 1)["A"]
+    assert {"solved": (0.5, 1), "stars": (5.0, 1)} == unit.feedback
+
+
+def test_feedback_is_refused_when_a_response_has_too_many_metrics(experiments: ExperimentService) -> None:
+    """Values of those that are there can still be replaced."""
+    experiment = experiments.create("legal", HALVES)
+    response = _outcome(experiments, experiment, "A", "u", 0.5, "m0")
+    for number in range(1, MAX_FEEDBACK_NAMES):
+        experiments.record_feedback(Feedback(response, f"m{number}", 1.0))
+    with pytest.raises(ConflictError, match="has feedback by 32 metrics"):
+        experiments.record_feedback(Feedback(response, "another", 1.0))
+    experiments.record_feedback(Feedback(response, "m0", 0.75))
+    (unit,) = experiments.outcomes(experiment.id, 1)["A"]
+    assert (MAX_FEEDBACK_NAMES, (0.75, 1)) == (len(unit.feedback), unit.feedback["m0"])
+
+
+def test_users_are_ordered_by_when_they_were_bound_when_answers_end_otherwise(experiments: ExperimentService) -> None:
+    """A slow arm's users are counted where they came, not where their answers ended."""
+    experiment = experiments.create("legal", HALVES)
+    bound = utc_now() - timedelta(minutes=5)
+    for unit, moment in (("fast", bound + timedelta(minutes=1)), ("slow", bound)):
+        binding = Binding("legal", "experiment", None, 1, experiment.id, "A", stage=1)
+        exposure = Exposure(f"r-{unit}", binding, unit, "user", 5, 7, 1.5, 9.5, "stop", None, moment)
+        experiments.record_exposure(exposure)
+    found = experiments.outcomes(experiment.id, 1)["A"]
+    assert [("slow", bound), ("fast", bound + timedelta(minutes=1))] == [(item.unit, item.first_at) for item in found]
+
+
+def test_create_refuses_when_an_alias_has_too_many_drafts(experiments: ExperimentService) -> None:
+    """Another one can be made once one of them is stopped."""
+    drafts = [experiments.create("legal", HALVES, draft=True) for _ in range(20)]
+    with pytest.raises(ConflictError, match="'legal' has 20 experiments"):
+        experiments.create("legal", HALVES, draft=True)
+    experiments.stop(drafts[0].id)
+    assert "draft" == experiments.create("legal", HALVES, draft=True).state
+
+
+def test_request_costs_no_more_when_an_alias_has_drafts(registry: Registry, experiments: ExperimentService) -> None:
+    """Every request asks who answers it: drafts are neither loaded nor hashed for that."""
+    experiments.create("legal", HALVES)
+    before = _count_statements_and_rows(registry)
+    for _ in range(10):
+        experiments.create("legal", HALVES, draft=True)
+    assert (before, 1) == (_count_statements_and_rows(registry), before[1])
+    with registry.database.read() as session:
+        assert [""] == [running.config_hash for running in find_running(session, "legal")]
+
+
+def _count_statements_and_rows(registry: Registry) -> tuple[int, int]:
+    """Statements that it takes to bind one request, and experiments that are loaded by them."""
+    statements: list[str] = []
+    loaded: list[object] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        statements.append(statement)
+
+    def note_row(row: object, _context: Any) -> None:
+        loaded.append(row)
+
+    with registry.database.read() as session:
+        engine = session.get_bind()
+    event.listen(engine, "before_cursor_execute", note)
+    event.listen(ExperimentRow, "load", note_row)
+    try:
+        registry.resolve("legal", unit="u")
+    finally:
+        event.remove(engine, "before_cursor_execute", note)
+        event.remove(ExperimentRow, "load", note_row)
+    return len(statements), len(loaded)
+
+
 RECORD_AND_DIE = """
 import os, sys
 from adapters.database import open_database
@@ -373,6 +460,19 @@ def test_experiment_has_its_units_beforehand_when_it_starts_later(experiments: E
         ({"plan": AnalysisPlan(auto_rollback=True)}, "auto_rollback follows the guardrails"),
         ({"plan": AnalysisPlan(guardrails=(GUARD, GUARD))}, "one guardrail a metric"),
         ({"plan": AnalysisPlan(guardrails=(replace(GUARD, margin=0.0),))}, "margin of a guardrail is above 0"),
+        ({"plan": AnalysisPlan(guardrails=(replace(GUARD, is_relative=True),))}, "give it in points"),
+        (
+            {"plan": AnalysisPlan(guardrails=(Guardrail("solved", "increase", 0.1, True, "share"),))},
+            "relative to the share 'solved'",
+        ),
+        (
+            {"plan": AnalysisPlan(metric=SOLVED, guardrails=(Guardrail("solved", "increase", 0.1, False, "share"),))},
+            "a number as the metric and a share as a guardrail",
+        ),
+        ({"salt": ""}, "a salt has 1 to 64 characters"),
+        ({"salt": "s" * 65}, "a salt has 1 to 64 characters"),
+        ({"salt": "traffic of legal"}, "does not begin with 'traffic of '"),
+        ({"salt": "holdout of legal"}, "does not begin with 'traffic of ' or 'holdout of '"),
     ],
 )
 def test_create_refuses_when_the_plan_can_not_be_followed(

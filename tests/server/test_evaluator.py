@@ -24,7 +24,7 @@ def _start(site: Site, **plan: Any) -> Experiment:
     site.publish("legal", FIRST)
     site.publish("legal", SECOND, promote=False)
     usual: dict[str, Any] = {
-        "metric": Metric("solved", "increase"),
+        "metric": Metric("solved", "increase", "share"),
         "guardrails": (Guardrail("error_rate", "decrease", 0.02),),
         "planned_units": 1000,
     }

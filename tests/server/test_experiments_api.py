@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import httpx
@@ -143,8 +143,8 @@ def test_experiment_goes_its_way_when_driven_over_http(site: Site) -> None:
     assert ("draft", 50, 1, None, 4_000_000_000) == (
         draft["state"], draft["traffic"], draft["stage"], draft["starts_at"], draft["ends_at"],
     )  # fmt: skip
-    assert plan["metric"] == draft["metric"]
-    assert [{**plan["guardrails"][0], "is_relative": False}] == draft["guardrails"]
+    assert {**plan["metric"], "kind": "number"} == draft["metric"]
+    assert [{**plan["guardrails"][0], "is_relative": False, "kind": "number"}] == draft["guardrails"]
     path = f"{API}/{draft['id']}"
     assert [draft["id"]] == [item["id"] for item in _call(site, "GET", f"{API}?state=draft").json()["data"]]
     started = _call(site, "POST", f"{path}/start").json()
@@ -292,17 +292,37 @@ def test_feedback_is_taken_when_the_answer_is_still_streamed(site: Site) -> None
         statuses.append((await http.post("/v1/feedback", json=many[31])).status_code)
         site.transport.permits = None
         await exchange.rest()
-        late = {"id": response, "metric": "stars", "value": 4}
+        late = {"id": response, "metric": "m0", "value": 4}
         statuses.append((await http.post("/v1/feedback", json=late)).status_code)
         statuses.append((await http.post("/v1/feedback", json={**late, "id": "chatcmpl-nobody"})).status_code)
         return statuses
 
     assert [200, 200, 400, 200, 409, 200, 404] == on_site(site, scenario)
     with site.registry.database.read() as session:
-        rows = session.scalars(select(FeedbackRow).where(FeedbackRow.metric.like("s%")).order_by(FeedbackRow.metric))
-        assert [("solved", 1.0, "early"), ("stars", 4.0, None)] == [
-            (row.metric, row.value, row.comment) for row in rows
-        ]
+        rows = session.scalars(
+            select(FeedbackRow).where(FeedbackRow.metric.in_(("m0", "solved"))).order_by(FeedbackRow.metric)
+        )
+        assert [("m0", 4.0, None), ("solved", 1.0, "early")] == [(row.metric, row.value, row.comment) for row in rows]
+
+
+def test_exposure_is_dated_by_its_binding_when_the_answer_takes_its_time(site: Site) -> None:
+    """An arm that answers slowly has its users at the same places as one that answers at once."""
+    _publish(site, "legal")
+    site.transport.permits = 3
+
+    async def scenario(_http: httpx.AsyncClient) -> datetime:
+        chat = {"model": "legal", "messages": [{"role": "user", "content": "x"}], "stream": True, "ignore_eos": True}
+        exchange = Exchange(site.app, CHAT, chat)
+        await exchange.start()
+        await exchange.chunk()
+        before_its_end = utc_now()
+        site.transport.permits = None
+        await exchange.rest()
+        return before_its_end
+
+    before_its_end = on_site(site, scenario)
+    (row,) = site.exposures()
+    assert row.served_at < before_its_end
 
 
 def test_feedback_is_409_when_the_answer_is_too_old(site: Site) -> None:
