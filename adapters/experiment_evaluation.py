@@ -20,7 +20,7 @@ from adapters.errors import ConflictError, HotswapError, InvalidInputError
 from adapters.experiment_acts import conclude
 from adapters.experiment_report import ExperimentReport, better_shares, make_report
 from adapters.experiment_rows import (
-    find_experiment_row,
+    find_open_row,
     load_decisions,
     record_decision,
     settle_row,
@@ -58,24 +58,33 @@ class ExperimentEvaluation:
 
         Raises:
             NotFoundError: there is none.
+            ConflictError: the alias has several that run or are drafts.
         """
         return self._report(name, in_full=True)
 
     def evaluate_all(self) -> None:
         """Evaluate what runs, and what has ended at its time since the last evaluation.
 
-        An experiment that can't be evaluated, or acted on, is logged and tried again the next time.
+        An experiment that can't be evaluated, or acted on, is logged and tried again the next time. Whatever is wrong
+        with it, the others are evaluated: one of them may have a guardrail that is broken.
         """
         with self.registry.database.read() as session:
-            running = list(session.scalars(select(ExperimentRow.id).where(ExperimentRow.state == "running")))
+            statement = select(ExperimentRow.id).where(ExperimentRow.state == "running")
+            running = list(session.scalars(statement.order_by(ExperimentRow.created_at, ExperimentRow.id)))
         for experiment_id in running:
             try:
                 self.evaluate(experiment_id)
             except HotswapError as error:
                 _log.warning("experiment_not_evaluated", experiment=experiment_id, reason=str(error))
+            except Exception:  # the boundary between experiments: numbers of one must not stop the watch over all
+                _log.exception("experiment_not_evaluated", experiment=experiment_id)
 
     def evaluate(self, experiment_id: str) -> None:
         """Judge an experiment, write the verdict down if it is another than before, and act if that was asked for.
+
+        One that has ended at its time is judged and acted on like one that runs, and then its end is written down: what
+        came in the last moments, or while no process was there to look, counts. Should this process die before, the
+        next evaluation does it.
 
         Raises:
             NotFoundError: there is none.
@@ -89,14 +98,23 @@ class ExperimentEvaluation:
             if row.state != "running" or row.stage != experiment.stage:
                 return  # others were faster
             _note_verdict(session, row, report)
-            settle_row(session, row, utc_now())
-        if experiment.state == "running" and (act := _wanted_act(report)) is not None:
-            self._act(report, act, verdict.arm, verdict.sentence)
-        elif experiment.state == "running" and experiment.allocation == "thompson":
-            self._reallocate(report)
+        try:
+            if (act := _wanted_act(report)) is not None:
+                self._act(report, act, verdict.arm, verdict.sentence)
+            elif experiment.state == "running" and experiment.allocation == "thompson":
+                self._reallocate(report)
+        except ConflictError as error:
+            if experiment.state == "running":
+                raise
+            _log.warning("experiment_not_decided", experiment=experiment.id, reason=str(error))
+        if experiment.state == "stopped":
+            with self.registry.database.write() as session:
+                settle_row(session, session.get_one(ExperimentRow, experiment.id), utc_now())
 
     def promote(self, name: str, arm: str | None = None, *, reason: str | None = None) -> Experiment:
         """End an experiment by hand for the good of a treatment, whatever the verdict: everybody gets its version.
+
+        It may have been stopped, or have ended at its time, before.
 
         Args:
             name: The experiment's id, or its alias.
@@ -106,7 +124,8 @@ class ExperimentEvaluation:
         Raises:
             NotFoundError: no such experiment.
             InvalidInputError: no arm is given and the verdict promotes none, or the control is given.
-            ConflictError: it isn't running, or has no such arm.
+            ConflictError: it was decided or never ran, has no such arm, or others run on the alias; or
+                the alias has several experiments.
             IntegrityError: the version's files are damaged; the alias stays where it is.
         """
         report = self._report(name, in_full=False)
@@ -116,36 +135,42 @@ class ExperimentEvaluation:
             raise InvalidInputError(f"the verdict is {verdict.kind}; say which arm to promote", param="arm")
         if arm == control:
             raise InvalidInputError(f"{arm} is the control; roll back to it instead", param="arm")
-        return self._act(report, "promote", arm, reason or verdict.sentence)
+        return self._act(report, "promote", arm, reason or verdict.sentence, by_hand=True)
 
     def roll_back(self, name: str, *, reason: str | None = None) -> Experiment:
-        """End an experiment by hand, whatever the verdict: everybody gets the control's version.
+        """End an experiment by hand, whatever the verdict: nobody gets a treatment's version from here on.
+
+        It may have been stopped, or have ended at its time, before. An alias that points to none of the treatments
+        stays where it is.
 
         Raises:
             NotFoundError: no such experiment.
-            ConflictError: it isn't running.
+            ConflictError: it was decided or never ran, or the alias has several.
             IntegrityError: the version's files are damaged; the alias stays where it is.
         """
         report = self._report(name, in_full=False)
-        return self._act(report, "roll_back", None, reason or report.verdict.sentence)
+        return self._act(report, "roll_back", None, reason or report.verdict.sentence, by_hand=True)
 
     def accept_feedback(self, name: str, reason: str) -> Experiment:
         """Let an experiment's arms differ in how often outcomes are known, for the present stage: a person's word.
 
         Raises:
             NotFoundError: no such experiment.
-            ConflictError: it does not run any more.
+            ConflictError: it does not run any more, or the alias has several.
         """
         with self.registry.database.write() as session:
-            row, now = find_experiment_row(session, name), utc_now()
+            now = utc_now()
+            row = find_open_row(session, name, now)
             if state_of(row, now) != "running":
                 raise ConflictError(f"experiment {row.id} is {state_of(row, now)}, not running")
             record_decision(session, row, "accept_feedback", reason)
             record_act(session, "accept_feedback", row.id, alias=row.alias, reason=reason)
             return to_experiment(session, row, now)
 
-    def _act(self, report: ExperimentReport, act: _Act, arm: str | None, reason: str) -> Experiment:
-        """In one transaction that looks again whether the experiment runs in this stage: nothing is done twice."""
+    def _act(
+        self, report: ExperimentReport, act: _Act, arm: str | None, reason: str, *, by_hand: bool = False
+    ) -> Experiment:
+        """In one transaction that looks again at the experiment, by itself also at its stage: nothing is done twice."""
         experiment = report.experiment
         chosen = experiment.arms[0].name if act == "roll_back" else arm
         assert chosen is not None  # a promotion names its arm
@@ -155,7 +180,7 @@ class ExperimentEvaluation:
             chosen,
             action=act,
             reason=reason,
-            stage=experiment.stage,
+            stage=None if by_hand else experiment.stage,
             numbers=_numbers(report),
         )
 
@@ -180,7 +205,7 @@ class ExperimentEvaluation:
     def _report(self, name: str, *, in_full: bool) -> ExperimentReport:
         with self.registry.database.read() as session:
             now = utc_now()
-            row = find_experiment_row(session, name)
+            row = find_open_row(session, name, now)
             experiment = to_experiment(session, row, now)
             outcomes = read_outcomes(session, row.id, row.stage)
             decisions = load_decisions(session, row.id)
@@ -191,7 +216,12 @@ def _wanted_act(report: ExperimentReport) -> _Act | None:
     experiment, kind = report.experiment, report.verdict.kind
     if kind == "promote" and experiment.auto_promote:
         return "promote"
-    return "roll_back" if kind == "roll_back" and experiment.auto_rollback else None
+    return "roll_back" if experiment.auto_rollback and _has_breach(report) else None
+
+
+def _has_breach(report: ExperimentReport) -> bool:
+    """Whether a guardrail is broken. A loss in the primary metric alone is left to a person."""
+    return any(guard.state == "breached" for treatment in report.treatments for guard in treatment.guards)
 
 
 def _note_verdict(session: Session, row: ExperimentRow, report: ExperimentReport) -> None:

@@ -55,6 +55,7 @@ Outcomes = Mapping[str, Sequence[UnitOutcomes]]  # by arm, in the order of the u
 _Role = Literal["primary", "guardrail", "other"]
 LEAST_SHARE = 5.0
 _HISTORY_POINTS = 40
+_WIDEST_LOG = 50.0  # on a scale of logarithms: what is wider says nothing, and its exponential may be no float
 _LEAST_ALPHA = 1e-9  # below it, one less it is one: floats end there
 
 
@@ -397,8 +398,9 @@ def _over(experiment: Experiment, num_units: int, now: datetime) -> str | None:
     """Why nothing more is to come, if so."""
     if experiment.state == "decided":
         return "it was decided"
-    if experiment.planned_units is not None and num_units >= experiment.planned_units:
-        return f"the planned {experiment.planned_units:,} users are there"
+    planned = experiment.planned_units
+    if experiment.analysis == "fixed" and planned is not None and num_units >= planned:
+        return f"the planned {planned:,} users are there"
     if experiment.ends_at is not None and experiment.ends_at <= now:
         return "its end date has passed"
     return "it was stopped" if experiment.state == "stopped" else None
@@ -417,8 +419,10 @@ def _own_interval(interval: Interval | None, metric: str) -> Interval | None:
     return _map_interval(math.exp, interval)
 
 
-def _map_interval(function: Callable[[float], float], interval: Interval) -> Interval:
-    """An interval on another scale; the function increases."""
+def _map_interval(function: Callable[[float], float], interval: Interval) -> Interval | None:
+    """An interval of logarithms on another scale, by a function that increases; None if it is too wide for one."""
+    if interval.high - interval.low > _WIDEST_LOG or interval.high > _WIDEST_LOG:
+        return None
     return Interval(function(interval.estimate), function(interval.low), function(interval.high), interval.confidence)
 
 

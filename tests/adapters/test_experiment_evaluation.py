@@ -114,6 +114,37 @@ def test_alias_goes_back_when_it_points_to_the_candidate_that_breaks(
     assert "rollback" == registry.history("legal")[-1].action
 
 
+def test_others_are_evaluated_when_one_experiment_can_t_be(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """A plan that nobody can read raises what no caller expects; the guardrail of the next one is acted on."""
+    publish_text(registry, "four", alias="other")
+    publish_text(registry, "five", alias="other", promote=False)
+    poisoned = ExperimentService(registry.database).create("other", HALVES)
+    with registry.database.write() as session:
+        session.get_one(ExperimentRow, poisoned.id).plan = {"unknown": 1}
+    experiment = start(auto_rollback=True)
+    _break(registry, experiment)
+    with pytest.raises(TypeError):
+        evaluation.evaluate(poisoned.id)
+    evaluation.evaluate_all()
+    assert "decided" == ExperimentService(registry.database).get(experiment.id).state
+
+
+def test_interval_is_not_there_yet_when_times_are_too_far_apart(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Users whose times differ by hundreds of powers of ten: an exponential of the bound would be no float."""
+    experiment = start(guardrails=(Guardrail("total_ms", "decrease", 0.2, is_relative=True),))
+    for arm in ("A", "B"):
+        for ttft_ms in (1e-2, 1e300):
+            add_users(registry, experiment, arm, [YES] * 10, ttft_ms=ttft_ms)
+    report = evaluation.report(experiment.id)
+    (guard,) = report.treatments[0].guards
+    assert (None, "no_data") == (guard.comparison.interval, guard.state)
+    assert None is _metric(report.arms[0], "total_ms").interval
+
+
 def test_winner_is_promoted_once_when_that_was_asked_for(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:
@@ -217,10 +248,7 @@ def test_row_is_written_when_the_verdict_changes_and_not_at_every_look(
     add_users(registry, experiment, "B", [None] * 300, error="the model failed")
     evaluation.evaluate_all()
     kinds = [decision.numbers["kind"] for decision in _decisions(registry, experiment)[1:]]
-    assert [
-        "promote",
-        "inconclusive",
-    ] == kinds  # 1,100 of 1,900 users in one half: the split fired before the guardrail
+    assert ["promote", "inconclusive"] == kinds  # the split fired before the guardrail did
 
 
 def test_wrong_split_is_remembered_when_later_users_even_it_out(
@@ -269,6 +297,95 @@ def test_last_verdict_is_written_when_an_experiment_has_ended_at_its_time(
         evaluation.evaluate_all()
     assert ["start", "verdict", "stop"] == _actions(registry, experiment)
     assert "its end date has passed" in _decisions(registry, experiment)[1].reason
+
+
+@pytest.mark.parametrize("outcome", ["breach", "win"])
+def test_act_is_done_when_the_end_came_before_the_last_look(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation, outcome: str
+) -> None:
+    """What came in the last moments counts as much as what came before; once, however often it is evaluated."""
+    registry.promote("legal@v2")
+    experiment = start(auto_promote=True, auto_rollback=True)
+    (_break if outcome == "breach" else _win)(registry, experiment)
+    ends_at = utc_now()
+    with registry.database.write() as session:
+        session.get_one(ExperimentRow, experiment.id).ends_at = ends_at
+    for _ in range(2):
+        evaluation.evaluate_all()
+    found = ExperimentService(registry.database).get(experiment.id)
+    act, points_to = ("roll_back", 1) if outcome == "breach" else ("promote", 2)
+    assert ("decided", ends_at, points_to) == (found.state, found.stopped_at, _points_to(registry))
+    assert ["start", "verdict", act] == _actions(registry, experiment)
+
+
+def test_end_is_written_when_the_winner_of_an_ended_experiment_can_t_be_promoted(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Somebody has moved the alias since: the verdict stands in the log, and it is not tried for ever."""
+    experiment = start(auto_promote=True)
+    _win(registry, experiment)
+    with registry.database.write() as session:
+        session.get_one(ExperimentRow, experiment.id).ends_at = utc_now()
+    registry.promote("legal@v3")
+    for _ in range(2):
+        evaluation.evaluate_all()
+    assert (3, ["start", "verdict", "stop"]) == (_points_to(registry), _actions(registry, experiment))
+    assert "decided" == evaluation.roll_back(experiment.id).state
+
+
+def test_breach_ends_the_experiment_when_the_split_is_wrong(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Only a promotion takes a split that can be trusted: an arm that fails may lose users by that alone."""
+    experiment = start(auto_rollback=True)
+    add_users(registry, experiment, "A", [YES] * 300)
+    add_users(registry, experiment, "B", [None] * 120, error="the model failed")
+    evaluation.evaluate_all()
+    assert ["start", "verdict", "roll_back"] == _actions(registry, experiment)
+    assert _decisions(registry, experiment)[-1].numbers["split"]["fired"]
+
+
+def test_nothing_is_done_by_itself_when_a_treatment_only_loses(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """What `auto_rollback` acts on is a breached guardrail; the verdict is written down."""
+    experiment = start(auto_rollback=True)
+    add_users(registry, experiment, "B", [YES, NO] * 200)
+    add_users(registry, experiment, "A", [YES, YES, YES, NO] * 100)
+    evaluation.evaluate_all()
+    assert ["start", "verdict"] == _actions(registry, experiment)
+    assert "roll_back" == _decisions(registry, experiment)[-1].numbers["kind"]
+
+
+def test_experiment_goes_on_when_more_users_come_than_were_planned(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """A number tunes the intervals of a sequence and ends nothing; one for a single look ends there."""
+    experiment = start(planned_units=100)
+    add_users(registry, experiment, "A", [YES, NO] * 40)
+    add_users(registry, experiment, "B", [YES, NO] * 40)
+    assert "continue" == evaluation.report(experiment.id).verdict.kind
+    ExperimentService(registry.database).stop(experiment.id)
+    stopped = evaluation.report(experiment.id).verdict
+    assert ("inconclusive", True) == (stopped.kind, "(it was stopped)" in stopped.sentence)
+
+
+def test_alias_is_refused_when_it_has_several_experiments(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """A newer draft must not hide what runs from those who look, decide or accept."""
+    running = start()
+    ExperimentService(registry.database).create("legal", HALVES, draft=True)
+    acts: list[Callable[[], object]] = [
+        lambda: evaluation.report("legal"),
+        lambda: evaluation.promote("legal", "B"),
+        lambda: evaluation.roll_back("legal"),
+        lambda: evaluation.accept_feedback("legal", "known"),
+    ]
+    for act in acts:
+        with pytest.raises(ConflictError, match="'legal' has several experiments"):
+            act()
+    assert ["start"] == _actions(registry, running)
 
 
 def test_only_the_present_stage_is_read_when_weights_were_changed(
