@@ -167,6 +167,30 @@ class ExperimentEvaluation:
             record_act(session, "accept_feedback", row.id, alias=row.alias, reason=reason)
             return to_experiment(session, row, now)
 
+    def accept_split(self, name: str, reason: str) -> Experiment:
+        """Take the arms for comparable though users were not split as was meant: a person's word on what is known.
+
+        It holds for the stages in which that was found. Should the check fire in a later one, it is told again.
+
+        Raises:
+            NotFoundError: no such experiment.
+            ConflictError: it does not run any more, was changed at the same time, or its users are split as was meant;
+                or the alias has several experiments.
+        """
+        report = self._report(name, in_full=False)
+        with self.registry.database.write() as session:
+            now = utc_now()
+            row = find_open_row(session, report.experiment.id, now)
+            if state_of(row, now) != "running":
+                raise ConflictError(f"experiment {row.id} is {state_of(row, now)}, not running")
+            if row.stage != report.experiment.stage:
+                raise ConflictError(f"experiment {row.id} was changed by somebody else at the same time")
+            if not report.split.fired:
+                raise ConflictError(f"the users of experiment {row.id} are split as was meant; nothing to accept")
+            record_decision(session, row, "accept_split", reason, numbers={"stages": list(report.split.stages)})
+            record_act(session, "accept_split", row.id, alias=row.alias, reason=reason)
+            return to_experiment(session, row, now)
+
     def _act(
         self, report: ExperimentReport, act: _Act, arm: str | None, reason: str, *, by_hand: bool = False
     ) -> Experiment:
@@ -229,7 +253,7 @@ def _note_verdict(session: Session, row: ExperimentRow, report: ExperimentReport
     verdicts = [
         item for item in load_decisions(session, row.id) if item.action == "verdict" and item.stage == row.stage
     ]
-    last = _gist(verdicts[-1].numbers) if verdicts else ("continue", None, False)
+    last = _gist(verdicts[-1].numbers) if verdicts else ("continue", None, ())
     numbers = _numbers(report)
     if last != _gist(numbers):
         record_decision(session, row, "verdict", report.verdict.sentence, numbers=numbers)
@@ -237,7 +261,7 @@ def _note_verdict(session: Session, row: ExperimentRow, report: ExperimentReport
 
 def _gist(numbers: Mapping[str, Any]) -> tuple[Any, ...]:
     """By what two verdicts are told apart; the numbers behind them are others at every look."""
-    return numbers["kind"], numbers["arm"], numbers["split"]["fired"]
+    return numbers["kind"], numbers["arm"], tuple(numbers["split"]["stages"])
 
 
 def _numbers(report: ExperimentReport) -> dict[str, Any]:

@@ -81,7 +81,16 @@ EXPERIMENT_STATES: tuple[ExperimentState, ...] = get_args(ExperimentState)
 Direction = Literal["increase", "decrease"]
 UnitSource = Literal["user", "header", "conversation", "request"]
 DecisionAction = Literal[
-    "create", "start", "change_weights", "stop", "promote", "roll_back", "verdict", "accept_feedback", "undo"
+    "create",
+    "start",
+    "change_weights",
+    "stop",
+    "promote",
+    "roll_back",
+    "verdict",
+    "accept_feedback",
+    "accept_split",
+    "undo",
 ]
 # What every exposure is measured by; any other metric is one that clients report as feedback.
 BUILT_IN_METRICS = frozenset(
@@ -103,6 +112,7 @@ AuditAction = Literal[
     "stop_experiment",
     "decide_experiment",
     "accept_feedback",
+    "accept_split",
     "undo_decision",
     "set_holdout",
     "start_shadow",

@@ -105,12 +105,19 @@ class Treatment:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How the units were split, against how they should have been; `fired` means that chance doesn't explain it."""
+    """How the units of the present stage, `stage`, were split, against how they should have been.
+
+    `fired` means that chance doesn't explain it, in this stage or an earlier one that nobody has accepted: `stages` are
+    those, `accepted` the ones that a person answers for.
+    """
 
     counts: tuple[int, ...]
     weights: tuple[float, ...]
     p_value: float | None
     fired: bool
+    stage: int = 1
+    stages: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,11 +278,14 @@ def _mismatch(evidence: Evidence) -> Verdict:
         f"No verdict: {_describe_split(evidence.split)}, so the arms can't be compared.",
         (),
         "Look for users whose id changes, clients that retry or give up with one arm alone, and robots; mend it and "
-        "start a new experiment.",
+        "start a new experiment, or accept it with a reason if it does no harm to the comparison.",
     )
 
 
 def _describe_split(split: Split) -> str:
+    if split.stages and split.stage not in split.stages:
+        before = " and ".join(map(str, split.stages))
+        return f"users were not split as was meant before (stage {before}), which other weights don't mend"
     counts = " to ".join(f"{count:,}" for count in split.counts)
     weights = " to ".join(f"{weight:g}" for weight in split.weights)
     chance = "" if split.p_value is None else f" (p = {split.p_value:.2g})"
@@ -324,6 +334,8 @@ def _promotion(evidence: Evidence, treatment: Treatment) -> Verdict:
     guards = len(treatment.guards)
     hold = {0: "there are no guardrails", 1: "the guardrail holds"}.get(guards, f"all {guards} guardrails hold")
     notes = [f"{other.label}: {_describe_outcome(other)}." for other in evidence.treatments if other != treatment]
+    if evidence.split.accepted:
+        notes.append(f"Accepted by hand: the split of stage {' and '.join(map(str, evidence.split.accepted))}.")
     if evidence.accepts_feedback_gap:
         notes += [f"Accepted by hand: {gap}." for gap in _open_gaps(treatment)]
     return Verdict(

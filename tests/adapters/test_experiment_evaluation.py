@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from adapters.experiment_evaluation import EVALUATOR, REALLOCATION_EVERY, Experi
 from adapters.experiment_report import ArmReport, MetricReport, make_report
 from adapters.experiments import ExperimentService
 from adapters.manifest import ADAPTER_WEIGHTS_FILE
-from adapters.records import AnalysisPlan, Arm, Decision, Experiment, Guardrail, Metric
+from adapters.records import AnalysisPlan, Arm, Decision, Experiment, Guardrail, Metric, UnitOutcomes
 from adapters.registry import Registry
 from adapters.store import ArtifactStore
 from adapters.tables import DecisionRow, ExperimentRow, ExposureRow, utc_now
@@ -265,6 +266,61 @@ def test_wrong_split_is_remembered_when_later_users_even_it_out(
     assert report.split.p_value is not None
     assert report.split.p_value > 0.5
     assert (True, "inconclusive", 1) == (report.split.fired, report.verdict.kind, _points_to(registry))
+
+
+def test_wrong_split_is_carried_into_later_stages_until_somebody_accepts_it(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """A change of weights by a hair is no remedy; what was accepted is told again only where it is found again."""
+    experiment = start(auto_promote=True)
+    service = ExperimentService(registry.database)
+    with pytest.raises(ConflictError, match="are split as was meant; nothing to accept"):
+        evaluation.accept_split("legal", "why not")
+    add_users(registry, experiment, "A", [YES] * 300)
+    add_users(registry, experiment, "B", [YES] * 150)
+    evaluation.evaluate_all()
+    changed = service.change_weights("legal", [("A", None, 50.02), ("B", None, 49.98)])
+    _win(registry, changed, 800)
+    evaluation.evaluate_all()
+    split = evaluation.report("legal").split
+    assert (True, (1,), ()) == (split.fired, split.stages, split.accepted)
+    assert (1, "inconclusive") == (_points_to(registry), evaluation.report("legal").verdict.kind)
+    evaluation.accept_split("legal", "a crawler, which is blocked since")
+    accepted = evaluation.report("legal")
+    assert (False, (1,), "promote") == (accepted.split.fired, accepted.split.accepted, accepted.verdict.kind)
+    add_users(registry, changed, "A", [YES] * 500)
+    evaluation.evaluate_all()
+    assert (2,) == evaluation.report("legal").split.stages
+    service.stop("legal")
+    with pytest.raises(ConflictError, match="stopped, not running"):
+        evaluation.accept_split("legal", "again")
+
+
+def test_false_alarms_of_the_split_are_shared_by_the_stages_when_weights_change() -> None:
+    """A p-value that fires alone does not fire as the second of many chances."""
+    moment = utc_now()
+    arms = (Arm("A", 1, "a" * 64, 50.0), Arm("B", 2, "b" * 64, 50.0))
+    first = Experiment(
+        id="exp-1", alias="legal", salt="s", arms=arms, state="running", created_at=moment, stage=1, metric=SOLVED
+    )
+    found = {
+        count: [
+            make_report(replace(first, stage=stage), _units(count, 500), now=moment, in_full=False).split
+            for stage in (1, 2)
+        ]
+        for count in range(600, 700, 2)
+    }
+    both = [(one.fired, two.fired) for one, two in found.values()]
+    assert {(False, False), (True, False), (True, True)} == set(both)
+    assert all(one.p_value <= 0.01 * 6 / math.pi**2 for one, _ in found.values() if one.fired and one.p_value)
+
+
+def _units(*counts: int) -> dict[str, list[UnitOutcomes]]:
+    """So many users in A and B, without any outcome."""
+    return {
+        arm: [UnitOutcomes(f"{arm}{n}", utc_now(), 1, 0, 0, 0, 0.0, 1.0, 1, 0, {}) for n in range(count)]
+        for arm, count in zip("AB", counts, strict=True)
+    }
 
 
 def test_difference_in_feedback_holds_back_until_somebody_accepts_it(

@@ -175,6 +175,18 @@ def test_wrong_split_is_told_when_a_guardrail_is_breached() -> None:
     assert note.startswith("Users are split 600 to 400, where 50 to 50 was meant")
 
 
+def test_split_of_a_former_stage_is_told_when_the_present_one_is_right() -> None:
+    """The sentence names the stage; accepted by a person, it is a note of the promotion."""
+    found = Split((500, 500), (50, 50), 0.8, fired=True, stage=3, stages=(1, 2))
+    assert (
+        "before (stage 1 and 2), which other weights don't mend"
+        in judge(_evidence(_treatment(BETTER), split=found)).sentence
+    )
+    accepted = replace(found, fired=False, stages=(), accepted=(1,))
+    verdict = judge(_evidence(_treatment(BETTER), split=accepted))
+    assert ("promote", ("Accepted by hand: the split of stage 1.",)) == (verdict.kind, verdict.notes)
+
+
 def test_other_treatments_are_named_when_one_breaks_a_guardrail() -> None:
     """Rolling back would end the experiment for a winner, too: it says how to go on without the one that harms."""
     verdict = judge(_evidence(_treatment(OPEN, BREACHED), _treatment(BETTER, HELD, name="C")))
