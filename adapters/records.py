@@ -124,6 +124,9 @@ AuditAction = Literal[
     "pause_job",
     "resume_job",
     "delete_file",
+    "set_prompts",
+    "set_routing_rules",
+    "rollback_router",
 ]
 
 

@@ -7,7 +7,7 @@ message to anybody.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -47,6 +47,7 @@ from adapters.records import (
     parse_checkpoint_name,
     parse_model_name,
 )
+from adapters.routing.store import drop_prompts, keep_prompts
 from adapters.store import ArtifactStore
 from adapters.tables import KIND_KEY, AliasChangeRow, AliasRow, AliasVersionRow, PinRow, ShadowRow, VersionRow, utc_now
 
@@ -81,6 +82,7 @@ class Registry:
         promote: bool | Callable[[int | None], bool] = True,
         action: Literal["publish", "import"] = "publish",
         also: Callable[[Session, NumberedVersion], None] | None = None,
+        prompts: Sequence[str] = (),
     ) -> tuple[NumberedVersion, bool]:
         """Store a checked adapter as the next version of `alias`, and move the alias to it.
 
@@ -96,6 +98,8 @@ class Registry:
                 points to by then, None if it points nowhere.
             action: What the audit log calls it.
             also: Writes further rows in the same transaction; if it raises, nothing is registered.
+            prompts: What the version was trained on, of which a sample is kept for the router. They are no part of the
+                version: its digest does not know them.
 
         Returns:
             The version, and whether the alias points to it afterwards.
@@ -112,6 +116,7 @@ class Registry:
                 if session.get(VersionRow, digest) is None:
                     session.add(_version_row(digest, size_bytes, manifest))
                 number = _number_of(session, alias, digest) or _append_version(session, alias, digest)
+                keep_prompts(session, digest, prompts)
                 row = session.get_one(AliasRow, alias)
                 may_move = promote(row.number) if callable(promote) else promote
                 is_fit = _is_of_same_kind(session, row, manifest.kind)
@@ -268,6 +273,11 @@ class Registry:
             row = session.get(AliasRow, name)
             return row is not None and row.number is not None and actor_of(session).can_see(name)
 
+    def names(self) -> frozenset[str]:
+        """The aliases that point somewhere."""
+        with self.database.read() as session:
+            return frozenset(_alias_names(session))
+
     def versions(self, alias: str, *, after: int = 0, limit: int | None = None) -> list[NumberedVersion]:
         """An alias's versions behind a number, at most `limit`, in the order of their numbers.
 
@@ -421,6 +431,7 @@ def _drop_versions(session: Session, targets: list[NumberedVersion]) -> list[str
     orphans = []
     for digest in {target.version.digest for target in targets}:
         if session.scalar(select(func.count()).where(AliasVersionRow.digest == digest)) == 0:
+            drop_prompts(session, digest)
             session.delete(session.get_one(VersionRow, digest))
             if not is_checkpoint(session, digest):
                 orphans.append(digest)

@@ -15,6 +15,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     String,
     TypeDecorator,
     false,
@@ -41,6 +42,10 @@ __all__ = [
     "JobEventRow",
     "JobRow",
     "PinRow",
+    "RouterMoveRow",
+    "RouterRow",
+    "RoutingPromptsRow",
+    "RoutingRulesRow",
     "ShadowAnswerRow",
     "ShadowRow",
     "Table",
@@ -395,3 +400,49 @@ class JobCheckpointRow(Table):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     metrics: Mapped[dict[str, float]] = mapped_column(JSON)
     digest: Mapped[str | None] = mapped_column(String(64), index=True)
+
+
+class RoutingPromptsRow(Table):
+    """Some of the prompts that a version was trained on, for the router; never of one that shall not keep any."""
+
+    __tablename__ = "routing_prompts"
+    digest: Mapped[str] = mapped_column(ForeignKey("versions.digest"), primary_key=True)
+    prompts: Mapped[list[str]] = mapped_column(JSON)
+    sha256: Mapped[str] = mapped_column(String(64))
+    kept_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class RouterRow(Table):
+    """One trained router. Rows are never changed, but for `content`, which only the newest ones keep."""
+
+    __tablename__ = "routers"
+    number: Mapped[int] = mapped_column(Integer, primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64))
+    sources: Mapped[dict[str, Any]] = mapped_column(JSON)
+    content: Mapped[bytes | None] = mapped_column(LargeBinary)
+    trained_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class RouterMoveRow(Table):
+    """Which router counts from here on, the latest row being the present; append-only.
+
+    `sources_sha256` is what there was to be trained from then: nothing is trained until that changes, so that a
+    rollback lasts. Without a number nothing is routed by learning.
+    """
+
+    __tablename__ = "router_moves"
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    action: Mapped[str] = mapped_column(String(16))
+    number: Mapped[int | None] = mapped_column(ForeignKey("routers.number"))
+    sources_sha256: Mapped[str] = mapped_column(String(64))
+    reason: Mapped[str | None] = mapped_column(String(500))
+    moved_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class RoutingRulesRow(Table):
+    """All rules in order, as a whole; the latest row counts. Append-only."""
+
+    __tablename__ = "routing_rules"
+    number: Mapped[int] = mapped_column(Integer, primary_key=True)
+    rules: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    made_at: Mapped[datetime] = mapped_column(UtcDateTime)

@@ -5,7 +5,7 @@ Both clients of `sdk` send the same calls; only how they wait differs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -45,6 +45,7 @@ __all__ = [
     "readiness",
     "roll_back",
     "rollback",
+    "route",
     "set_holdout",
     "show_adapter",
     "show_experiment",
@@ -179,6 +180,14 @@ def feedback(response_id: str, metric: str, value: float, comment: str | None) -
     """POST /v1/feedback."""
     body = {"id": response_id, "metric": metric, "value": value, "comment": comment}
     return Call(results.Feedback, "POST", "/v1/feedback", body=body)
+
+
+def route(
+    text: str | None, messages: Sequence[Mapping[str, str]] | None, metadata: Mapping[str, str] | None
+) -> Call[results.Route]:
+    """POST /v1/route."""
+    given = {"input": text, "messages": messages, "metadata": metadata}
+    return Call(results.Route, "POST", "/v1/route", body={name: v for name, v in given.items() if v is not None})
 
 
 def list_adapters(after: str | None, limit: int) -> Call[results.Page[results.Adapter]]:

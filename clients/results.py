@@ -28,11 +28,14 @@ __all__ = [
     "Margin",
     "Metric",
     "Moment",
+    "NearPrompt",
     "Page",
     "Pins",
     "PrimaryMetric",
+    "Probability",
     "Readiness",
     "Residency",
+    "Route",
     "Split",
     "Treatment",
     "Unloaded",
@@ -379,6 +382,35 @@ class Feedback(_Record):
 
     id: str
     metric: str
+
+
+class Probability(_Record):
+    """How likely a request belongs to one alias, from 0 to 1."""
+
+    alias: str
+    probability: float
+
+
+class NearPrompt(_Record):
+    """A training prompt that is like a text; `similarity` is from 0 to 1."""
+
+    alias: str
+    text: str
+    similarity: float
+
+
+class Route(_Record):
+    """Where a request for `auto` goes, and why. `nearest` is None without the scope `adapters` or `admin`."""
+
+    alias: str
+    route: str
+    confidence: float | None
+    threshold: float
+    rule: str | None
+    router: int | None
+    reason: str
+    probabilities: list[Probability]
+    nearest: list[NearPrompt] | None
 
 
 class Health(_Record):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,7 @@ from clients import calls
 from clients.calls import ArmSpec, Call, ExperimentSpec, GuardrailSpec, WeightSpec
 from clients.errors import error_of, no_answer
 from clients.http import API_KEY_VARIABLE, is_local
-from clients.results import Feedback, Health, Readiness
+from clients.results import Feedback, Health, Readiness, Route
 from clients.sdk_resources import (
     AdaptersResource,
     AsyncAdaptersResource,
@@ -161,6 +162,16 @@ class Hotswap:
         """
         return self.send(calls.feedback(response_id, metric, value, comment))
 
+    def route(
+        self,
+        text: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Route:
+        """Where a request for `auto` would go, and why: a text, or the messages of a conversation."""
+        return self.send(calls.route(text, messages, metadata))
+
     def send(self, call: Call[_Result]) -> _Result:
         """Send a call, again where the server asks for it, and read its answer.
 
@@ -254,6 +265,16 @@ class AsyncHotswap:
     ) -> Feedback:
         """See `Hotswap.feedback`."""
         return await self.send(calls.feedback(response_id, metric, value, comment))
+
+    async def route(
+        self,
+        text: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Route:
+        """See `Hotswap.route`."""
+        return await self.send(calls.route(text, messages, metadata))
 
     async def send(self, call: Call[_Result]) -> _Result:
         """See `Hotswap.send`."""

@@ -32,6 +32,8 @@ from adapters.keys import KeyService
 from adapters.pins import PinService
 from adapters.process_log import configure_log
 from adapters.registry import Registry
+from adapters.routing.embeddings import TokenEmbeddings, open_embeddings
+from adapters.routing.service import RoutingService
 from adapters.settings import CoreSettings
 from adapters.shadows import ShadowService
 from adapters.store import ArtifactStore
@@ -55,6 +57,7 @@ from server.observe import RequestIdMiddleware
 from server.openapi import describe_api
 from server.pins import PinKeeper
 from server.routes import router
+from server.routing import keep_router
 from server.services import Services
 from server.shadows import ShadowKeeper
 from server.tracing import check_tracing, exported_traces
@@ -130,13 +133,15 @@ async def _running_services(
 ) -> AsyncIterator[None]:
     """Build one API process's parts after LitServe has forked it, and run the engine's client beside the routes."""
     registry = _open_registry(core)
-    tokenizer = load_tokenizer(pull_base(core.base, core.home))
-    services = join_services(registry, LitServeTransport(spec), tokenizer, core, settings)
+    base_folder = pull_base(core.base, core.home)
+    tokenizer, embeddings = load_tokenizer(base_folder), open_embeddings(base_folder)
+    services = join_services(registry, LitServeTransport(spec), tokenizer, core, settings, embeddings)
     app.state.services, engine = services, services.engine
     services.files.sweep()
     evaluator = Evaluator(services.evaluation.acting_for(EVALUATOR), interval_s=settings.experiment_interval_s)
     parts = (engine, services.pins, services.conversations, services.shadow_keeper, evaluator)
-    tasks = [asyncio.create_task(part.run()) for part in parts]
+    work = [*(part.run() for part in parts), keep_router(services.routing)]
+    tasks = [asyncio.create_task(part) for part in work]
     for task in tasks:
         task.add_done_callback(_end_if_crashed)
     drain_before_exit(engine, limit_s=settings.drain_s)
@@ -162,7 +167,12 @@ def equip_app(app: FastAPI, settings: ServeSettings) -> None:
 
 
 def join_services(
-    registry: Registry, transport: Transport, tokenizer: Any, core: CoreSettings, settings: ServeSettings
+    registry: Registry,
+    transport: Transport,
+    tokenizer: Any,
+    core: CoreSettings,
+    settings: ServeSettings,
+    embeddings: TokenEmbeddings | None = None,
 ) -> Services:
     """Make one API process's parts; starts none of them.
 
@@ -172,6 +182,7 @@ def join_services(
         tokenizer: The base model's, with the chat template.
         core: Base model and home folder.
         settings: Limits.
+        embeddings: The base model's, for the router; it does without if there are none.
     """
     database = registry.database
     experiments = ExperimentService(database, feedback_window=timedelta(days=settings.feedback_days))
@@ -184,6 +195,7 @@ def join_services(
     )
     metrics.watch(engine)
     base_name = public_name(core.base)
+    routing = RoutingService(registry, embeddings, threshold=settings.route_threshold)
     shadows = ShadowService(database)
     shadow_keeper = ShadowKeeper(shadows, engine, metrics)
     conversations = ConversationKeeper(ConversationLog(database), settings)
@@ -200,6 +212,7 @@ def join_services(
             tokenizer,
             settings,
             metrics,
+            routing,
             base_name=base_name,
             conversations=conversations,
             shadows=shadow_keeper,
@@ -213,6 +226,7 @@ def join_services(
         uploads=Uploads(core, timeout_s=settings.timeout_s),
         files=FileService(database, core.home / "files", max_bytes=settings.max_file_bytes),
         fine_tuning=FineTuningService(jobs, base_name=base_name, max_rank=core.max_rank),
+        routing=routing,
         base_name=base_name,
     )
 

@@ -127,6 +127,8 @@ def headers_of(binding: Binding) -> dict[str, str]:
         "x-hotswap-version": binding.version_label,
         "x-hotswap-route": binding.route,
     }
+    if binding.confidence is not None:
+        headers["x-hotswap-confidence"] = f"{binding.confidence:.3f}"
     if binding.digest:
         headers["x-hotswap-digest"] = binding.digest
     if binding.arm:

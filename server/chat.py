@@ -24,6 +24,7 @@ from adapters.experiment_config import check_feedback_name
 from adapters.experiments import ExperimentService
 from adapters.records import Actor, Exposure, Feedback
 from adapters.registry import Registry
+from adapters.routing.service import Decision, RoutingService
 from server.callers import Caller
 from server.calls import ID_PREFIXES, Call, Choice, Operation, headers_of, make_answers, time_per_token
 from server.completion_schemas import CompletionRequest
@@ -36,6 +37,7 @@ from server.logprobs import LogprobsWriter
 from server.metrics import Metrics
 from server.model_names import resolve_model
 from server.prompts import chat_prompt, check_length, text_prompt, token_prompt
+from server.routing import AUTO_MODEL, apply_decision, check_may_answer, metadata_of, turns_of
 from server.schema_check import SchemaChecker
 from server.schemas import ChatRequest, GenerationOptions
 from server.shadows import ShadowKeeper
@@ -63,12 +65,14 @@ class ChatService:
         tokenizer: Any,
         settings: ServeSettings,
         metrics: Metrics,
+        routing: RoutingService,
         *,
         base_name: str,
         conversations: ConversationKeeper,
         shadows: ShadowKeeper,
     ) -> None:
         self._base_name = base_name
+        self._routing = routing
         self._shadows = shadows
         self._conversations = conversations
         self._metrics = metrics
@@ -180,11 +184,15 @@ class ChatService:
         registry = self._registry.acting_for(caller.actor(request_id))
         unit = unit_of(body, headers.unit)
         try:
+            decision = await asyncio.to_thread(self._route, body, request_id, caller)
+            model = body.model if decision is None else decision.alias
             binding = await asyncio.to_thread(
-                resolve_model, registry, body.model, unit=unit.key, base_name=self._base_name, arm=headers.arm
+                resolve_model, registry, model, unit=unit.key, base_name=self._base_name, arm=headers.arm
             )
         except (NotFoundError, InvalidNameError) as error:
             raise InvalidNameError(str(error), param="model") from None
+        if decision is not None:
+            binding = apply_decision(binding, decision)
         self._metrics.name_binding(binding)
         return Call(
             operation=operation,
@@ -199,6 +207,15 @@ class ChatService:
             started=time.monotonic(),
             headers=headers_of(binding),
         )
+
+    def _route(self, body: GenerationOptions, request_id: str, caller: Caller) -> Decision | None:
+        """Where a request for `auto` goes; None for one that names its model."""
+        if body.model != AUTO_MODEL:
+            return None
+        routing = self._routing.acting_for(caller.actor(request_id))
+        decision = routing.route(turns_of(body, self._tokenizer), metadata=metadata_of(body), key=caller.client or None)
+        check_may_answer(routing, decision)
+        return decision
 
     @asynccontextmanager
     async def _counting_refusals(self, call: Call) -> AsyncIterator[None]:
@@ -360,6 +377,7 @@ class ChatService:
             "chat_answered",
             version=call.binding.version_label,
             route=call.binding.route,
+            confidence=call.binding.confidence,
             arm=call.binding.arm,
             finish_reason=call.finish_reason,
             prompt_tokens=exposure.prompt_tokens,

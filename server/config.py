@@ -108,6 +108,13 @@ class ServeSettings(SettingsSection):
     max_file_bytes: int = Field(
         100_000_000, ge=1000, le=10_000_000_000, description="Largest file that may be uploaded."
     )
+    route_threshold: float = Field(
+        0.5,
+        ge=0.01,
+        le=0.99,
+        allow_inf_nan=False,
+        description="Least probability by which the router chooses an alias; below it the base model answers.",
+    )
     feedback_days: float = Field(
         7.0, ge=0.01, le=3650, allow_inf_nan=False, description="Days after an answer in which feedback on it is taken."
     )

@@ -43,14 +43,17 @@ __all__ = [
     "HoldoutObject",
     "HoldoutRequest",
     "ImportedObject",
+    "NearPromptObject",
     "Page",
     "PageLimit",
     "PinObject",
     "PinRequest",
+    "ProbabilityObject",
     "PromoteRequest",
     "PromotionRequest",
     "ResidencyObject",
     "RollbackRequest",
+    "RouteObject",
     "UnloadObject",
     "VersionDetail",
     "VersionObject",
@@ -290,6 +293,36 @@ class FeedbackObject(BaseModel):
     id: str = Field(description="The response's id.")
     object: Literal["feedback"] = "feedback"
     metric: str
+
+
+class ProbabilityObject(BaseModel):
+    """How likely a request belongs to one alias, from 0 to 1."""
+
+    alias: str
+    probability: float
+
+
+class NearPromptObject(BaseModel):
+    """A training prompt that is like a text; `similarity` is from 0 to 1, by the words that they share."""
+
+    alias: str
+    text: str
+    similarity: float
+
+
+class RouteObject(BaseModel):
+    """Where a request for `auto` goes, and why."""
+
+    object: Literal["route"] = "route"
+    alias: str = Field(description="What answers; base where the router abstains.", examples=["legal"])
+    route: Literal["rule", "router", "abstained"]
+    confidence: float | None = Field(description="Probability of the alias; of the likeliest where it abstains.")
+    threshold: float = Field(description="The least probability by which an alias is chosen.")
+    rule: str | None = Field(description="The rule that decided.")
+    router: int | None = Field(description="Number of the router at present.")
+    reason: str
+    probabilities: list[ProbabilityObject] = Field(description="The likeliest first; what they lack of 1 is of none.")
+    nearest: list[NearPromptObject] | None = Field(description="Null for keys without the scope adapters or admin.")
 
 
 class ArmObject(BaseModel):

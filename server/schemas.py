@@ -19,6 +19,7 @@ __all__ = [
     "FeedbackRequest",
     "GenerationOptions",
     "ResponseFormat",
+    "RouteRequest",
     "chat_choice",
     "chat_chunk",
     "chat_completion",
@@ -197,8 +198,8 @@ class ChatRequest(GenerationOptions):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
     store: bool | None = None
-    # Without effect from here on; each value that is taken asks for what happens anyway.
     metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=_MAX_METADATA)
+    # Without effect from here on; each value that is taken asks for what happens anyway.
     modalities: list[Literal["text"]] | None = Field(None, min_length=1, max_length=1)
     prompt_cache_key: str | None = Field(None, max_length=512)
     reasoning_effort: Annotated[
@@ -222,6 +223,20 @@ class ChatRequest(GenerationOptions):
     def num_top_logprobs(self) -> int | None:
         """How many likeliest tokens to name at each place; None is no log-probabilities at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class RouteRequest(Wire):
+    """Body of POST /v1/route: a text, or the messages of a conversation."""
+
+    input: Text | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=_MAX_MESSAGES)
+    metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=_MAX_METADATA)
+
+    @model_validator(mode="after")
+    def _has_one(self) -> Self:
+        if (self.input is None) == (self.messages is None):
+            raise ValueError("expected either input, a text, or messages")
+        return self
 
 
 class FeedbackRequest(Wire):

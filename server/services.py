@@ -12,6 +12,7 @@ from adapters.experiments import ExperimentService
 from adapters.files import FileService
 from adapters.keys import KeyService
 from adapters.registry import Registry
+from adapters.routing.service import RoutingService
 from adapters.shadows import ShadowService
 from server.auth import caller_of
 from server.callers import Caller
@@ -46,6 +47,7 @@ class Services:
     uploads: Uploads
     files: FileService
     fine_tuning: FineTuningService
+    routing: RoutingService
     base_name: str  # the base model's own, beside `base`
 
 
@@ -64,6 +66,7 @@ def _services(request: Request, caller: CurrentCaller) -> Services:
         evaluation=services.evaluation.acting_for(actor),
         files=services.files.acting_for(actor),
         fine_tuning=services.fine_tuning.acting_for(actor),
+        routing=services.routing.acting_for(actor),
     )
 
 

@@ -128,6 +128,9 @@ class TrainSettings(SettingsSection):
     )
     sample_file: _Text | None = Field(None, description="A text file with a prompt a line, asked instead of those.")
     sample_tokens: int = Field(64, ge=1, le=4096, description="Longest sampled answer in tokens.")
+    keep_prompts: bool = Field(
+        True, description="Keep up to 300 training prompts with the version, in the database, for the router."
+    )
     promote: Literal["always", "gate", "never"] = Field(
         "gate", description="When the alias moves to the new version: always, if it passes the gate, or never."
     )

@@ -162,7 +162,7 @@ class JobRun:
         return (time.monotonic() - started) / (metrics.step - first_step) * (metrics.num_steps - metrics.step)
 
     def _publish(
-        self, folder: Path, manifest: Manifest, counts: TrainedCounts, may_move: MoveRule
+        self, folder: Path, manifest: Manifest, counts: TrainedCounts, may_move: MoveRule, prompts: Sequence[str]
     ) -> tuple[NumberedVersion, bool]:
         """Version, alias, result file and the job's success become visible in one transaction."""
         job = self._claim.job
@@ -182,7 +182,9 @@ class JobRun:
                 )
 
             try:
-                return self._registry.publish(folder, manifest, alias=job.alias, promote=may_move, also=succeed)
+                return self._registry.publish(
+                    folder, manifest, alias=job.alias, promote=may_move, also=succeed, prompts=prompts
+                )
             except ConflictError as error:  # cancelled or paused in the last moment
                 raise StoppedError from error
 

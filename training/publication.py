@@ -46,7 +46,8 @@ __all__ = [
     "judge_and_publish",
 ]
 
-_NOT_RECORDED = {"home", "promote", "sample_file"}  # where it runs and what becomes of the result, not what it is
+# Where it runs and what becomes of the result, not what it is.
+_NOT_RECORDED = {"home", "keep_prompts", "promote", "sample_file"}
 _RECORDED_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
 # Writes an adapter into a folder and checks it as strictly as the server; returns its manifest with these metrics.
@@ -56,8 +57,9 @@ AdapterSaver = Callable[[Path, dict[str, float | None]], Manifest]
 VersionOpener = Callable[[], AbstractContextManager[Registry]]
 # What may move an alias: asked with the number that it points to when the version is published.
 MoveRule = Callable[[int | None], bool]
-# Makes the checked adapter in a folder a version; returns it, and whether its alias points to it.
-Publisher = Callable[[Path, Manifest, TrainedCounts, MoveRule], tuple[NumberedVersion, bool]]
+# Makes the checked adapter in a folder a version, with prompts for the router; returns it, and whether its alias points
+# to it.
+Publisher = Callable[[Path, Manifest, TrainedCounts, MoveRule, Sequence[str]], tuple[NumberedVersion, bool]]
 
 
 class StageListener(Protocol):
@@ -79,6 +81,7 @@ class TrainedAdapter:
         best: The state that is published; None without validation rows.
         counts: Steps and tokens.
         prompts: What the gate has answered.
+        asked: What users ask in the training rows, to be kept for the router.
         log: The run's.
     """
 
@@ -89,6 +92,7 @@ class TrainedAdapter:
     best: Best | None
     counts: TrainedCounts
     prompts: Sequence[SamplePrompt]
+    asked: Sequence[str]
     log: RunLog
 
 
@@ -119,7 +123,8 @@ def judge_and_publish(
         write_curves(log, run.settings.method)
         listener.on_stage("Publishing")
         judged = manifest.model_copy(update={"gate": report})
-        published, is_live = publish(folder, judged, trained.counts, _move_rule(run.settings, report, present))
+        may_move = _move_rule(run.settings, report, present)
+        published, is_live = publish(folder, judged, trained.counts, may_move, trained.asked)
     return Published(published, is_live, report)
 
 

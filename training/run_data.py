@@ -13,6 +13,7 @@ from adapters.base_model import load_tokenizer
 from adapters.chat_rows import Row
 from adapters.errors import DataError
 from adapters.manifest import DataReference
+from adapters.routing.prompts import prompts_of
 from adapters.settings import CoreSettings
 from training.config import TrainSettings
 from training.formats import Dataset, ReadOptions, read_rows
@@ -61,6 +62,7 @@ class RenderedData:
     reference: DataReference
     sampled: list[SamplePrompt]  # answered at each validation
     judged: list[SamplePrompt]  # answered for the gate
+    asked: list[str]  # kept for the router
 
 
 def prepare_data(
@@ -100,6 +102,7 @@ def prepare_data(
         reference,
         sampled=_sampled_prompts(tokenizer, rows, settings),
         judged=make_prompts(tokenizer, rows, limit=settings.gate_samples),
+        asked=prompts_of(numbered.row for numbered in train.rows) if settings.keep_prompts else [],
     )
 
 

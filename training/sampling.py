@@ -181,7 +181,7 @@ def _sample_batch(
     return [_to_sample(tokenizer, prompt, row, stops) for prompt, row in zip(prompts, answers, strict=True)]
 
 
-class _Enough(StoppingCriteria):  # type: ignore[misc]  # its base is untyped
+class _Enough(StoppingCriteria):
     """Ends answers whose flaw is plain, so that a batch does not wait for them: far too long, or a loop for long.
 
     Whatever they would have gone on with, the flaw would be the same; only a loop that is left after three times what

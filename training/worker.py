@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -152,10 +152,10 @@ def run_training(
             yield Registry(database, ArtifactStore(core.home / "store"))
 
     def publish(
-        folder: Path, manifest: Manifest, counts: TrainedCounts, may_move: MoveRule
+        folder: Path, manifest: Manifest, counts: TrainedCounts, may_move: MoveRule, prompts: Sequence[str]
     ) -> tuple[NumberedVersion, bool]:
         with open_versions() as registry:
-            return registry.publish(folder, manifest, alias=alias, promote=may_move)
+            return registry.publish(folder, manifest, alias=alias, promote=may_move, prompts=prompts)
 
     train = DataFile(train_path, str(train_path), "data", options)
     validation = (
@@ -264,7 +264,7 @@ def _train(
     seconds = time.monotonic() - started
     if counts.is_complete:
         watch.restore_best()
-    return TrainedAdapter(run, save, measure, before, watch.best, counts, data.judged, log), seconds
+    return TrainedAdapter(run, save, measure, before, watch.best, counts, data.judged, data.asked, log), seconds
 
 
 def _make_result(trained: TrainedAdapter, done: Published, num_rows: int, train_seconds: float) -> TrainingResult:

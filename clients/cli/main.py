@@ -21,6 +21,7 @@ from clients.cli import (
     jobs,
     keys,
     replay,
+    route,
     serve,
     shadow,
     train,
@@ -44,6 +45,7 @@ app.command("chat")(chat.chat)
 app.add_typer(adapters.app, name="adapters")
 experiments.app.command("replay")(replay.replay)
 app.add_typer(experiments.app, name="experiments")
+app.add_typer(route.app, name="route")
 app.add_typer(shadow.app, name="shadow")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(base.app, name="base")

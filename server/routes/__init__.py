@@ -11,11 +11,12 @@ from server.routes import (
     fine_tuning,
     models,
     operations,
+    routing,
     shadows,
 )
 
 __all__ = ["router"]
 
 router = APIRouter()
-for topic in (chat, completions, models, files, fine_tuning, adapters, experiments, shadows, operations):
+for topic in (chat, completions, models, files, fine_tuning, adapters, experiments, routing, shadows, operations):
     router.include_router(topic.router, tags=[topic.__name__.rpartition(".")[2]])

@@ -19,9 +19,11 @@ from adapters.manifest import ADAPTER_WEIGHTS_FILE
 from adapters.pins import PinService
 from adapters.records import Actor, AuditAction, AuditEntry
 from adapters.registry import Registry
+from adapters.routing.service import RoutingService
 from adapters.shadows import ShadowService
 from tests.support.conversations import easy_rows, write_rows
 from tests.support.experiments import add_users
+from tests.support.routing import COOKING, LEGAL, MUSIC, NOTHING
 from tests.support.versions import PLAIN_MANIFEST, publish_text, write_files
 
 HALVES = [("A", "v1", 50.0), ("B", "v2", 50.0)]
@@ -79,6 +81,16 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
     shadows = ShadowService(registry.database)
     shadow = shadows.start("legal", "v1", share=5)
     shadows.stop("legal")
+    publish_text(registry, "cooked", alias="cooking", prompts=COOKING)
+    publish_text(registry, "lawful", alias="law", prompts=LEGAL)
+    routing = RoutingService(registry, None, background=NOTHING)
+    routing.reconcile()
+    registry.remove("law")
+    publish_text(registry, "played", alias="music", prompts=MUSIC)
+    routing.reconcile()
+    routing.keep_prompts("music", MUSIC)
+    routing.set_rules(())
+    routing.rollback()
     acts = _acts(registry)
     assert [
         ("publish", "legal@v1"),
@@ -108,6 +120,13 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
         ("revoke_key", key.id),
         ("start_shadow", shadow.id),
         ("stop_shadow", shadow.id),
+        ("publish", "cooking@v1"),
+        ("publish", "law@v1"),
+        ("remove", "law"),
+        ("publish", "music@v1"),
+        ("set_prompts", "music@v1"),
+        ("set_routing_rules", "routing rules"),
+        ("rollback_router", "router 1"),
     ] == acts
     assert set(get_args(AuditAction)) == {action for action, _ in acts}
 

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from adapters.registry import Registry
+from adapters.routing.rules import parse_rules
 from clients import errors
 from clients.errors import (
     ApiError,
@@ -30,6 +31,7 @@ from clients.errors import (
     UnavailableError,
     UnexpectedAnswerError,
 )
+from clients.results import Route
 from clients.sdk import (
     AdaptersResource,
     ArmSpec,
@@ -194,6 +196,26 @@ def test_experiment_is_run_and_judged_when_driven_by_the_async_client(url: str, 
             )
 
     asyncio.run(scenario())
+
+
+def test_route_is_told_when_either_client_asks(url: str, site: Site) -> None:
+    """A text, or messages with metadata; typed."""
+    site.services.routing.set_rules(parse_rules({"rules": [{"alias": "legal", "metadata": {"team": "law"}}]}))
+
+    async def scenario() -> Route:
+        async with AsyncHotswap(url) as hotswap:
+            return await hotswap.route(messages=[{"role": "user", "content": "x"}], metadata={"team": "law"})
+
+    found = asyncio.run(scenario())
+    assert ("legal", "rule", "rule 1", None) == (found.alias, found.route, found.rule, found.confidence)
+    with Hotswap(url) as hotswap:
+        abstained = hotswap.route("x")
+    assert ("base", "abstained", [], []) == (
+        abstained.alias,
+        abstained.route,
+        abstained.probabilities,
+        abstained.nearest,
+    )
 
 
 def test_experiment_is_planned_and_changed_when_driven_by_the_client(url: str, site: Site) -> None:

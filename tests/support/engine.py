@@ -502,12 +502,19 @@ class Site:
         return cls(app, services, engine, transport, bench.base, bench.adapters, settings)
 
     def publish(
-        self, alias: str, adapter: str, *, promote: bool = True, reference: BaseReference | None = None
+        self,
+        alias: str,
+        adapter: str,
+        *,
+        promote: bool = True,
+        reference: BaseReference | None = None,
+        prompts: Sequence[str] = (),
     ) -> NumberedVersion:
         """Publish one of the bench's adapters."""
         recipe = RECIPES[adapter]
         manifest = make_manifest(reference or self.base.reference, rank=recipe.rank, alpha=recipe.alpha)
-        return self.registry.publish(self.adapters[adapter], manifest, alias=alias, promote=promote)[0]
+        source = self.adapters[adapter]
+        return self.registry.publish(source, manifest, alias=alias, promote=promote, prompts=prompts)[0]
 
     def prompt(self, text: str) -> tuple[int, ...]:
         """The tokens that the model is asked with for one user message."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from adapters.manifest import (
@@ -32,11 +33,17 @@ def write_files(folder: Path, content: str) -> Path:
 
 
 def publish_text(
-    registry: Registry, content: str, *, alias: str = "legal", promote: bool = True, kind: VersionKind = "chat"
+    registry: Registry,
+    content: str,
+    *,
+    alias: str = "legal",
+    promote: bool = True,
+    kind: VersionKind = "chat",
+    prompts: Sequence[str] = (),
 ) -> NumberedVersion:
     """Publish a version that is made of `content`."""
     source = write_files(registry.store.root.parent / "sources" / alias, content)
     (source / REWARD_HEAD_FILE).write_text(content)  # which is taken with a reward version alone
     manifest = PLAIN_MANIFEST.model_copy(update={"kind": kind})
-    version, _ = registry.publish(source, manifest, alias=alias, promote=promote)
+    version, _ = registry.publish(source, manifest, alias=alias, promote=promote, prompts=prompts)
     return version

@@ -11,15 +11,16 @@ import yaml
 from typer.testing import CliRunner
 
 from adapters.errors import ConfigurationError
-from adapters.methods import ROW_KINDS
+from adapters.methods import ROW_KINDS, SAMPLING_METHODS
 from clients.cli.main import app
 from training.formats import read_dataset
 
 _EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 _RUNS = sorted(path.stem for path in _EXAMPLES.glob("*.yaml"))
 # A single step of few short answers; the validation rows and most others would only cost time.
-_SMALL = ["--max-steps", "1", "--rank", "4", "--batch-size", "4", "--max-answer-tokens", "2", "--learning-rate", "1e-3"]
-_SMALL += ["--promote", "always", "--gate-samples", "1", "--gate-sample-tokens", "2", "--sample-prompts", "0"]
+_SMALL = ["--max-steps", "1", "--rank", "4", "--batch-size", "4", "--learning-rate", "1e-3"]
+_SMALL += ["--promote", "always", "--sample-prompts", "0"]
+_FEW_ANSWERS = ["--gate-samples", "1", "--gate-sample-tokens", "2"]  # which a reward model gives none of
 
 
 class Shell:
@@ -37,12 +38,17 @@ class Shell:
         return json.loads(result.stdout)
 
 
+def _answers(name: str) -> list[str]:
+    sampled = ["--max-answer-tokens", "2"] if name in SAMPLING_METHODS else []
+    return [] if name == "reward" else [*_FEW_ANSWERS, *sampled]
+
+
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory: pytest.TempPathFactory, tiny_folders: dict[str, Path]) -> Shell:
     """A home in which the first two runs of the chain have been made."""
     shell = Shell(tmp_path_factory.mktemp("examples"), tiny_folders["llama"])
     for name in ("sft", "reward"):
-        shell.train("--config", str(_EXAMPLES / f"{name}.yaml"), *_SMALL)
+        shell.train("--config", str(_EXAMPLES / f"{name}.yaml"), *_SMALL, *_answers(name))
     return shell
 
 
@@ -51,7 +57,7 @@ def test_example_run_makes_a_version_when_its_command_is_given(shell: Shell, nam
     """Data, rewards and versions are found as the file says."""
     run = yaml.safe_load((_EXAMPLES / f"{name}.yaml").read_text())
 
-    result = shell.train("--config", str(_EXAMPLES / f"{name}.yaml"), *_SMALL, "--seed", "7")
+    result = shell.train("--config", str(_EXAMPLES / f"{name}.yaml"), *_SMALL, *_answers(name), "--seed", "7")
 
     assert result["published"]["alias"] == run["alias"]
     assert result["num_steps"] == 1

@@ -29,6 +29,7 @@ from adapters.errors import (
 )
 from adapters.manifest import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, MANIFEST_FILE, Manifest, hash_file
 from adapters.registry import Registry
+from adapters.routing.store import load_prompts
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
 from tests.support.conversations import easy_rows, make_messages, write_rows
@@ -222,7 +223,7 @@ def test_manifest_records_where_a_version_comes_from_when_it_was_trained(run: Ru
         "num_validation_rows": 3,
     } == manifest.data.model_dump()
     assert ("chat", "sft", None) == (manifest.kind, manifest.method, manifest.parent)
-    recorded = place.settings.model_dump(mode="json", exclude={"home", "promote", "sample_file"})
+    recorded = place.settings.model_dump(mode="json", exclude={"home", "keep_prompts", "promote", "sample_file"})
     assert recorded == manifest.settings
     assert {
         "validation_loss_before": run.result.validation_loss_before,
@@ -234,6 +235,13 @@ def test_manifest_records_where_a_version_comes_from_when_it_was_trained(run: Ru
     assert hash_chat_template(load_tokenizer(place.base_folder)) == manifest.chat_template_sha256
     assert version("torch") == manifest.libraries["torch"]
     assert {"torch", "transformers", "trl", "peft", "bitsandbytes", "python"} <= set(manifest.libraries)
+
+
+def test_prompts_are_kept_beside_the_version_when_it_is_published(run: Run) -> None:
+    """What users say in the training rows, for the router."""
+    said = {message["content"] for row in easy_rows(10) for message in row if message["role"] == "user"}
+    with run.place.registry().database.read() as session:
+        assert said == set(load_prompts(session, run.result.published.version.digest))
 
 
 def test_manifest_describes_the_adapter_when_its_files_are_read(run: Run) -> None:

@@ -63,7 +63,7 @@ def validate_rl(run: TrainingRun[RenderedPrompt], prompts: Sequence[RenderedProm
     def measure() -> Evaluation:
         assert run.score is not None, "the worker gives an rl run its rewards"
         answers = [answer_greedily(run, prompt) for prompt in prompts]
-        rewards = torch.tensor(run.score(prompts, answers))
+        rewards = torch.tensor(run.score(prompts, answers), dtype=torch.float64)
         return Evaluation.of_rows(-rewards, {"mean_reward": rewards.mean().item()}, scores=rewards)
 
     return measure

@@ -1,0 +1,122 @@
+"""The learned router: topics by their words, no answer far from all of them, the same bytes from the same prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adapters.errors import IntegrityError
+from adapters.routing.embeddings import TokenEmbeddings, open_embeddings
+from adapters.routing.model import RouterModel
+from adapters.routing.training import train_router
+from tests.support.routing import ABOUT_BREAD, ABOUT_LEASE, ABOUT_NOTHING, NOTHING, PROMPTS
+
+
+@pytest.fixture(scope="module")
+def model() -> RouterModel:
+    """A router of three domains."""
+    return train_router(PROMPTS, NOTHING)
+
+
+def test_unseen_texts_get_their_alias_when_scored(model: RouterModel) -> None:
+    """By the words that they share with an alias's prompts."""
+    lease, bread = model.score([ABOUT_LEASE, ABOUT_BREAD])
+    assert "legal" == model.aliases[int(lease.probabilities.argmax())]
+    assert "cooking" == model.aliases[int(bread.probabilities.argmax())]
+    assert lease.probabilities.max() > 0.5
+    assert bread.probabilities.max() > 0.5
+
+
+def test_no_alias_is_likely_when_a_text_is_far_from_all(model: RouterModel) -> None:
+    """Unknown words, general texts and no words at all; what is left belongs to none."""
+    for text in (ABOUT_NOTHING, "tell me a joke about the moon", "", "?!"):
+        (scores,) = model.score([text])
+        assert scores.probabilities.max() < 0.5, text
+        assert scores.none == pytest.approx(1 - float(scores.probabilities.sum()), abs=1e-6)
+
+
+def test_probabilities_stay_the_same_when_a_text_is_shouted(model: RouterModel) -> None:
+    """Case is no topic."""
+    quiet, loud = model.score([ABOUT_LEASE, ABOUT_LEASE.upper()])
+    assert quiet.probabilities.tolist() == loud.probabilities.tolist()
+
+
+def test_template_decides_nothing_when_each_alias_has_its_own() -> None:
+    """Trained on prompts that their form alone tells apart, a text in another alias's form still goes by its topic."""
+    framed = {
+        alias: [f"answer as the {alias} desk would : {prompt} . reply in short {alias} words" for prompt in prompts]
+        for alias, prompts in PROMPTS.items()
+    }
+    model = train_router(framed, NOTHING)
+    (scores,) = model.score([f"Answer as the music desk would: {ABOUT_LEASE}. Reply in short music words"])
+    assert "legal" == model.aliases[int(scores.probabilities.argmax())]
+    assert scores.probabilities.max() > 0.5
+
+
+def test_nearest_prompts_come_first_when_asked_for(model: RouterModel) -> None:
+    """Each with its place among the prompts of its alias."""
+    first, *others = model.nearest("may my landlord keep the deposit?", 4)
+    assert ("legal", 0) == (first.alias, first.position)
+    assert first.similarity > 0.9
+    assert [first.similarity, *(near.similarity for near in others)] == sorted(
+        [first.similarity, *(near.similarity for near in others)], reverse=True
+    )
+
+
+def test_bytes_are_equal_when_trained_twice(model: RouterModel) -> None:
+    """The digest names what a router was made from."""
+    assert model.to_bytes() == train_router(PROMPTS, NOTHING).to_bytes()
+
+
+def test_scores_are_equal_when_stored_and_loaded(model: RouterModel, tiny_embeddings: TokenEmbeddings) -> None:
+    """With embeddings and without."""
+    loaded = RouterModel.from_bytes(model.to_bytes())
+    assert model.score([ABOUT_LEASE])[0].probabilities.tolist() == loaded.score([ABOUT_LEASE])[0].probabilities.tolist()
+    rich = train_router(PROMPTS, NOTHING, tiny_embeddings)
+    again = RouterModel.from_bytes(rich.to_bytes())
+    before, after = (found.score([ABOUT_LEASE], tiny_embeddings)[0].probabilities for found in (rich, again))
+    assert before.tolist() == after.tolist()
+    assert before.tolist() != model.score([ABOUT_LEASE])[0].probabilities.tolist()
+
+
+@pytest.mark.parametrize("content", [b"", b"no safetensors", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_damaged_router_is_refused_when_loaded(content: bytes) -> None:
+    """With our own error, whatever the library raises."""
+    with pytest.raises(IntegrityError, match="can't be read"):
+        RouterModel.from_bytes(content)
+
+
+def test_one_prompt_an_alias_is_enough_when_trained() -> None:
+    """The least there can be trains, and without general texts, too."""
+    model = train_router({"a": ["alpha beta"], "b": ["gamma delta"]}, [])
+    (scores,) = model.score(["alpha beta"])
+    assert np.isfinite(scores.probabilities).all()
+    assert 0 <= scores.none <= 1
+
+
+@pytest.fixture(scope="module")
+def tiny_embeddings(tiny_folders: dict[str, Path]) -> TokenEmbeddings:
+    """Those of a tiny base model."""
+    found = open_embeddings(tiny_folders["llama"])
+    assert found is not None
+    return found
+
+
+def test_embeddings_are_those_of_the_model_when_read_from_its_file(
+    tiny_folders: dict[str, Path], tiny_embeddings: TokenEmbeddings
+) -> None:
+    """Row by row, but for one shift and scale of each dimension."""
+    from safetensors.numpy import load_file
+
+    table = load_file(tiny_folders["llama"] / "model.safetensors")["model.embed_tokens.weight"].astype(np.float32)
+    rows = tiny_embeddings.rows(np.arange(len(table), dtype=np.int64))
+    assert rows.mean(axis=0) == pytest.approx(np.zeros(table.shape[1]), abs=1e-3)
+    corr = [np.corrcoef(rows[:, column], table[:, column])[0, 1] for column in range(table.shape[1])]
+    assert corr == pytest.approx([1.0] * table.shape[1], abs=1e-5)
+
+
+def test_there_are_no_embeddings_when_a_folder_has_none(tmp_path: Path) -> None:
+    """A router then goes by words alone."""
+    assert open_embeddings(tmp_path) is None
