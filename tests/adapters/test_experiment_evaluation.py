@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from scipy import stats
+from sqlalchemy import event
 
 from adapters.audit import AuditLog
 from adapters.database import open_database
@@ -20,7 +21,7 @@ from adapters.experiment_evaluation import EVALUATOR, REALLOCATION_EVERY, Experi
 from adapters.experiment_report import ArmReport, MetricReport, make_report
 from adapters.experiments import ExperimentService
 from adapters.manifest import ADAPTER_WEIGHTS_FILE
-from adapters.records import AnalysisPlan, Arm, Decision, Experiment, Guardrail, Metric, UnitOutcomes
+from adapters.records import AnalysisPlan, Arm, Decision, Experiment, Feedback, Guardrail, Metric, UnitOutcomes
 from adapters.registry import Registry
 from adapters.store import ArtifactStore
 from adapters.tables import DecisionRow, ExperimentRow, ExposureRow, utc_now
@@ -220,6 +221,34 @@ def test_acts_are_undone_when_somebody_wants_them_back(
     assert (1, "undo") == (_points_to(registry), _actions(registry, experiment)[-1])
 
 
+def test_verdict_stays_when_users_report_after_the_decision(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """What it was decided on is history; what came later is told as such, and undoing rewrites nothing either."""
+    experiment = start(auto_promote=True)
+    add_users(registry, experiment, "A", [YES, NO] * 200)
+    add_users(registry, experiment, "B", [YES, YES, YES, NO] * 100)
+    add_users(registry, experiment, "A", [None] * 400)
+    late = add_users(registry, experiment, "B", [None] * 400)
+    evaluation.accept_feedback(experiment.id, "nobody was asked")
+    evaluation.evaluate_all()
+    before = evaluation.report(experiment.id).verdict
+    assert ("promote", "B", "Nothing more; undo takes the decision back.") == (
+        before.kind,
+        before.arm,
+        before.next_step,
+    )
+    service = ExperimentService(registry.database)
+    for response in late:
+        service.record_feedback(Feedback(response, "solved", 0.0))
+    after = evaluation.report(experiment.id).verdict
+    assert (before.kind, before.arm, before.sentence) == (after.kind, after.arm, after.sentence)
+    assert "With what has come since then it would be inconclusive: " in after.notes[-1]
+    undo(registry, experiment.id)
+    undone = evaluation.report(experiment.id).verdict
+    assert (before.sentence, "Nothing more; the decision was taken back.") == (undone.sentence, undone.next_step)
+
+
 def test_alias_stays_when_the_winner_s_files_are_damaged(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:
@@ -250,6 +279,59 @@ def test_row_is_written_when_the_verdict_changes_and_not_at_every_look(
     evaluation.evaluate_all()
     kinds = [decision.numbers["kind"] for decision in _decisions(registry, experiment)[1:]]
     assert ["promote", "inconclusive"] == kinds  # the split fired before the guardrail did
+
+
+def test_outcomes_are_read_again_when_something_has_come(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """A user, a report, another word on an answer, another stage; but not when nothing has happened."""
+    experiment = start()
+    readings: list[str] = []
+
+    def note(*arguments: Any) -> None:
+        readings.extend(["read"] if "min(exposures.served_at)" in arguments[2] else [])
+
+    def read_by_evaluation() -> bool:
+        readings.clear()
+        evaluation.evaluate_all()
+        return bool(readings)
+
+    event.listen(registry.database.engine, "before_cursor_execute", note)
+    service = ExperimentService(registry.database)
+    responses = add_users(registry, experiment, "A", [YES, None])
+    assert [True, False] == [read_by_evaluation() for _ in range(2)]
+    changes: list[Callable[[], object]] = [
+        lambda: add_users(registry, experiment, "B", [None]),
+        lambda: service.record_feedback(Feedback(responses[1], "solved", 1.0)),
+        lambda: service.record_feedback(Feedback(responses[1], "solved", 0.0)),
+        lambda: evaluation.accept_feedback(experiment.id, "known"),
+        lambda: service.change_weights(experiment.id, [("A", None, 80), ("B", None, 20)]),
+    ]
+    for change in changes:
+        change()
+        assert [True, False] == [read_by_evaluation() for _ in range(2)]
+
+
+def test_outcomes_are_read_again_when_time_alone_may_change_the_verdict(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """The last moments of an experiment, and files that are whole again, are no news in the database."""
+    experiment = start(auto_promote=True)
+    _win(registry, experiment)
+    weights = registry.store.folder(experiment.arms[1].digest) / ADAPTER_WEIGHTS_FILE
+    whole = weights.read_bytes()
+    weights.write_text("damaged")
+    evaluation.evaluate_all()
+    assert 1 == _points_to(registry)
+    weights.write_bytes(whole)
+    evaluation.evaluate_all()
+    assert 2 == _points_to(registry)
+    other = start()
+    evaluation.evaluate_all()
+    with registry.database.write() as session:
+        session.get_one(ExperimentRow, other.id).ends_at = utc_now()
+    evaluation.evaluate_all()
+    assert "stop" == _actions(registry, other)[-1]
 
 
 def test_wrong_split_is_remembered_when_later_users_even_it_out(
