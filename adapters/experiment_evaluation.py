@@ -83,8 +83,8 @@ class ExperimentEvaluation:
         """Evaluate what runs, and what has ended at its time since the last evaluation.
 
         An experiment that can't be evaluated, or acted on, is logged and tried again the next time. Whatever is wrong
-        with it, the others are evaluated: one of them may have a guardrail that is broken. One that has nothing new since
-        this object's last evaluation is not read again: that takes more than a second for 100,000 requests.
+        with it, the others are evaluated: one of them may have a guardrail that is broken. One that has nothing new
+        since this object's last evaluation is not read again: that takes more than a second for 100,000 requests.
         """
         with self.registry.database.read() as session:
             statement = select(ExperimentRow.id).where(ExperimentRow.state == "running")
@@ -268,8 +268,8 @@ class ExperimentEvaluation:
 def _look(session: Session, experiment_id: str, now: datetime) -> _Seen | None:
     """By what it shows whether an experiment has anything new; None if its verdict may be another by time alone.
 
-    Counts and sums over the index and over what was reported, which takes a part of the time of reading it. A report that replaces
-    another one may, with a second one, leave all of them as they were: it is read within the hour.
+    Counts and sums over the index and over what was reported, which take a part of the time that reading it does. A
+    report that replaces another one may, with a second one, leave all of them as they were: it is read within the hour.
     """
     row = session.get(ExperimentRow, experiment_id)
     if row is None or state_of(row, now) != "running":
