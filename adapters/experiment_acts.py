@@ -6,8 +6,10 @@ Apart from `experiments`, since moving an alias takes the registry and its store
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any, Literal
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from adapters.audit import record_act
@@ -15,6 +17,7 @@ from adapters.errors import ConflictError
 from adapters.experiment_rows import (
     begin_stage,
     find_open_row,
+    find_running,
     load_arms,
     load_decisions,
     lock_alias,
@@ -26,7 +29,7 @@ from adapters.experiment_rows import (
 from adapters.experiment_stages import find_room
 from adapters.records import Arm, Decision, Experiment, ModelName
 from adapters.registry import Registry, find_version, has_been_at, move_alias
-from adapters.tables import AliasRow, ExperimentRow, utc_now
+from adapters.tables import AliasChangeRow, AliasRow, ExperimentRow, utc_now
 
 __all__ = ["conclude", "undo"]
 
@@ -44,9 +47,12 @@ def conclude(
     numbers: Mapping[str, Any] | None = None,
     by: str | None = None,
 ) -> Experiment:
-    """End a running experiment for good and point its alias to an arm's version.
+    """End an experiment for good, and let its alias answer with an arm's version.
 
-    Whoever comes second, in this process or another, finds the experiment decided and is refused.
+    A promotion points the alias there. A rollback points it to the control only if it points to one of the treatments,
+    or to nothing: where it points elsewhere, users outside of the experiment are answered by another version already,
+    which is no matter of this experiment. Whoever comes second, in this process or another, finds the experiment
+    decided and is refused.
 
     Args:
         registry: On behalf of whom, or what, it is done.
@@ -54,13 +60,15 @@ def conclude(
         arm: Whose version the alias answers with from here on; to roll back, the control.
         action: What the log calls it.
         reason: One plain sentence for the log.
-        stage: The stage that was looked at; None does not care.
+        stage: The stage that was looked at; None is a person's act, for which an experiment may be at its end, too.
+            With a stage one that has just ended at its time is acted on, until that end is written down.
         numbers: What led to it, for the log.
         by: Who decided, if not whom the registry acts for.
 
     Raises:
-        NotFoundError: no such experiment.
-        ConflictError: it isn't running, or in another stage, or has no such arm.
+        NotFoundError: no such experiment, or the arm's version was removed after it had stopped.
+        ConflictError: it was decided, or has never run, or is in another stage, or has no such arm; or, for a
+            promotion, others run on the alias, or somebody has moved it since the experiment ended.
         IntegrityError: the version's stored files are damaged; nothing was changed.
     """
     with registry.store.held():  # nobody removes the files between their check and the move
@@ -71,33 +79,75 @@ def conclude(
             now = utc_now()
             row = find_open_row(session, name, now)
             alias_row = lock_alias(session, row.alias)
-            if state_of(row, now) != "running":
-                raise ConflictError(f"experiment {row.id} is {state_of(row, now)}, not running")
-            if stage not in (None, row.stage):
-                raise ConflictError(f"experiment {row.id} is in stage {row.stage}, not {stage}")
+            _check_can_end(session, row, stage, now)
             if _find_arm(session, row, arm) != chosen:
                 raise ConflictError(f"experiment {row.id} was changed by somebody else at the same time")
-            moved = {"arm": arm, "from_number": alias_row.number, "to_number": chosen.number}
-            row.state, row.stopped_at = "decided", now
+            find_version(session, ModelName(row.alias, number=chosen.number))  # a stopped experiment keeps none
+            moved: dict[str, Any] = {"arm": arm, "from_number": alias_row.number}
             if action == "promote":
+                _check_can_promote(session, row, stage, now)
                 move_alias(session, alias_row, chosen.number, "promote")
-            else:
+            elif alias_row.number is None or alias_row.number in _treated(session, row):
                 _point_back(session, alias_row, chosen.number)
+            moved["to_number"] = alias_row.number
+            row.stopped_at = to_experiment(session, row, now).stopped_at or now
+            row.state = "decided"
             record_decision(session, row, action, reason, numbers=dict(numbers or {}) | moved, by=by)
             record_act(session, "decide_experiment", row.id, alias=row.alias, decision=action, **moved)
             return to_experiment(session, row, now)
+
+
+def _check_can_end(session: Session, row: ExperimentRow, stage: int | None, now: datetime) -> None:
+    """Refuse to decide what is decided, what never ran, and, for who looked at a stage, what others have ended."""
+    state = state_of(row, now)
+    if state == "stopped" and stage is not None and row.state == "stopped":
+        raise ConflictError(f"experiment {row.id} is stopped, not running")
+    if state not in ("running", "stopped"):
+        raise ConflictError(f"experiment {row.id} is {state}, not running")
+    if state == "stopped" and not _has_run(row):
+        raise ConflictError(f"experiment {row.id} was stopped before it ran; there is nothing to decide")
+    if stage not in (None, row.stage):
+        raise ConflictError(f"experiment {row.id} is in stage {row.stage}, not {stage}")
+
+
+def _has_run(row: ExperimentRow) -> bool:
+    if row.stretches is None or row.starts_at is None:
+        return False
+    return row.stopped_at is None or row.starts_at < row.stopped_at
+
+
+def _check_can_promote(session: Session, row: ExperimentRow, stage: int | None, now: datetime) -> None:
+    """Refuse to move an alias under other experiments, and by itself over what somebody chose after the end."""
+    _check_is_alone(session, row)
+    if stage is None or state_of(row, now) == "running":
+        return
+    assert row.ends_at is not None, "it has ended at its time"
+    since = select(AliasChangeRow).where(AliasChangeRow.alias == row.alias, AliasChangeRow.changed_at >= row.ends_at)
+    if session.scalars(since.limit(1)).first() is not None:
+        raise ConflictError(f"{row.alias!r} was moved after experiment {row.id} had ended; promote by hand if you like")
+
+
+def _check_is_alone(session: Session, row: ExperimentRow) -> None:
+    if others := [other.id for other in find_running(session, row.alias) if other.id != row.id]:
+        raise ConflictError(f"running on {row.alias!r}, too: {', '.join(others)}; end them before its alias is moved")
+
+
+def _treated(session: Session, row: ExperimentRow) -> set[int]:
+    """The numbers of the treatments' versions."""
+    return {arm.number for arm in load_arms(session, row.id, row.stage)[1:]}
 
 
 def undo(registry: Registry, name: str) -> Experiment:
     """Take the latest act on an experiment back that isn't yet; repeated calls go further back.
 
     A change of weights is undone by a new stage with the weights from before, in which every unit has the arm that it
-    had. A promotion or a rollback is undone by pointing the alias back; the experiment stays ended, as stopped.
+    had. A promotion or a rollback is undone by pointing the alias back, if it was moved; the experiment stays ended, as
+    stopped.
 
     Raises:
         NotFoundError: no such experiment, or the version to go back to was removed.
         ConflictError: there is nothing to undo, the alias has several experiments, the experiment's weights no longer
-            count, or somebody has moved the alias since.
+            count, or somebody has moved the alias since, or others run on the alias that is to be moved.
         IntegrityError: the version's stored files are damaged; nothing was changed.
     """
     with registry.store.held():
@@ -142,9 +192,11 @@ def _undo_move(session: Session, row: ExperimentRow, alias_row: AliasRow, found:
     back, there = found.numbers["from_number"], found.numbers["to_number"]
     if alias_row.number != there:
         raise ConflictError(f"{row.alias!r} points to v{alias_row.number} by now, not to v{there}; nothing to undo")
-    _find_former(session, row, found)
+    if back != there:
+        _find_former(session, row, found)
+        _check_is_alone(session, row)
+        _point_back(session, alias_row, back)
     row.state = "stopped"
-    _point_back(session, alias_row, back)
     record_decision(
         session,
         row,

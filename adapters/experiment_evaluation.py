@@ -7,12 +7,12 @@ is done twice, or on a stage that is over.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
-from datetime import timedelta
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timedelta
 from typing import Any, Literal
 
 import structlog
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from adapters.audit import record_act
@@ -20,7 +20,7 @@ from adapters.errors import ConflictError, HotswapError, InvalidInputError
 from adapters.experiment_acts import conclude
 from adapters.experiment_report import ExperimentReport, better_shares, make_report
 from adapters.experiment_rows import (
-    find_experiment_row,
+    find_open_row,
     load_decisions,
     record_decision,
     settle_row,
@@ -32,7 +32,8 @@ from adapters.exposures import FEEDBACK_WINDOW, read_outcomes
 from adapters.records import Actor, Experiment
 from adapters.registry import Registry
 from adapters.settled_values import read_settled
-from adapters.tables import ExperimentRow, utc_now
+from adapters.tables import DecisionRow, ExperimentRow, ExposureRow, FeedbackRow, utc_now
+from adapters.verdicts import Verdict
 
 __all__ = ["EVALUATOR", "REALLOCATION_EVERY", "ExperimentEvaluation"]
 
@@ -44,12 +45,26 @@ _STAGE_BEGINS = ("start", "change_weights", "undo")
 _LEAST_SHIFT = 5.0  # percent: less is not worth a stage
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What an experiment had at a look; where two are equal, reading it again would say the same."""
+
+    stage: int
+    hour: int
+    num_decisions: int
+    num_exposures: int
+    num_reports: int
+    sum_reports: float | None
+    latest_report: datetime | None
+
+
 class ExperimentEvaluation:
     """The verdicts of a registry's experiments, and the acts that follow from them."""
 
     def __init__(self, registry: Registry, *, feedback_window: timedelta = FEEDBACK_WINDOW) -> None:
         self.registry = registry
         self._feedback_window = feedback_window
+        self._seen: dict[str, _Seen] = {}  # by experiment, what there was at its last evaluation by `evaluate_all`
 
     def acting_for(self, actor: Actor) -> ExperimentEvaluation:
         """The same on somebody's behalf: experiments on aliases that the actor may not see don't exist."""
@@ -58,26 +73,39 @@ class ExperimentEvaluation:
     def report(self, name: str) -> ExperimentReport:
         """What came of an experiment so far, named by its id or its alias; writes nothing.
 
+        Once it was decided its verdict is the one that it had then.
+
         Raises:
             NotFoundError: there is none.
+            ConflictError: the alias has several that run or are drafts.
         """
-        return self._report(name, in_full=True)
+        return _as_decided(self._report(name, in_full=True))
 
     def evaluate_all(self) -> None:
         """Evaluate what runs, and what has ended at its time since the last evaluation.
 
-        An experiment that can't be evaluated, or acted on, is logged and tried again the next time.
+        An experiment that can't be evaluated, or acted on, is logged and tried again the next time. Whatever is wrong
+        with it, the others are evaluated: one of them may have a guardrail that is broken. One that has nothing new
+        since this object's last evaluation is not read again: that takes more than a second for 100,000 requests.
         """
         with self.registry.database.read() as session:
-            running = list(session.scalars(select(ExperimentRow.id).where(ExperimentRow.state == "running")))
+            statement = select(ExperimentRow.id).where(ExperimentRow.state == "running")
+            running = list(session.scalars(statement.order_by(ExperimentRow.created_at, ExperimentRow.id)))
+        self._seen = {name: seen for name, seen in self._seen.items() if name in running}
         for experiment_id in running:
             try:
-                self.evaluate(experiment_id)
+                self._evaluate_if_new(experiment_id)
             except HotswapError as error:
                 _log.warning("experiment_not_evaluated", experiment=experiment_id, reason=str(error))
+            except Exception:  # the boundary between experiments: numbers of one must not stop the watch over all
+                _log.exception("experiment_not_evaluated", experiment=experiment_id)
 
     def evaluate(self, experiment_id: str) -> None:
         """Judge an experiment, write the verdict down if it is another than before, and act if that was asked for.
+
+        One that has ended at its time is judged and acted on like one that runs, and then its end is written down: what
+        came in the last moments, or while no process was there to look, counts. Should this process die before, the
+        next evaluation does it.
 
         Raises:
             NotFoundError: there is none.
@@ -91,14 +119,33 @@ class ExperimentEvaluation:
             if row.state != "running" or row.stage != experiment.stage:
                 return  # others were faster
             _note_verdict(session, row, report)
-            settle_row(session, row, utc_now())
-        if experiment.state == "running" and (act := _wanted_act(report)) is not None:
-            self._act(report, act, verdict.arm, verdict.sentence)
-        elif experiment.state == "running" and experiment.allocation == "thompson":
-            self._reallocate(report)
+        try:
+            if (act := _wanted_act(report)) is not None:
+                self._act(report, act, verdict.arm, verdict.sentence)
+            elif experiment.state == "running" and experiment.allocation == "thompson":
+                self._reallocate(report)
+        except ConflictError as error:
+            if experiment.state == "running":
+                raise
+            _log.warning("experiment_not_decided", experiment=experiment.id, reason=str(error))
+        if experiment.state == "stopped":
+            with self.registry.database.write() as session:
+                settle_row(session, session.get_one(ExperimentRow, experiment.id), utc_now())
+
+    def _evaluate_if_new(self, experiment_id: str) -> None:
+        """The mark is made before the reading: what comes between them is read twice rather than never."""
+        with self.registry.database.read() as session:
+            seen = _look(session, experiment_id, utc_now())
+        if seen is not None and seen == self._seen.get(experiment_id):
+            return
+        self.evaluate(experiment_id)
+        if seen is not None:
+            self._seen[experiment_id] = seen
 
     def promote(self, name: str, arm: str | None = None, *, reason: str | None = None) -> Experiment:
         """End an experiment by hand for the good of a treatment, whatever the verdict: everybody gets its version.
+
+        It may have been stopped, or have ended at its time, before.
 
         Args:
             name: The experiment's id, or its alias.
@@ -108,7 +155,8 @@ class ExperimentEvaluation:
         Raises:
             NotFoundError: no such experiment.
             InvalidInputError: no arm is given and the verdict promotes none, or the control is given.
-            ConflictError: it isn't running, or has no such arm.
+            ConflictError: it was decided or never ran, has no such arm, or others run on the alias; or
+                the alias has several experiments.
             IntegrityError: the version's files are damaged; the alias stays where it is.
         """
         report = self._report(name, in_full=False)
@@ -118,36 +166,66 @@ class ExperimentEvaluation:
             raise InvalidInputError(f"the verdict is {verdict.kind}; say which arm to promote", param="arm")
         if arm == control:
             raise InvalidInputError(f"{arm} is the control; roll back to it instead", param="arm")
-        return self._act(report, "promote", arm, reason or verdict.sentence)
+        return self._act(report, "promote", arm, reason or verdict.sentence, by_hand=True)
 
     def roll_back(self, name: str, *, reason: str | None = None) -> Experiment:
-        """End an experiment by hand, whatever the verdict: everybody gets the control's version.
+        """End an experiment by hand, whatever the verdict: nobody gets a treatment's version from here on.
+
+        It may have been stopped, or have ended at its time, before. An alias that points to none of the treatments
+        stays where it is.
 
         Raises:
             NotFoundError: no such experiment.
-            ConflictError: it isn't running.
+            ConflictError: it was decided or never ran, or the alias has several.
             IntegrityError: the version's files are damaged; the alias stays where it is.
         """
         report = self._report(name, in_full=False)
-        return self._act(report, "roll_back", None, reason or report.verdict.sentence)
+        return self._act(report, "roll_back", None, reason or report.verdict.sentence, by_hand=True)
 
     def accept_feedback(self, name: str, reason: str) -> Experiment:
         """Let an experiment's arms differ in how often outcomes are known, for the present stage: a person's word.
 
         Raises:
             NotFoundError: no such experiment.
-            ConflictError: it does not run any more.
+            ConflictError: it does not run any more, or the alias has several.
         """
         with self.registry.database.write() as session:
-            row, now = find_experiment_row(session, name), utc_now()
+            now = utc_now()
+            row = find_open_row(session, name, now)
             if state_of(row, now) != "running":
                 raise ConflictError(f"experiment {row.id} is {state_of(row, now)}, not running")
             record_decision(session, row, "accept_feedback", reason)
             record_act(session, "accept_feedback", row.id, alias=row.alias, reason=reason)
             return to_experiment(session, row, now)
 
-    def _act(self, report: ExperimentReport, act: _Act, arm: str | None, reason: str) -> Experiment:
-        """In one transaction that looks again whether the experiment runs in this stage: nothing is done twice."""
+    def accept_split(self, name: str, reason: str) -> Experiment:
+        """Take the arms for comparable though users were not split as was meant: a person's word on what is known.
+
+        It holds for the stages in which that was found. Should the check fire in a later one, it is told again.
+
+        Raises:
+            NotFoundError: no such experiment.
+            ConflictError: it does not run any more, was changed at the same time, or its users are split as was meant;
+                or the alias has several experiments.
+        """
+        report = self._report(name, in_full=False)
+        with self.registry.database.write() as session:
+            now = utc_now()
+            row = find_open_row(session, report.experiment.id, now)
+            if state_of(row, now) != "running":
+                raise ConflictError(f"experiment {row.id} is {state_of(row, now)}, not running")
+            if row.stage != report.experiment.stage:
+                raise ConflictError(f"experiment {row.id} was changed by somebody else at the same time")
+            if not report.split.fired:
+                raise ConflictError(f"the users of experiment {row.id} are split as was meant; nothing to accept")
+            record_decision(session, row, "accept_split", reason, numbers={"stages": list(report.split.stages)})
+            record_act(session, "accept_split", row.id, alias=row.alias, reason=reason)
+            return to_experiment(session, row, now)
+
+    def _act(
+        self, report: ExperimentReport, act: _Act, arm: str | None, reason: str, *, by_hand: bool = False
+    ) -> Experiment:
+        """In one transaction that looks again at the experiment, by itself also at its stage: nothing is done twice."""
         experiment = report.experiment
         chosen = experiment.arms[0].name if act == "roll_back" else arm
         assert chosen is not None  # a promotion names its arm
@@ -157,7 +235,7 @@ class ExperimentEvaluation:
             chosen,
             action=act,
             reason=reason,
-            stage=experiment.stage,
+            stage=None if by_hand else experiment.stage,
             numbers=_numbers(report),
         )
 
@@ -182,7 +260,7 @@ class ExperimentEvaluation:
     def _report(self, name: str, *, in_full: bool) -> ExperimentReport:
         with self.registry.database.read() as session:
             now = utc_now()
-            row = find_experiment_row(session, name)
+            row = find_open_row(session, name, now)
             experiment = to_experiment(session, row, now)
             outcomes = read_outcomes(session, row.id, row.stage)
             settled = read_settled(session, experiment, now=now, window=self._feedback_window)
@@ -190,11 +268,63 @@ class ExperimentEvaluation:
         return make_report(experiment, outcomes, now=now, decisions=decisions, settled=settled, in_full=in_full)
 
 
+def _look(session: Session, experiment_id: str, now: datetime) -> _Seen | None:
+    """By what it shows whether an experiment has anything new; None if its verdict may be another by time alone.
+
+    Counts and sums over the index and over what was reported, which take a part of the time that reading it does. A
+    report that replaces another one may, with a second one, leave all of them as they were: it is read within the hour.
+    """
+    row = session.get(ExperimentRow, experiment_id)
+    if row is None or state_of(row, now) != "running":
+        return None
+    experiment = to_experiment(session, row, now)
+    by_time = experiment.metric is not None and experiment.metric.name == "feedback_rate"
+    if by_time or experiment.analysis == "fixed" or experiment.allocation == "thompson":
+        return None
+    of_stage = ExposureRow.experiment_id == row.id, ExposureRow.stage == row.stage
+    reports = (
+        select(func.count(), func.sum(FeedbackRow.value), func.max(FeedbackRow.reported_at))
+        .join(ExposureRow, FeedbackRow.response_id == ExposureRow.response_id)
+        .where(*of_stage)
+    )
+    num_reports, total, latest = session.execute(reports).one()
+    return _Seen(
+        stage=row.stage,
+        hour=int(now.timestamp()) // 3600,
+        num_decisions=session.scalar(select(func.count()).where(DecisionRow.experiment_id == row.id)) or 0,
+        num_exposures=session.scalar(select(func.count()).where(*of_stage)) or 0,
+        num_reports=num_reports,
+        sum_reports=total,
+        latest_report=latest,
+    )
+
+
 def _wanted_act(report: ExperimentReport) -> _Act | None:
     experiment, kind = report.experiment, report.verdict.kind
     if kind == "promote" and experiment.auto_promote:
         return "promote"
-    return "roll_back" if kind == "roll_back" and experiment.auto_rollback else None
+    return "roll_back" if experiment.auto_rollback and _has_breach(report) else None
+
+
+def _has_breach(report: ExperimentReport) -> bool:
+    """Whether a guardrail is broken. A loss in the primary metric alone is left to a person."""
+    return any(guard.state == "breached" for treatment in report.treatments for guard in treatment.guards)
+
+
+def _as_decided(report: ExperimentReport) -> ExperimentReport:
+    """A report whose verdict is that of the decision, if there was one: what users report later doesn't rewrite it."""
+    ends = [item for item in report.decisions if item.action in ("promote", "roll_back") and "kind" in item.numbers]
+    if report.experiment.state not in ("decided", "stopped") or not ends:
+        return report
+    numbers, today = ends[-1].numbers, report.verdict
+    made_at = f"{ends[-1].made_at:%Y-%m-%d %H:%M} UTC"
+    notes = [*numbers["notes"], f"This was the verdict of {made_at}; the numbers below are today's."]
+    if (today.kind, today.arm) != (numbers["kind"], numbers["arm"]):
+        notes.append(f"With what has come since then it would be {today.kind}: {today.sentence}")
+    is_decided = report.experiment.state == "decided"
+    step = "Nothing more; undo takes the decision back." if is_decided else "Nothing more; the decision was taken back."
+    verdict = Verdict(numbers["kind"], numbers["arm"], numbers["sentence"], tuple(notes), step)
+    return replace(report, verdict=verdict)
 
 
 def _note_verdict(session: Session, row: ExperimentRow, report: ExperimentReport) -> None:
@@ -202,7 +332,7 @@ def _note_verdict(session: Session, row: ExperimentRow, report: ExperimentReport
     verdicts = [
         item for item in load_decisions(session, row.id) if item.action == "verdict" and item.stage == row.stage
     ]
-    last = _gist(verdicts[-1].numbers) if verdicts else ("continue", None, False)
+    last = _gist(verdicts[-1].numbers) if verdicts else ("continue", None, ())
     numbers = _numbers(report)
     if last != _gist(numbers):
         record_decision(session, row, "verdict", report.verdict.sentence, numbers=numbers)
@@ -210,7 +340,7 @@ def _note_verdict(session: Session, row: ExperimentRow, report: ExperimentReport
 
 def _gist(numbers: Mapping[str, Any]) -> tuple[Any, ...]:
     """By what two verdicts are told apart; the numbers behind them are others at every look."""
-    return numbers["kind"], numbers["arm"], numbers["split"]["fired"]
+    return numbers["kind"], numbers["arm"], tuple(numbers["split"]["stages"])
 
 
 def _numbers(report: ExperimentReport) -> dict[str, Any]:
@@ -219,6 +349,7 @@ def _numbers(report: ExperimentReport) -> dict[str, Any]:
     return {
         "kind": verdict.kind,
         "arm": verdict.arm,
+        "sentence": verdict.sentence,
         "notes": list(verdict.notes),
         "split": asdict(report.split),
         "treatments": [

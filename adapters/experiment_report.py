@@ -59,6 +59,8 @@ LEAST_SHARE = 5.0
 _HISTORY_POINTS = 40
 _MAX_METRICS = 50  # clients name metrics, and each costs a comparison
 _FIRST_STAGE = 6 / math.pi**2  # of alpha: one over the sum of 1, 1/4, 1/9, ...
+_WIDEST_LOG = 50.0  # on a scale of logarithms: what is wider says nothing, and its exponential may be no float
+_SPLIT_ALPHA = 0.01  # false alarms of the split's check, over all looks and stages
 _LEAST_ALPHA = 1e-9  # below it, one less it is one: floats end there
 
 
@@ -224,15 +226,20 @@ class _Reader:
         return f"{arm.name} ({self.experiment.alias}@v{arm.number})"
 
     def split(self, decisions: Sequence[Decision]) -> Split:
-        """The check of the split; once it has fired in a stage it stays so, whatever later units look like."""
+        """The check of the split; once it has fired it stays so, also in later stages, until a person accepts it.
+
+        Were a new stage a new beginning, a change of weights by a hair would silence it. The stages share its false
+        alarms: the n-th has 6 / (pi n)^2 of them, which adds up to all.
+        """
+        stage = self.experiment.stage
         counts = tuple(len(self.units(arm.name)) for arm in self.experiment.arms)
         weights = tuple(arm.weight for arm in self.experiment.arms)
-        ratio = sample_ratio(counts, weights)
-        told = any(
-            item.action == "verdict" and item.stage == self.experiment.stage and item.numbers["split"]["fired"]
-            for item in decisions
-        )
-        return Split(counts, weights, ratio.p_value, ratio.fired or told)
+        ratio = sample_ratio(counts, weights, alpha=_SPLIT_ALPHA * 6 / (math.pi * stage) ** 2)
+        fired = {told for d in decisions if d.action == "verdict" for told in d.numbers["split"]["stages"]}
+        fired |= {stage} if ratio.fired else set()
+        accepted = {told for d in decisions if d.action == "accept_split" for told in d.numbers["stages"]}
+        left = tuple(sorted(fired - accepted))
+        return Split(counts, weights, ratio.p_value, bool(left), stage, left, tuple(sorted(accepted)))
 
     def smallest_effect(self) -> float | None:
         """On the scale that the metric is compared on: of a ratio, a share of the control's mean."""
@@ -444,8 +451,10 @@ def _own_interval(interval: Interval | None, metric: str) -> Interval | None:
     return _map_interval(math.exp, interval)
 
 
-def _map_interval(function: Callable[[float], float], interval: Interval) -> Interval:
-    """An interval on another scale; the function increases."""
+def _map_interval(function: Callable[[float], float], interval: Interval) -> Interval | None:
+    """An interval of logarithms on another scale, by a function that increases; None if it is too wide for one."""
+    if interval.high - interval.low > _WIDEST_LOG or interval.high > _WIDEST_LOG:
+        return None
     return Interval(function(interval.estimate), function(interval.low), function(interval.high), interval.confidence)
 
 

@@ -82,7 +82,16 @@ Direction = Literal["increase", "decrease"]
 MetricKind = Literal["share", "number"]
 UnitSource = Literal["user", "header", "conversation", "request"]
 DecisionAction = Literal[
-    "create", "start", "change_weights", "stop", "promote", "roll_back", "verdict", "accept_feedback", "undo"
+    "create",
+    "start",
+    "change_weights",
+    "stop",
+    "promote",
+    "roll_back",
+    "verdict",
+    "accept_feedback",
+    "accept_split",
+    "undo",
 ]
 # What every exposure is measured by; any other metric is one that clients report as feedback.
 BUILT_IN_METRICS = frozenset(
@@ -104,6 +113,7 @@ AuditAction = Literal[
     "stop_experiment",
     "decide_experiment",
     "accept_feedback",
+    "accept_split",
     "undo_decision",
     "set_holdout",
     "start_shadow",

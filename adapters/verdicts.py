@@ -106,12 +106,19 @@ class Treatment:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How the units were split, against how they should have been; `fired` means that chance doesn't explain it."""
+    """How the units of the present stage, `stage`, were split, against how they should have been.
+
+    `fired` means that chance doesn't explain it, in this stage or an earlier one that nobody has accepted: `stages` are
+    those, `accepted` the ones that a person answers for.
+    """
 
     counts: tuple[int, ...]
     weights: tuple[float, ...]
     p_value: float | None
     fired: bool
+    stage: int = 1
+    stages: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,19 +182,19 @@ def guard_state(comparison: Comparison, margin: float) -> GuardState:
 def judge(evidence: Evidence) -> Verdict:
     """The verdict, by the first rule that applies.
 
-    1. The users are not split as they should be: inconclusive, whatever the numbers say.
-    2. A guardrail is breached: roll back.
+    1. A guardrail is breached: roll back, also where the split is wrong. Harm is not waited out.
+    2. The users are not split as they should be: inconclusive, whatever else the numbers say.
     3. The sample was planned, and is not there yet, or feedback on it may still come: continue.
     4. A treatment is better, and nothing holds it back: promote. Of several the one with the highest estimate.
     5. Every treatment is worse: roll back.
     6. Every treatment is worse or equivalent, or nothing more is to come: inconclusive.
     7. Otherwise: continue.
     """
-    if evidence.split.fired:
-        return _mismatch(evidence)
     for treatment in evidence.treatments:
         if breached := [guard for guard in treatment.guards if guard.state == "breached"]:
             return _breach(evidence, treatment, breached)
+    if evidence.split.fired:
+        return _mismatch(evidence)
     if evidence.is_early:
         return _early(evidence)
     better = [treatment for treatment in evidence.treatments if treatment.outcome == "better"]
@@ -268,36 +275,47 @@ def _confidence(treatment: Treatment) -> str:
 
 
 def _mismatch(evidence: Evidence) -> Verdict:
-    counts = " to ".join(f"{count:,}" for count in evidence.split.counts)
-    weights = " to ".join(f"{weight:g}" for weight in evidence.split.weights)
-    chance = "" if evidence.split.p_value is None else f" (p = {evidence.split.p_value:.2g})"
-    notes = [
-        f"The guardrail {guard.comparison.metric} of {treatment.name} looks breached, too: if in doubt, stop."
-        for treatment in evidence.treatments
-        for guard in treatment.guards
-        if guard.state == "breached"
-    ]
     return Verdict(
         "inconclusive",
         None,
-        f"No verdict: users are split {counts}, where {weights} was meant; chance doesn't explain that{chance}, "
-        "so the arms can't be compared.",
-        tuple(notes),
+        f"No verdict: {_describe_split(evidence.split)}, so the arms can't be compared.",
+        (),
         "Look for users whose id changes, clients that retry or give up with one arm alone, and robots; mend it and "
-        "start a new experiment.",
+        "start a new experiment, or accept it with a reason if it does no harm to the comparison.",
     )
+
+
+def _describe_split(split: Split) -> str:
+    if split.stages and split.stage not in split.stages:
+        before = " and ".join(map(str, split.stages))
+        return f"users were not split as was meant before (stage {before}), which other weights don't mend"
+    counts = " to ".join(f"{count:,}" for count in split.counts)
+    weights = " to ".join(f"{weight:g}" for weight in split.weights)
+    chance = "" if split.p_value is None else f" (p = {split.p_value:.2g})"
+    return f"users are split {counts}, where {weights} was meant; chance doesn't explain that{chance}"
 
 
 def _breach(evidence: Evidence, treatment: Treatment, breached: list[Guard]) -> Verdict:
     first = breached[0]
-    others = tuple(f"So is {guard.comparison.metric}: {format_interval(guard.comparison)}." for guard in breached[1:])
+    notes = [f"So is {guard.comparison.metric}: {format_interval(guard.comparison)}." for guard in breached[1:]]
+    if evidence.split.fired:
+        words = _describe_split(evidence.split)
+        notes.append(f"{words[0].upper()}{words[1:]}: how large the harm is can't be told, but it is not waited out.")
+    others = [other for other in evidence.treatments if other != treatment]
+    notes += [f"Rolling back ends it for {other.label}, too: {_describe_outcome(other)}." for other in others]
+    step = f"Roll back, so that nobody is answered by {treatment.version} any more"
+    if others:
+        names = " and ".join(other.name for other in others)
+        step += (
+            f"; or go on with {names} alone, by giving weights to {names} and the control but not to {treatment.name}"
+        )
     return Verdict(
         "roll_back",
         treatment.name,
         f"{treatment.label} breaks the guardrail {first.comparison.metric}: {format_interval(first.comparison)} "
         f"against {evidence.control}, where {format_margin(first)} is allowed.",
-        others,
-        f"Roll back, so that everybody is answered by {evidence.control} again.",
+        tuple(notes),
+        f"{step}.",
     )
 
 
@@ -332,6 +350,8 @@ def _promotion(evidence: Evidence, treatment: Treatment) -> Verdict:
     guards = len(treatment.guards)
     hold = {0: "there are no guardrails", 1: "the guardrail holds"}.get(guards, f"all {guards} guardrails hold")
     notes = [f"{other.label}: {_describe_outcome(other)}." for other in evidence.treatments if other != treatment]
+    if evidence.split.accepted:
+        notes.append(f"Accepted by hand: the split of stage {' and '.join(map(str, evidence.split.accepted))}.")
     if evidence.accepts_feedback_gap:
         notes += [f"Accepted by hand: {gap}." for gap in _open_gaps(treatment)]
     return Verdict(

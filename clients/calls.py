@@ -26,6 +26,7 @@ __all__ = [
     "GuardrailSpec",
     "WeightSpec",
     "accept_feedback",
+    "accept_split",
     "change_weights",
     "create_experiment",
     "delete",
@@ -315,6 +316,12 @@ def accept_feedback(experiment_id: str, reason: str) -> Call[results.Experiment]
     """POST /v1/experiments/{id}/accept-feedback."""
     body = {"reason": reason}
     return Call(results.Experiment, "POST", f"/v1/experiments/{_part(experiment_id)}/accept-feedback", body=body)
+
+
+def accept_split(experiment_id: str, reason: str) -> Call[results.Experiment]:
+    """POST /v1/experiments/{id}/accept-split."""
+    body = {"reason": reason}
+    return Call(results.Experiment, "POST", f"/v1/experiments/{_part(experiment_id)}/accept-split", body=body)
 
 
 def undo_decision(experiment_id: str) -> Call[results.Experiment]:

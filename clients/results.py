@@ -291,12 +291,18 @@ class Treatment(_Record):
 
 
 class Split(_Record):
-    """Users by arm against the weights; `fired`: chance does not explain the difference, and there is no verdict."""
+    """Users by arm against the weights in `stage`; `fired`: chance does not explain it, and nothing is promoted.
+
+    `stages` are those in which it has fired and that nobody has accepted, `accepted` those that a person has.
+    """
 
     counts: list[int]
     weights: list[float]
     p_value: float | None
     fired: bool
+    stage: int
+    stages: list[int]
+    accepted: list[int]
 
 
 class Verdict(_Record):

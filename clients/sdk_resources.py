@@ -212,6 +212,10 @@ class ExperimentsResource:
         """Let arms differ in how often outcomes are known; says why that is harmless."""
         return self._client.send(calls.accept_feedback(experiment_id, reason))
 
+    def accept_split(self, experiment_id: str, reason: str) -> Experiment:
+        """Take arms for comparable though users were not split as was meant; says why that is harmless."""
+        return self._client.send(calls.accept_split(experiment_id, reason))
+
     def undo(self, experiment_id: str) -> Experiment:
         """Take the latest change of weights, promotion or rollback back that is not yet."""
         return self._client.send(calls.undo_decision(experiment_id))
@@ -276,6 +280,10 @@ class AsyncExperimentsResource:
     async def accept_feedback(self, experiment_id: str, reason: str) -> Experiment:
         """See `ExperimentsResource.accept_feedback`."""
         return await self._client.send(calls.accept_feedback(experiment_id, reason))
+
+    async def accept_split(self, experiment_id: str, reason: str) -> Experiment:
+        """See `ExperimentsResource.accept_split`."""
+        return await self._client.send(calls.accept_split(experiment_id, reason))
 
     async def undo(self, experiment_id: str) -> Experiment:
         """See `ExperimentsResource.undo`."""

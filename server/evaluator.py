@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
 
-from adapters.errors import DatabaseBusyError
 from adapters.experiment_evaluation import ExperimentEvaluation
 
 __all__ = ["Evaluator"]
@@ -32,7 +30,8 @@ class Evaluator:
         while True:
             try:
                 await asyncio.to_thread(self._evaluation.evaluate_all)
-            except (SQLAlchemyError, DatabaseBusyError):
-                # A locked or lost database answers requests with an error; this has nobody to tell and tries again.
+            except Exception:
+                # The boundary of the process: a server without this task would stop, and serving comes first. A
+                # locked or lost database answers requests with an error; this has nobody to tell and tries again.
                 _log.exception("experiments_not_evaluated")
             await asyncio.sleep(self._interval_s)

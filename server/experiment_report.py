@@ -85,12 +85,15 @@ class TreatmentObject(BaseModel):
 
 
 class SplitObject(BaseModel):
-    """Users by arm against the weights; `fired`: chance does not explain the difference, and there is no verdict."""
+    """Users by arm against the weights; `fired`: chance does not explain the difference, and nothing is promoted."""
 
     counts: list[int]
     weights: list[float]
     p_value: float | None
     fired: bool
+    stage: int = Field(description="The present stage, whose users these are.")
+    stages: list[int] = Field(description="Where the check has fired and nobody has accepted it.")
+    accepted: list[int] = Field(description="Where it has fired and a person has accepted it.")
 
 
 class VerdictObject(BaseModel):

@@ -156,7 +156,7 @@ class PromotionRequest(RollbackRequest):
 
 
 class AcceptRequest(_Body):
-    """Body of a word that an experiment's arms may differ in how often outcomes are known."""
+    """Body of a word that an experiment's arms may differ: in how often outcomes are known, or in their split."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"reason": "B's button is lower on the page"}]})
     reason: str = Field(min_length=1, max_length=1000, description="Why the difference is harmless, for the log.")

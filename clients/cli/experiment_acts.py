@@ -45,9 +45,16 @@ def rollback(
 def accept(
     name: _NameArgument,
     reason: Annotated[str, typer.Option("--reason", help="Why the difference is harmless, for the log.")],
+    split: Annotated[
+        bool, typer.Option("--split", help="Accept a split of users that chance doesn't explain, instead.")
+    ] = False,
     home: HomeOption = None,
 ) -> None:
     """Let arms differ in how often outcomes are known: it no longer holds a promotion back in this stage."""
+    if split:
+        _open(home).accept_split(name, reason)
+        console.print(f"{name}: arms are compared though users were not split as was meant", soft_wrap=True)
+        return
     _open(home).accept_feedback(name, reason)
     console.print(f"{name}: outcomes may be known more often in one arm than in another", soft_wrap=True)
 

@@ -107,7 +107,11 @@ def undo(name: _NameArgument, home: HomeOption = None, json: JsonOption = False)
     from adapters.experiment_acts import undo as undo_act
 
     experiment = undo_act(open_registry(home), name)
-    _tell(experiment, f"{experiment.id} is {experiment.state}: {_open(home).decisions(name)[-1].reason}", json=json)
+    _tell(
+        experiment,
+        f"{experiment.id} is {experiment.state}: {_open(home).decisions(experiment.id)[-1].reason}",
+        json=json,
+    )
 
 
 @app.command("log")

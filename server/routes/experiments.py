@@ -165,6 +165,12 @@ async def accept_feedback(
     return _experiment(await asyncio.to_thread(services.evaluation.accept_feedback, experiment, body.reason))
 
 
+@router.post("/v1/experiments/{experiment}/accept-split", dependencies=_EXPERIMENTS)
+async def accept_split(experiment: ExperimentPath, body: AcceptRequest, services: CurrentServices) -> ExperimentObject:
+    """Take arms for comparable though users were not split as was meant, in the stages in which that was found."""
+    return _experiment(await asyncio.to_thread(services.evaluation.accept_split, experiment, body.reason))
+
+
 @router.post("/v1/experiments/{experiment}/undo", dependencies=_EXPERIMENTS)
 async def undo_decision(experiment: ExperimentPath, services: CurrentServices) -> ExperimentObject:
     """Take the latest change of weights, promotion or rollback back that isn't yet."""

@@ -22,6 +22,7 @@ from adapters.registry import Registry
 from adapters.routing.service import RoutingService
 from adapters.shadows import ShadowService
 from tests.support.conversations import easy_rows, write_rows
+from tests.support.experiments import add_users
 from tests.support.routing import COOKING, LEGAL, MUSIC, NOTHING
 from tests.support.versions import PLAIN_MANIFEST, publish_text, write_files
 
@@ -54,6 +55,8 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
     experiments.change_weights(second.id, [("A", None, 80), ("B", None, 20)])
     evaluation = ExperimentEvaluation(registry)
     evaluation.accept_feedback(second.id, "known")
+    add_users(registry, experiments.get(second.id), "A", [None] * 300)
+    evaluation.accept_split(second.id, "a robot")
     evaluation.promote(second.id, "B")
     undo(registry, second.id)
     pins = PinService(registry.database)
@@ -101,6 +104,7 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
         ("start_experiment", second.id),
         ("change_weights", second.id),
         ("accept_feedback", second.id),
+        ("accept_split", second.id),
         ("decide_experiment", second.id),
         ("undo_decision", second.id),
         ("pin", "legal"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from datetime import timedelta
 
 import pytest
 
@@ -12,6 +13,7 @@ from adapters.experiments import ExperimentService
 from adapters.manifest import ADAPTER_WEIGHTS_FILE
 from adapters.records import Experiment
 from adapters.registry import Registry
+from adapters.tables import ExperimentRow, utc_now
 from tests.support.versions import publish_text
 
 HALVES = [("A", "v1", 50.0), ("B", "v2", 50.0)]
@@ -57,19 +59,89 @@ def test_alias_moves_to_the_winner_and_back_when_that_is_undone(
         undo(registry, "legal")
 
 
-def test_alias_stays_with_the_control_when_an_experiment_is_rolled_back(
+def test_alias_comes_to_the_control_when_it_points_to_a_treatment_that_is_rolled_back(
     registry: Registry, experiments: ExperimentService
 ) -> None:
-    """If it pointed elsewhere it comes to the control; undoing that puts it there again."""
+    """From the treatment to the control, and there again when that is undone; at the control it stays."""
     experiments.create("legal", HALVES)
     conclude(registry, "legal", "A", action="roll_back", reason="errors")
     assert ("decided", 1, None) == _state(registry, experiments)
-    registry.promote("legal@v3")
+    registry.promote("legal@v2")
     experiments.create("legal", HALVES)
     conclude(registry, "legal", "A", action="roll_back", reason="errors")
     assert ("decided", 1, None) == _state(registry, experiments)
     undo(registry, "legal")
+    assert ("stopped", 2, None) == _state(registry, experiments)
+
+
+def test_alias_stays_when_it_points_to_no_arm_of_what_is_rolled_back(
+    registry: Registry, experiments: ExperimentService
+) -> None:
+    """Another version is none of the experiment's business: it ends, and that is undone without a move."""
+    registry.promote("legal@v3")
+    moves = len(registry.history("legal"))
+    created = experiments.create("legal", HALVES)
+    conclude(registry, "legal", "A", action="roll_back", reason="errors")
+    assert ("decided", 3, None) == _state(registry, experiments)
+    assert (3, 3) == tuple(experiments.decisions(created.id)[-1].numbers[end] for end in ("from_number", "to_number"))
+    undo(registry, "legal")
     assert ("stopped", 3, None) == _state(registry, experiments)
+    assert moves == len(registry.history("legal"))
+
+
+def test_promotion_stands_when_another_experiment_is_rolled_back(
+    registry: Registry, experiments: ExperimentService
+) -> None:
+    """One experiment's end moves no alias that another one moved; and while two run, nothing but harm moves it."""
+    first = experiments.create("legal", HALVES, traffic=50)
+    second = experiments.create("legal", [("A", "v1", 50.0), ("B", "v3", 50.0)], traffic=50)
+    with pytest.raises(ConflictError, match=f"running on 'legal', too: {second.id}"):
+        conclude(registry, first.id, "B", action="promote", reason="better")
+    experiments.stop(first.id)
+    experiments.stop(second.id)
+    conclude(registry, first.id, "B", action="promote", reason="better")
+    conclude(registry, second.id, "A", action="roll_back", reason="errors")
+    assert 2 == registry.alias("legal").current.number
+    experiments.create("legal", HALVES, traffic=50)
+    with pytest.raises(ConflictError, match="running on 'legal', too"):
+        undo(registry, first.id)
+    assert ("stopped", 2) == (undo(registry, second.id).state, registry.alias("legal").current.number)
+
+
+def test_stopped_experiment_is_decided_when_a_person_asks(registry: Registry, experiments: ExperimentService) -> None:
+    """It has its numbers, and its end stays what it was; one that never ran has none, nor one whose version is gone."""
+    created = experiments.create("legal", HALVES)
+    stopped = experiments.stop(created.id)
+    ended = conclude(registry, created.id, "B", action="promote", reason="B is better")
+    assert ("decided", stopped.stopped_at, 2) == (ended.state, ended.stopped_at, registry.alias("legal").current.number)
+    draft = experiments.create("legal", HALVES, draft=True)
+    for state in ("is draft, not running", "was stopped before it ran"):
+        with pytest.raises(ConflictError, match=state):
+            conclude(registry, draft.id, "B", action="promote", reason="r")
+        if state.startswith("is"):
+            experiments.stop(draft.id)
+    late = experiments.create("legal", HALVES, starts_at=utc_now() + timedelta(days=1))
+    experiments.stop(late.id)
+    with pytest.raises(ConflictError, match="was stopped before it ran"):
+        conclude(registry, late.id, "B", action="promote", reason="r")
+    other = experiments.create("legal", [("A", "v1", 50.0), ("B", "v3", 50.0)])
+    experiments.stop(other.id)
+    registry.remove("legal@v3")
+    with pytest.raises(NotFoundError):
+        conclude(registry, other.id, "B", action="promote", reason="r")
+
+
+def test_alias_is_not_taken_from_a_person_when_an_ended_experiment_has_a_winner(
+    registry: Registry, experiments: ExperimentService
+) -> None:
+    """Between the end and the evaluation somebody has promoted another version; by hand it may still be done."""
+    created = experiments.create("legal", HALVES)
+    with registry.database.write() as session:
+        session.get_one(ExperimentRow, created.id).ends_at = utc_now()
+    registry.promote("legal@v3")
+    with pytest.raises(ConflictError, match="was moved after experiment"):
+        conclude(registry, created.id, "B", action="promote", reason="better", stage=1)
+    assert "decided" == conclude(registry, created.id, "B", action="promote", reason="better").state
 
 
 def test_one_act_is_done_when_two_processes_decide_at_once(registry: Registry, experiments: ExperimentService) -> None:
@@ -107,7 +179,7 @@ def test_conclude_is_refused_when_something_is_not_as_it_was_seen(
     assert ("running", 1, created.id) == _state(registry, experiments)
     experiments.stop("legal")
     with pytest.raises(ConflictError, match="is stopped, not running"):
-        conclude(registry, created.id, "A", action="promote", reason="r")
+        conclude(registry, created.id, "A", action="promote", reason="r", stage=1)
     assert ["start", "stop"] == [decision.action for decision in experiments.decisions(created.id)]
 
 

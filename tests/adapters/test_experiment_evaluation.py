@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from scipy import stats
+from sqlalchemy import event
 
 from adapters.audit import AuditLog
 from adapters.database import open_database
@@ -20,7 +22,17 @@ from adapters.experiment_report import ArmReport, MetricReport, stage_confidence
 from adapters.experiments import ExperimentService
 from adapters.exposures import FEEDBACK_WINDOW
 from adapters.manifest import ADAPTER_WEIGHTS_FILE
-from adapters.records import BUILT_IN_METRICS, AnalysisPlan, Arm, Decision, Experiment, Feedback, Guardrail, Metric
+from adapters.records import (
+    BUILT_IN_METRICS,
+    AnalysisPlan,
+    Arm,
+    Decision,
+    Experiment,
+    Feedback,
+    Guardrail,
+    Metric,
+    UnitOutcomes,
+)
 from adapters.registry import Registry
 from adapters.settled_values import read_settled
 from adapters.store import ArtifactStore
@@ -116,6 +128,37 @@ def test_alias_goes_back_when_it_points_to_the_candidate_that_breaks(
     assert "rollback" == registry.history("legal")[-1].action
 
 
+def test_others_are_evaluated_when_one_experiment_can_t_be(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """A plan that nobody can read raises what no caller expects; the guardrail of the next one is acted on."""
+    publish_text(registry, "four", alias="other")
+    publish_text(registry, "five", alias="other", promote=False)
+    poisoned = ExperimentService(registry.database).create("other", HALVES)
+    with registry.database.write() as session:
+        session.get_one(ExperimentRow, poisoned.id).plan = {"unknown": 1}
+    experiment = start(auto_rollback=True)
+    _break(registry, experiment)
+    with pytest.raises(TypeError):
+        evaluation.evaluate(poisoned.id)
+    evaluation.evaluate_all()
+    assert "decided" == ExperimentService(registry.database).get(experiment.id).state
+
+
+def test_interval_is_not_there_yet_when_times_are_too_far_apart(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Users whose times differ by hundreds of powers of ten: an exponential of the bound would be no float."""
+    experiment = start(guardrails=(Guardrail("total_ms", "decrease", 0.2, is_relative=True),))
+    for arm in ("A", "B"):
+        for ttft_ms in (1e-2, 1e300):
+            add_users(registry, experiment, arm, [YES] * 10, ttft_ms=ttft_ms)
+    report = evaluation.report(experiment.id)
+    (guard,) = report.treatments[0].guards
+    assert (None, "no_data") == (guard.comparison.interval, guard.state)
+    assert None is _metric(report.arms[0], "total_ms").interval
+
+
 def test_winner_is_promoted_once_when_that_was_asked_for(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:
@@ -190,6 +233,34 @@ def test_acts_are_undone_when_somebody_wants_them_back(
     assert (1, "undo") == (_points_to(registry), _actions(registry, experiment)[-1])
 
 
+def test_verdict_stays_when_users_report_after_the_decision(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """What it was decided on is history; what came later is told as such, and undoing rewrites nothing either."""
+    experiment = start(auto_promote=True)
+    add_users(registry, experiment, "A", [YES, NO] * 200)
+    add_users(registry, experiment, "B", [YES, YES, YES, NO] * 100)
+    add_users(registry, experiment, "A", [None] * 400)
+    late = add_users(registry, experiment, "B", [None] * 400)
+    evaluation.accept_feedback(experiment.id, "nobody was asked")
+    evaluation.evaluate_all()
+    before = evaluation.report(experiment.id).verdict
+    assert ("promote", "B", "Nothing more; undo takes the decision back.") == (
+        before.kind,
+        before.arm,
+        before.next_step,
+    )
+    service = ExperimentService(registry.database)
+    for response in late:
+        service.record_feedback(Feedback(response, "solved", 0.0))
+    after = evaluation.report(experiment.id).verdict
+    assert (before.kind, before.arm, before.sentence) == (after.kind, after.arm, after.sentence)
+    assert "With what has come since then it would be inconclusive: " in after.notes[-1]
+    undo(registry, experiment.id)
+    undone = evaluation.report(experiment.id).verdict
+    assert (before.sentence, "Nothing more; the decision was taken back.") == (undone.sentence, undone.next_step)
+
+
 def test_alias_stays_when_the_winner_s_files_are_damaged(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:
@@ -219,10 +290,60 @@ def test_row_is_written_when_the_verdict_changes_and_not_at_every_look(
     add_users(registry, experiment, "B", [None] * 300, error="the model failed")
     evaluation.evaluate_all()
     kinds = [decision.numbers["kind"] for decision in _decisions(registry, experiment)[1:]]
-    assert [
-        "promote",
-        "inconclusive",
-    ] == kinds  # 1,100 of 1,900 users in one half: the split fired before the guardrail
+    assert ["promote", "inconclusive"] == kinds  # the split fired before the guardrail did
+
+
+def test_outcomes_are_read_again_when_something_has_come(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """A user, a report, another word on an answer, another stage; but not when nothing has happened."""
+    experiment = start()
+    readings: list[str] = []
+
+    def note(*arguments: Any) -> None:
+        readings.extend(["read"] if "min(exposures.served_at)" in arguments[2] else [])
+
+    def read_by_evaluation() -> bool:
+        readings.clear()
+        evaluation.evaluate_all()
+        return bool(readings)
+
+    event.listen(registry.database.engine, "before_cursor_execute", note)
+    service = ExperimentService(registry.database)
+    responses = add_users(registry, experiment, "A", [YES, None])
+    assert [True, False] == [read_by_evaluation() for _ in range(2)]
+    changes: list[Callable[[], object]] = [
+        lambda: add_users(registry, experiment, "B", [None]),
+        lambda: service.record_feedback(Feedback(responses[1], "solved", 1.0)),
+        lambda: service.record_feedback(Feedback(responses[1], "solved", 0.0)),
+        lambda: evaluation.accept_feedback(experiment.id, "known"),
+        lambda: service.change_weights(experiment.id, [("A", None, 80), ("B", None, 20)]),
+    ]
+    for change in changes:
+        change()
+        assert [True, False] == [read_by_evaluation() for _ in range(2)]
+
+
+def test_outcomes_are_read_again_when_time_alone_may_change_the_verdict(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """The last moments of an experiment, and files that are whole again, are no news in the database."""
+    experiment = start(auto_promote=True)
+    _win(registry, experiment)
+    weights = registry.store.folder(experiment.arms[1].digest) / ADAPTER_WEIGHTS_FILE
+    whole = weights.read_bytes()
+    weights.write_text("damaged")
+    evaluation.evaluate_all()
+    assert 1 == _points_to(registry)
+    weights.write_bytes(whole)
+    evaluation.evaluate_all()
+    assert 2 == _points_to(registry)
+    other = start()
+    evaluation.evaluate_all()
+    with registry.database.write() as session:
+        session.get_one(ExperimentRow, other.id).ends_at = utc_now()
+    evaluation.evaluate_all()
+    assert "stop" == _actions(registry, other)[-1]
 
 
 def test_wrong_split_is_remembered_when_later_users_even_it_out(
@@ -239,6 +360,61 @@ def test_wrong_split_is_remembered_when_later_users_even_it_out(
     assert report.split.p_value is not None
     assert report.split.p_value > 0.5
     assert (True, "inconclusive", 1) == (report.split.fired, report.verdict.kind, _points_to(registry))
+
+
+def test_wrong_split_is_carried_into_later_stages_until_somebody_accepts_it(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """A change of weights by a hair is no remedy; what was accepted is told again only where it is found again."""
+    experiment = start(auto_promote=True)
+    service = ExperimentService(registry.database)
+    with pytest.raises(ConflictError, match="are split as was meant; nothing to accept"):
+        evaluation.accept_split("legal", "why not")
+    add_users(registry, experiment, "A", [YES] * 300)
+    add_users(registry, experiment, "B", [YES] * 150)
+    evaluation.evaluate_all()
+    changed = service.change_weights("legal", [("A", None, 50.02), ("B", None, 49.98)])
+    _win(registry, changed, 800)
+    evaluation.evaluate_all()
+    split = evaluation.report("legal").split
+    assert (True, (1,), ()) == (split.fired, split.stages, split.accepted)
+    assert (1, "inconclusive") == (_points_to(registry), evaluation.report("legal").verdict.kind)
+    evaluation.accept_split("legal", "a crawler, which is blocked since")
+    accepted = evaluation.report("legal")
+    assert (False, (1,), "promote") == (accepted.split.fired, accepted.split.accepted, accepted.verdict.kind)
+    add_users(registry, changed, "A", [YES] * 500)
+    evaluation.evaluate_all()
+    assert (2,) == evaluation.report("legal").split.stages
+    service.stop("legal")
+    with pytest.raises(ConflictError, match="stopped, not running"):
+        evaluation.accept_split("legal", "again")
+
+
+def test_false_alarms_of_the_split_are_shared_by_the_stages_when_weights_change() -> None:
+    """A p-value that fires alone does not fire as the second of many chances."""
+    moment = utc_now()
+    arms = (Arm("A", 1, "a" * 64, 50.0), Arm("B", 2, "b" * 64, 50.0))
+    first = Experiment(
+        id="exp-1", alias="legal", salt="s", arms=arms, state="running", created_at=moment, stage=1, metric=SOLVED
+    )
+    found = {
+        count: [
+            make_report(replace(first, stage=stage), _units(count, 500), now=moment, in_full=False).split
+            for stage in (1, 2)
+        ]
+        for count in range(600, 700, 2)
+    }
+    both = [(one.fired, two.fired) for one, two in found.values()]
+    assert {(False, False), (True, False), (True, True)} == set(both)
+    assert all(one.p_value <= 0.01 * 6 / math.pi**2 for one, _ in found.values() if one.fired and one.p_value)
+
+
+def _units(*counts: int) -> dict[str, list[UnitOutcomes]]:
+    """So many users in A and B, without any outcome."""
+    return {
+        arm: [UnitOutcomes(f"{arm}{n}", utc_now(), 1, 0, 0, 0, 0.0, 1.0, 1, 0, {}) for n in range(count)]
+        for arm, count in zip("AB", counts, strict=True)
+    }
 
 
 def test_difference_in_feedback_holds_back_until_somebody_accepts_it(
@@ -271,6 +447,95 @@ def test_last_verdict_is_written_when_an_experiment_has_ended_at_its_time(
         evaluation.evaluate_all()
     assert ["start", "verdict", "stop"] == _actions(registry, experiment)
     assert "its end date has passed" in _decisions(registry, experiment)[1].reason
+
+
+@pytest.mark.parametrize("outcome", ["breach", "win"])
+def test_act_is_done_when_the_end_came_before_the_last_look(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation, outcome: str
+) -> None:
+    """What came in the last moments counts as much as what came before; once, however often it is evaluated."""
+    registry.promote("legal@v2")
+    experiment = start(auto_promote=True, auto_rollback=True)
+    (_break if outcome == "breach" else _win)(registry, experiment)
+    ends_at = utc_now()
+    with registry.database.write() as session:
+        session.get_one(ExperimentRow, experiment.id).ends_at = ends_at
+    for _ in range(2):
+        evaluation.evaluate_all()
+    found = ExperimentService(registry.database).get(experiment.id)
+    act, points_to = ("roll_back", 1) if outcome == "breach" else ("promote", 2)
+    assert ("decided", ends_at, points_to) == (found.state, found.stopped_at, _points_to(registry))
+    assert ["start", "verdict", act] == _actions(registry, experiment)
+
+
+def test_end_is_written_when_the_winner_of_an_ended_experiment_can_t_be_promoted(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Somebody has moved the alias since: the verdict stands in the log, and it is not tried for ever."""
+    experiment = start(auto_promote=True)
+    _win(registry, experiment)
+    with registry.database.write() as session:
+        session.get_one(ExperimentRow, experiment.id).ends_at = utc_now()
+    registry.promote("legal@v3")
+    for _ in range(2):
+        evaluation.evaluate_all()
+    assert (3, ["start", "verdict", "stop"]) == (_points_to(registry), _actions(registry, experiment))
+    assert "decided" == evaluation.roll_back(experiment.id).state
+
+
+def test_breach_ends_the_experiment_when_the_split_is_wrong(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Only a promotion takes a split that can be trusted: an arm that fails may lose users by that alone."""
+    experiment = start(auto_rollback=True)
+    add_users(registry, experiment, "A", [YES] * 300)
+    add_users(registry, experiment, "B", [None] * 120, error="the model failed")
+    evaluation.evaluate_all()
+    assert ["start", "verdict", "roll_back"] == _actions(registry, experiment)
+    assert _decisions(registry, experiment)[-1].numbers["split"]["fired"]
+
+
+def test_nothing_is_done_by_itself_when_a_treatment_only_loses(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """What `auto_rollback` acts on is a breached guardrail; the verdict is written down."""
+    experiment = start(auto_rollback=True)
+    add_users(registry, experiment, "B", [YES, NO] * 200)
+    add_users(registry, experiment, "A", [YES, YES, YES, NO] * 100)
+    evaluation.evaluate_all()
+    assert ["start", "verdict"] == _actions(registry, experiment)
+    assert "roll_back" == _decisions(registry, experiment)[-1].numbers["kind"]
+
+
+def test_experiment_goes_on_when_more_users_come_than_were_planned(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """A number tunes the intervals of a sequence and ends nothing; one for a single look ends there."""
+    experiment = start(planned_units=100)
+    add_users(registry, experiment, "A", [YES, NO] * 40)
+    add_users(registry, experiment, "B", [YES, NO] * 40)
+    assert "continue" == evaluation.report(experiment.id).verdict.kind
+    ExperimentService(registry.database).stop(experiment.id)
+    stopped = evaluation.report(experiment.id).verdict
+    assert ("inconclusive", True) == (stopped.kind, "(it was stopped)" in stopped.sentence)
+
+
+def test_alias_is_refused_when_it_has_several_experiments(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """A newer draft must not hide what runs from those who look, decide or accept."""
+    running = start()
+    ExperimentService(registry.database).create("legal", HALVES, draft=True)
+    acts: list[Callable[[], object]] = [
+        lambda: evaluation.report("legal"),
+        lambda: evaluation.promote("legal", "B"),
+        lambda: evaluation.roll_back("legal"),
+        lambda: evaluation.accept_feedback("legal", "known"),
+    ]
+    for act in acts:
+        with pytest.raises(ConflictError, match="'legal' has several experiments"):
+            act()
+    assert ["start"] == _actions(registry, running)
 
 
 def test_only_the_present_stage_is_read_when_weights_were_changed(

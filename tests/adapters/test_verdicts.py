@@ -85,10 +85,11 @@ OVER: dict[str, Any] = {"over": "its end date has passed"}
 @pytest.mark.parametrize(
     ("evidence", "kind", "words"),
     [
-        # 1. The split comes before everything.
+        # 2. The split comes before everything but harm.
         (_evidence(_treatment(BETTER, HELD), split=SKEWED), "inconclusive", "split 600 to 400, where 50 to 50"),
-        (_evidence(_treatment(BETTER, BREACHED), split=SKEWED), "inconclusive", "No verdict"),
-        # 2. A guardrail comes before a gain, and before a plan that is not there yet.
+        (_evidence(_treatment(WORSE), split=SKEWED), "inconclusive", "No verdict"),
+        # 1. A guardrail comes before a wrong split, a gain, and before a plan that is not there yet.
+        (_evidence(_treatment(BETTER, BREACHED), split=SKEWED), "roll_back", "breaks the guardrail error_rate"),
         (_evidence(_treatment(BETTER, HELD, BREACHED)), "roll_back", "breaks the guardrail error_rate"),
         (_evidence(_treatment(None, BREACHED), is_early=True), "roll_back", "between +2 and +5 points"),
         (_evidence(_treatment(OPEN, BREACHED), **OVER), "roll_back", "+1 points is allowed"),
@@ -168,10 +169,30 @@ def test_accepted_gap_is_told_when_it_no_longer_holds_back() -> None:
     )
 
 
-def test_breach_is_told_when_the_split_is_wrong() -> None:
-    """No verdict, but nobody should have to find out by himself."""
+def test_wrong_split_is_told_when_a_guardrail_is_breached() -> None:
+    """Harm is acted on; nobody should have to find out by himself that its size is not to be trusted."""
     (note,) = judge(_evidence(_treatment(OPEN, BREACHED), split=SKEWED)).notes
-    assert "error_rate of B looks breached" in note
+    assert note.startswith("Users are split 600 to 400, where 50 to 50 was meant")
+
+
+def test_split_of_a_former_stage_is_told_when_the_present_one_is_right() -> None:
+    """The sentence names the stage; accepted by a person, it is a note of the promotion."""
+    found = Split((500, 500), (50, 50), 0.8, fired=True, stage=3, stages=(1, 2))
+    assert (
+        "before (stage 1 and 2), which other weights don't mend"
+        in judge(_evidence(_treatment(BETTER), split=found)).sentence
+    )
+    accepted = replace(found, fired=False, stages=(), accepted=(1,))
+    verdict = judge(_evidence(_treatment(BETTER), split=accepted))
+    assert ("promote", ("Accepted by hand: the split of stage 1.",)) == (verdict.kind, verdict.notes)
+
+
+def test_other_treatments_are_named_when_one_breaks_a_guardrail() -> None:
+    """Rolling back would end the experiment for a winner, too: it says how to go on without the one that harms."""
+    verdict = judge(_evidence(_treatment(OPEN, BREACHED), _treatment(BETTER, HELD, name="C")))
+    (note,) = verdict.notes
+    assert note.startswith("Rolling back ends it for C (legal@C), too: better, solved +0.05")
+    assert verdict.next_step.endswith("go on with C alone, by giving weights to C and the control but not to B.")
 
 
 @pytest.mark.parametrize(
@@ -270,4 +291,4 @@ def test_promotion_takes_everything_when_given_any_evidence(
     if verdict.kind == "continue":
         assert over is None
     if any(guard.state == "breached" for arm in treatments for guard in arm.guards):
-        assert verdict.kind == ("inconclusive" if fired else "roll_back")
+        assert verdict.kind == "roll_back"

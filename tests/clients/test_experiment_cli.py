@@ -107,7 +107,7 @@ def test_show_says_what_is_wrong_when_a_guardrail_or_the_split_is(home: Home) ->
     assert "breached" in shown
     add_users(home.registry, experiment, "B", [YES] * 300)
     shown = home.text("show", experiment.id)
-    assert "No verdict: users are split 60 to 360, where 50 to 50 was meant" in shown
+    assert "Users are split 60 to 360, where 50 to 50 was meant" in shown
     assert "not by chance: see the verdict" in shown
 
 
@@ -128,6 +128,10 @@ def test_person_decides_when_told_to(home: Home) -> None:
     assert f"hotswap experiments undo {first.id}" in home.text("promote", "legal")
     assert 2 == home.registry.alias("legal").current.number
     second = home.start()
+    with pytest.raises(ConflictError, match="split as was meant; nothing to accept"):
+        home.text("accept", "legal", "--split", "--reason", "known")
+    add_users(home.registry, second, "A", [None] * 300)
+    assert "though users were not split as was meant" in home.text("accept", "legal", "--split", "--reason", "known")
     home.text("rollback", "legal", "--reason", "cold feet")
     assert 1 == home.registry.alias("legal").current.number
     with pytest.raises(ConflictError, match="decided, not running"):

@@ -47,6 +47,7 @@ from clients.sdk import (
     WeightSpec,
 )
 from tests.support.engine import RECIPES, Bench, Site, make_bench, save_recipes
+from tests.support.experiments import add_users
 from tests.support.http import serve_site
 from tests.support.tiny import save_random_adapter
 
@@ -184,6 +185,8 @@ def test_experiment_is_run_and_judged_when_driven_by_the_async_client(url: str, 
             await experiments.stop(draft.id)
             judged = [(await experiments.create("legal", arms)).id]
             assert "running" == (await experiments.accept_feedback(judged[0], "known")).state
+            add_users(site.registry, site.experiments.get(judged[0]), "A", [None] * 300)
+            assert "running" == (await experiments.accept_split(judged[0], "known")).state
             assert "decided" == (await experiments.promote(judged[0], "B")).state
             judged.append((await experiments.create("legal", arms)).id)
             assert "decided" == (await experiments.rollback(judged[1], reason="cold feet")).state
@@ -253,6 +256,8 @@ def test_experiment_is_planned_and_changed_when_driven_by_the_client(url: str, s
         assert "stopped" == experiments.stop(draft.id).state
         judged = [experiments.create("legal", [ArmSpec("A", "v1", 50), ArmSpec("B", "v2", 50)]).id]
         assert "running" == experiments.accept_feedback(judged[0], "known").state
+        add_users(site.registry, site.experiments.get(judged[0]), "A", [None] * 300)
+        assert "running" == experiments.accept_split(judged[0], "known").state
         assert "decided" == experiments.promote(judged[0], "B", reason="users say so").state
         judged.append(experiments.create("legal", [ArmSpec("A", "v1", 50), ArmSpec("B", "v2", 50)]).id)
         assert "decided" == experiments.rollback(judged[1]).state

@@ -69,7 +69,7 @@ def test_alias_answers_with_the_control_when_one_evaluation_has_seen_the_errors(
     assert ({"legal@v1", "legal@v2"}, {"legal@v1 by alias"}) == (before, after)
 
 
-def test_evaluator_goes_on_when_the_database_was_away(site: Site) -> None:
+def test_evaluator_goes_on_when_the_database_was_away_or_numbers_overflow(site: Site) -> None:
     """It has nobody to tell, and tries again."""
     looks: list[int] = []
 
@@ -78,16 +78,18 @@ def test_evaluator_goes_on_when_the_database_was_away(site: Site) -> None:
             looks.append(len(looks))
             if len(looks) == 1:
                 raise OperationalError("SELECT", {}, Exception("the database is away"))
+            if len(looks) == 2:
+                raise OverflowError("math range error")
 
     async def scenario() -> None:
         task = asyncio.create_task(Evaluator(Failing(site.registry), interval_s=0.001).run())
-        while len(looks) < 3:
+        while len(looks) < 4:
             assert not task.done()
             await asyncio.sleep(0.001)
         task.cancel()
 
     asyncio.run(scenario())
-    assert [0, 1, 2] == looks[:3]
+    assert [0, 1, 2, 3] == looks[:4]
 
 
 def test_detail_holds_what_the_command_line_shows_when_read(site: Site) -> None:
