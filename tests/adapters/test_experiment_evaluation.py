@@ -18,7 +18,7 @@ from adapters.database import open_database
 from adapters.errors import ConflictError, IntegrityError, NotFoundError
 from adapters.experiment_acts import undo
 from adapters.experiment_evaluation import EVALUATOR, REALLOCATION_EVERY, ExperimentEvaluation
-from adapters.experiment_report import ArmReport, MetricReport, stage_confidence
+from adapters.experiment_report import ArmReport, MetricReport, make_report, stage_confidence
 from adapters.experiments import ExperimentService
 from adapters.exposures import FEEDBACK_WINDOW
 from adapters.manifest import ADAPTER_WEIGHTS_FILE
