@@ -52,7 +52,7 @@ class ToyEngine:
         self._lengths: dict[str, int] = {}
         self._wanted: dict[str, int] = {}
         self.residency = ToyResidency()
-        self.num_waiting = self.num_waiting_tokens = self.num_slots = 0
+        self.num_waiting = self.num_waiting_tokens = self.num_slots = self.num_shadows = 0
         self.cache_room = (0, 0)
 
     @property

@@ -184,6 +184,8 @@ class EngineServer(LitServer):  # type: ignore[misc]  # LitServe ships no types
     """
 
     _api_processes: tuple[Any, ...] = ()
+    _is_forking = False
+    _is_interrupted = False
 
     def run(self, **options: Any) -> None:
         """Serve until told to end; no child is left."""
@@ -204,6 +206,12 @@ class EngineServer(LitServer):  # type: ignore[misc]  # LitServe ships no types
         """Start one in the place of one that died."""
         return _ended_by_kill(super().launch_single_inference_worker(lit_api, worker_id))
 
+    def interrupt(self) -> None:
+        """Begin the end, from a signal's handler. During a fork that waits: Python drops what its hooks raise."""
+        self._is_interrupted = True
+        if not self._is_forking:
+            raise KeyboardInterrupt
+
     def hasten(self) -> None:
         """Tell the API process to end; a second time it doesn't wait for what runs."""
         for process in self._api_processes:
@@ -211,7 +219,11 @@ class EngineServer(LitServer):  # type: ignore[misc]  # LitServe ships no types
                 os.kill(process.pid, END_SIGNAL)
 
     def _start_server(self, *args: Any, **options: Any) -> dict[int, Any]:
+        self._is_forking = True
         started: dict[int, Any] = super()._start_server(*args, **options)
+        self._is_forking = False
+        if self._is_interrupted:
+            raise KeyboardInterrupt
         self._api_processes = tuple(started.values())
         for process in self._api_processes:
             process.terminate = self.hasten

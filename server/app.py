@@ -37,7 +37,15 @@ from adapters.routing.service import RoutingService
 from adapters.settings import CoreSettings
 from adapters.shadows import ShadowService
 from adapters.store import ArtifactStore
-from server.api import EngineBuilder, LitServeTransport, RoutesSpec, build_server, guard_processes, wrap_lifespan
+from server.api import (
+    EngineBuilder,
+    EngineServer,
+    LitServeTransport,
+    RoutesSpec,
+    build_server,
+    guard_processes,
+    wrap_lifespan,
+)
 from server.auth import AuthMiddleware
 from server.chat import ChatService
 from server.config import ServeSettings, check_bind, check_port
@@ -100,7 +108,7 @@ def _serve_alone(core: CoreSettings, settings: ServeSettings, build: EngineBuild
 
     server = build_server(core, settings, router, configure_app, build)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _interrupt_parent(os.getpid(), stopping, server.hasten))
+        signal.signal(number, _interrupt_parent(os.getpid(), stopping, server))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with _training_jobs(core, settings, stopping):
         server.run(
@@ -273,7 +281,7 @@ def _fit_base(settings: ServeSettings, base_folder: Path) -> ServeSettings:
 
 
 def _interrupt_parent(
-    parent: int, stopping: threading.Event, hasten: Callable[[], None]
+    parent: int, stopping: threading.Event, server: EngineServer
 ) -> Callable[[int, FrameType | None], None]:
     """A handler that turns SIGTERM, which process managers send, into what LitServe shuts down in good order on.
 
@@ -285,12 +293,12 @@ def _interrupt_parent(
         if os.getpid() != parent:
             return
         if stopping.is_set():
-            hasten()
+            server.hasten()
             return
         stopping.set()
         # Its monitor does not know that the end is wanted, and would report the processes that are gone by then.
         logging.getLogger("litserve.server").setLevel(logging.CRITICAL)
-        raise KeyboardInterrupt
+        server.interrupt()
 
     return handle
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pickle
 import queue
@@ -13,9 +14,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from litserve import LitServer
 
 from adapters.pulse import EnginePulse, pulse_path
-from server.api import EngineAPI, EngineLoop, LitServeTransport, RoutesSpec, build_server, wrap_lifespan
+from server.api import (
+    EngineAPI,
+    EngineLoop,
+    EngineServer,
+    LitServeTransport,
+    RoutesSpec,
+    build_server,
+    wrap_lifespan,
+)
 from server.config import ServeSettings
 from server.engine.scheduler import Engine
 from server.messages import ENGINE_CHANNEL, CancelCommand, EngineMessage, PinCommand, SubmitCommand, UnloadCommand
@@ -225,3 +235,22 @@ def test_lifespan_starts_ours_inside_litserves_when_the_app_starts() -> None:
 
     asyncio.run(run())
     assert steps == ["litserve starts", "we start", "serving", "we end", "litserve ends"]
+
+
+def test_end_is_begun_behind_the_fork_when_the_signal_comes_in_its_midst(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception in a hook of `os.fork` is dropped, and the server would have served on."""
+    server = EngineServer.__new__(EngineServer)
+    done: list[str] = []
+
+    def start(self: LitServer) -> dict[int, Any]:
+        with contextlib.suppress(KeyboardInterrupt):  # as the hook of a fork does
+            server.interrupt()
+        done.append("forked")
+        return {}
+
+    monkeypatch.setattr(LitServer, "_start_server", start)
+    with pytest.raises(KeyboardInterrupt):
+        server._start_server()
+    assert ["forked"] == done
+    with pytest.raises(KeyboardInterrupt):
+        server.interrupt()
