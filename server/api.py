@@ -195,8 +195,10 @@ class EngineServer(LitServer):  # type: ignore[misc]  # LitServe ships no types
             # LitServe waits for it only once it serves; while the base model is loading there is nothing to put away.
             _log.info("ended_while_starting")
         finally:
-            for child in mp.active_children():
+            for child in (children := mp.active_children()):
                 child.kill()
+            for child in children:
+                child.join()
 
     def launch_inference_worker(self, lit_api: LitAPI) -> list[Any]:
         """Start the workers."""
@@ -331,8 +333,10 @@ def _watch_children(stopping: threading.Event) -> None:
             lost.discard("inference-worker")
         if lost and not stopping.is_set():
             _log.critical("process_lost", names=sorted(lost))
-            for child in mp.active_children():
+            for child in (children := mp.active_children()):
                 child.kill()
+            for child in children:
+                child.join()
             os._exit(1)
 
 

@@ -61,6 +61,7 @@ class Hyperparameters(_Wire):
     rank: int | None = Field(None, strict=True, ge=1, le=256)
     alpha: float | None = Field(None, strict=True, gt=0, le=4096)
     rslora: StrictBool | None = None
+    keep_prompts: StrictBool | None = None
     targets: Annotated[list[_ModuleName], Field(max_length=200)] | None = None
     init: Literal["default", "gaussian", "loftq"] | None = None
     max_length: int | None = Field(None, strict=True, ge=8, le=131_072)

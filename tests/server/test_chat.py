@@ -71,7 +71,7 @@ def test_prompt_has_the_name_when_the_template_shows_names(bench: Bench, registr
     assert text.startswith("<|im_start|>userann\nhi<|im_end|>")
 
 
-@pytest.mark.parametrize("model", ["nobody", "auto", "base@v1", "No Such", "../etc", "legal@v9", "legal@deadbeef"])
+@pytest.mark.parametrize("model", ["nobody", "base@v1", "No Such", "../etc", "legal@v9", "legal@deadbeef"])
 def test_call_is_refused_when_the_model_is_unknown(model: str, site: Site) -> None:
     """Every way to name nothing is one error, and never the base model."""
     site.publish("legal", FIRST)

@@ -18,6 +18,7 @@ ORDERED = {
     "/v1/adapters",
     "/v1/adapters/{alias}/history",
     "/v1/adapters/{alias}/versions",
+    "/v1/experiments/{experiment}/decisions",
 }
 OF_ONE_JOB = {"/v1/fine_tuning/jobs/{job_id}/events", "/v1/fine_tuning/jobs/{job_id}/checkpoints"}
 

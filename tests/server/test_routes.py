@@ -101,7 +101,7 @@ def test_chat_stops_before_the_stop_string_when_the_answer_holds_it(site: Site, 
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("model", ["nobody", "auto", "legal@v7", "LEGAL", "a/b"])
+@pytest.mark.parametrize("model", ["nobody", "legal@v7", "LEGAL", "a/b"])
 def test_chat_is_404_when_the_model_is_unknown(model: str, stream: bool, site: Site) -> None:
     """Never the base model's answer; nothing reaches the engine and no exposure is written."""
     site.publish("legal", FIRST)
