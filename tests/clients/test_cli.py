@@ -157,7 +157,7 @@ def test_experiment_lives_its_life_when_driven_by_command(shell: Shell, tmp_path
     )
     assert "hotswap experiments start exp-" in shell.text("experiments", "create", "--config", str(config), "--draft")
     (draft,) = shell.json("experiments", "list", "--state", "draft")
-    assert ({"name": "solved", "direction": "increase"}, 20, "2090-01-31T00:00:00+00:00") == (
+    assert ({"name": "solved", "direction": "increase", "kind": "number"}, 20, "2090-01-31T00:00:00+00:00") == (
         draft["metric"], draft["traffic"], draft["ends_at"],
     )  # fmt: skip
     started = shell.text("experiments", "start", "legal")
