@@ -22,8 +22,8 @@ from training.preflight import TokenStatistics
 __all__ = ["Estimate", "ModelSize", "count_steps", "estimate_run", "read_model_size"]
 
 # A step takes this many times the seconds of its products alone (dequantisation, attention, LoRA, the optimiser):
-# fitted to SmolLM2-135M in NF4 on one core of an AMD EPYC with AVX512-BF16, torch 2.13.0, batches of 4 and 8 rows.
-_STEP_FACTOR = 2.8
+# fitted to SmolLM2-135M in NF4 on one core of an AMD EPYC with AVX512-BF16, torch 2.13.0, batches of 8 rows.
+_STEP_FACTOR = 2.2
 _ERROR_FACTOR = 2.0
 _PROBE_TOKENS = 512
 _NUM_PROBES = 30

@@ -294,7 +294,7 @@ def _describe_kill(lane: _Lane, number: int, *, is_out_of_memory: bool) -> str:
 
 def _last_words(cause: str) -> str:
     """What the job's error says of a process that was killed as often as is tried."""
-    advice = f": {MEMORY_ADVICE}, or free some of the machine's" if "memory" in cause else ""
+    advice = f": {MEMORY_ADVICE}, or end what else needs this machine's memory" if "memory" in cause else ""
     return f"{cause[0].lower()}{cause[1:]}, {MAX_ATTEMPTS} times without reaching another checkpoint{advice}"
 
 

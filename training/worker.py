@@ -31,7 +31,7 @@ from training.formats import ReadOptions
 from training.giving_way import Gate, install_gate, share_from_environment
 from training.liger import check_liger
 from training.losses import Evaluation
-from training.memory import MEMORY_ADVICE, is_about_memory
+from training.memory import MEMORY_ADVICE, is_about_memory, limit_kernel_cache
 from training.methods import METHODS, VALIDATORS, TrainingRun
 from training.preparation import PreparedRun, load_function, prepare_run
 from training.progress import Checkpointing, NextMove, StepListener, StepMetrics, TrainedCounts
@@ -218,6 +218,7 @@ def train_and_publish(
         NotFoundError: no such version.
         TrainingDivergedError: the loss is no number, or only rises.
     """
+    limit_kernel_cache()
     _check_rank(settings, core)
     settings.check_validation(is_given=validation_file is not None)
     check_liger(settings, core)
