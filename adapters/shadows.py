@@ -10,23 +10,23 @@ import json
 import secrets
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import islice
 from typing import Any, Literal
 
-from sqlalchemy import select
+from sqlalchemy import Row, Select, case, func, select
 from sqlalchemy.exc import IntegrityError as SqlIntegrityError
 from sqlalchemy.orm import Session
 
 from adapters.audit import record_act
-from adapters.comparisons import paired_difference
+from adapters.comparisons import mean_of_units
 from adapters.database import Database, actor_of
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
 from adapters.records import Actor, parse_model_name, version_name
 from adapters.registry import find_version
-from adapters.statistics import MeanEstimate, mean_interval
-from adapters.tables import ConversationRow, ShadowAnswerRow, ShadowRow, utc_now
+from adapters.statistics import MeanEstimate
+from adapters.tables import ConversationRow, ExposureRow, ShadowAnswerRow, ShadowRow, utc_now
 
 __all__ = ["Shadow", "ShadowAnswer", "ShadowOutcome", "ShadowPair", "ShadowReport", "ShadowService", "word_overlap"]
 
@@ -80,9 +80,10 @@ class ShadowAnswer:
 
 @dataclass(frozen=True, slots=True)
 class ShadowPair:
-    """A kept conversation with both answers to it, as assistant messages."""
+    """A kept conversation with both answers to it, as assistant messages; `unit` is whose it is."""
 
     response_id: str
+    unit: str
     messages: Sequence[dict[str, Any]]
     live: dict[str, Any]
     shadow: dict[str, Any]
@@ -92,7 +93,8 @@ class ShadowPair:
 class ShadowReport:
     """What came of a shadow, over the requests that both answered; differences are shadow minus live.
 
-    `cut` are answers that ended at their limit of tokens. Means and shares are None while nothing was answered.
+    `cut` are answers that ended at their limit of tokens. Means and shares are None while nothing was answered. Their
+    intervals take the requests of one user for one observation, and hold at every look at once.
     """
 
     shadow: Shadow
@@ -100,6 +102,7 @@ class ShadowReport:
     num_dropped: int
     num_failed: int
     num_kept: int
+    num_units: int
     dropped_because: dict[str, int] = field(default_factory=dict)
     failed_because: dict[str, int] = field(default_factory=dict)
     same_share: MeanEstimate | None = None
@@ -222,34 +225,44 @@ class ShadowService:
         with self.database.read() as session:
             shadow = _find_row(session, name)
             statement = (
-                select(ConversationRow, ShadowAnswerRow)
+                select(ConversationRow, ShadowAnswerRow, ExposureRow.unit)
                 .join(ShadowAnswerRow, ShadowAnswerRow.response_id == ConversationRow.response_id)
+                .join(ExposureRow, ExposureRow.response_id == ConversationRow.response_id)
                 .where(ShadowAnswerRow.shadow_id == shadow.id, ShadowAnswerRow.answer.is_not(None))
                 .order_by(ShadowAnswerRow.made_at)
             )
             return [
-                ShadowPair(kept.response_id, kept.messages, kept.answers[0], made.answer or {})
-                for kept, made in session.execute(statement)
+                ShadowPair(kept.response_id, unit, kept.messages, kept.answers[0], made.answer or {})
+                for kept, made, unit in session.execute(statement)
             ]
 
     def report(self, name: str) -> ShadowReport:
         """Sum a shadow up: how much of its share it answered, and its answers beside the live ones."""
         with self.database.read() as session:
             shadow = _to_shadow(_find_row(session, name))
-            rows = session.scalars(select(ShadowAnswerRow).where(ShadowAnswerRow.shadow_id == shadow.id)).all()
-        outcomes = Counter(row.outcome for row in rows)
-        reasons = {kind: Counter(row.reason or "" for row in rows if row.outcome == kind) for kind in outcomes}
-        answered = [row for row in rows if row.outcome == "answered"]
-        counts = ShadowReport(
+            ends = session.execute(
+                select(
+                    ShadowAnswerRow.outcome, ShadowAnswerRow.reason, func.count(), func.count(ShadowAnswerRow.answer)
+                )
+                .where(ShadowAnswerRow.shadow_id == shadow.id)
+                .group_by(ShadowAnswerRow.outcome, ShadowAnswerRow.reason)
+                .order_by(func.count().desc())
+            ).all()
+            users = session.execute(_sums_by_user(shadow.id)).all()
+        reasons: dict[str, dict[str, int]] = {"answered": {}, "dropped": {}, "failed": {}}
+        for outcome, reason, count, _ in ends:
+            reasons[outcome][reason or ""] = count
+        return ShadowReport(
             shadow,
-            num_answered=len(answered),
-            num_dropped=outcomes["dropped"],
-            num_failed=outcomes["failed"],
-            num_kept=sum(row.answer is not None for row in rows),
-            dropped_because=dict(reasons.get("dropped", Counter()).most_common()),
-            failed_because=dict(reasons.get("failed", Counter()).most_common()),
+            num_answered=sum(reasons["answered"].values()),
+            num_dropped=sum(reasons["dropped"].values()),
+            num_failed=sum(reasons["failed"].values()),
+            num_kept=sum(kept for *_, kept in ends),
+            num_units=len(users),
+            dropped_because=reasons["dropped"],
+            failed_because=reasons["failed"],
+            **(_compare(users) if users else {}),
         )
-        return _compare(counts, answered) if answered else counts
 
 
 def word_overlap(one: str, other: str) -> float:
@@ -260,19 +273,45 @@ def word_overlap(one: str, other: str) -> float:
     return 2 * (first & second).total() / (first.total() + second.total())
 
 
-def _compare(counts: ShadowReport, answered: Sequence[ShadowAnswerRow]) -> ShadowReport:
-    num = len(answered)
-    return replace(
-        counts,
-        same_share=mean_interval([float(bool(row.is_same)) for row in answered]),
-        mean_overlap=sum(row.overlap or 0.0 for row in answered) / num,
-        live_tokens=sum(row.live_tokens for row in answered) / num,
-        shadow_tokens=sum(row.tokens for row in answered) / num,
-        token_difference=paired_difference([float(row.tokens - row.live_tokens) for row in answered]),
-        cut_difference=paired_difference(
-            [float(row.finish == "length") - float(row.live_finish == "length") for row in answered]
-        ),
+def _sums_by_user(shadow_id: str) -> Select[Any]:
+    """Of what both answered, a row of sums for each user, in the order in which they came."""
+    row = ShadowAnswerRow
+    columns = {
+        "count": func.count(),
+        "same": func.sum(case((row.is_same.is_(True), 1.0), else_=0.0)),
+        "overlap": func.sum(row.overlap),
+        "live_tokens": func.sum(row.live_tokens),
+        "tokens": func.sum(row.tokens),
+        "live_cut": func.sum(case((row.live_finish == "length", 1.0), else_=0.0)),
+        "cut": func.sum(case((row.finish == "length", 1.0), else_=0.0)),
+    }
+    return (
+        select(*(column.label(name) for name, column in columns.items()))
+        .select_from(row)
+        .join(ExposureRow, ExposureRow.response_id == row.response_id)
+        .where(row.shadow_id == shadow_id, row.outcome == "answered")
+        .group_by(ExposureRow.unit)
+        .order_by(func.min(row.made_at), ExposureRow.unit)
     )
+
+
+def _compare(users: Sequence[Row[Any]]) -> dict[str, Any]:
+    """The fields of a report that compare the answers."""
+    columns: dict[str, list[float]] = {name: [float(row._mapping[name]) for row in users] for name in users[0]._fields}
+    counts = [round(count) for count in columns["count"]]
+    num = sum(counts)
+
+    def difference(one: str, other: str) -> MeanEstimate:
+        return mean_of_units([a - b for a, b in zip(columns[one], columns[other], strict=True)], counts)
+
+    return {
+        "same_share": mean_of_units(columns["same"], counts, is_share=True),
+        "mean_overlap": sum(columns["overlap"]) / num,
+        "live_tokens": sum(columns["live_tokens"]) / num,
+        "shadow_tokens": sum(columns["tokens"]) / num,
+        "token_difference": difference("tokens", "live_tokens"),
+        "cut_difference": difference("cut", "live_cut"),
+    }
 
 
 def _content(message: dict[str, Any] | None) -> str:

@@ -120,8 +120,8 @@ def _print_report(report: ShadowReport) -> None:
     console.print(
         f"{shadow.id}, {shadow.state}: {shadow.label} on {shadow.share:g} % of {shadow.alias}", soft_wrap=True
     )
-    counts = [(report.num_answered, report.num_dropped, report.num_failed, report.num_kept)]
-    print_table(["answered", "dropped", "failed", "texts kept"], counts)
+    counts = [(report.num_answered, report.num_units, report.num_dropped, report.num_failed, report.num_kept)]
+    print_table(["answered", "users", "dropped", "failed", "texts kept"], counts)
     for kind, reasons in (("dropped", report.dropped_because), ("failed", report.failed_because)):
         for reason, count in reasons.items():
             console.print(f"{kind}: {count}, {reason}", markup=False, soft_wrap=True)
@@ -137,7 +137,12 @@ def _print_report(report: ShadowReport) -> None:
         ("cut at the limit, shadow minus live", *_difference(report.cut_difference)),
     ]
     print_table(["over the answered requests", "mean", "95 % interval"], rows)
-    console.print("Intervals hold for one look. The engine drops copies while it is busy: see how many.", style="dim")
+    console.print(
+        "Intervals hold however often one looks, and take a user's requests for one observation. The engine drops "
+        "copies while it is busy: see how many.",
+        style="dim",
+        soft_wrap=True,
+    )
 
 
 def _print_judged(name: str, found: PairedComparison) -> None:
