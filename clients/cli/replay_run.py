@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import os
@@ -25,17 +24,19 @@ __all__ = ["Given", "Journal", "Measure", "Replay", "Scoring", "compare_by_funct
 
 _JUDGE_KEY_VARIABLE = "HOTSWAP_JUDGE_API_KEY"
 _BUSY = (429, 503)
+_OF_THE_PROMPT = (400, 413, 504)  # it is too long, too large or takes too long; another may be none of that
 _MAX_WAITS = 60
 _SAVE_MODE = 0o600  # prompts and answers are somebody's
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """One version's answer to one prompt; `error` says why there is none."""
+    """One version's answer to one prompt; `error` says why there is none. `digest` is None for the base model."""
 
     text: str
     tokens: int = 0
     finish_reason: str | None = None
+    digest: str | None = None
     error: str | None = None
 
 
@@ -49,16 +50,15 @@ class Measure:
 
 
 class Journal:
-    """What was answered and judged, one JSON object a line, written as it comes: a crash loses nothing that was."""
+    """What was answered and judged, one JSON object a line, written as it comes: a crash loses nothing that was.
+
+    Raises:
+        InvalidInputError: the file is another than a replay has written, or can't be read or written.
+    """
 
     def __init__(self, path: Path, *, fresh: bool) -> None:
         self.path = path
-        self._known: dict[str, dict[str, Any]] = {}
-        if path.exists() and not fresh:
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # the last line of a run that was killed
-                    entry = json.loads(line)
-                    self._known[entry["key"]] = entry["value"]
+        self._known: dict[str, dict[str, Any]] = {} if fresh else _read_journal(path)
         # Written anew, so that half a line is not gone on with.
         lines = [_line(key, value) for key, value in self._known.items()]
         write_private(path, "".join(lines))
@@ -100,7 +100,10 @@ class Replay:
                 for model in self.models
             ]
             given = [answer async for answer in _in_order(jobs, self.concurrency, "answers")]
-        return {model: given[index :: len(self.models)] for index, model in enumerate(self.models)}
+        answers = {model: given[index :: len(self.models)] for index, model in enumerate(self.models)}
+        for model, found in answers.items():
+            self._check_one_version(model, found)
+        return answers
 
     async def judge_all(self, answers: dict[str, list[Given]], name: str, url: str | None, criterion: str) -> Measure:
         """What a judge model prefers of every two answers to a prompt; equal answers are a tie without asking."""
@@ -118,7 +121,7 @@ class Replay:
                     for prompt, one, other in zip(self.prompts, answers[first], answers[second], strict=True)
                     if one.error is None and other.error is None
                 ]
-                jobs = [lambda item=item: self._judge(model, *item) for item in triples]
+                jobs = [lambda item=item: self._judge(model, url, *item) for item in triples]
                 found = [verdict async for verdict in _in_order(jobs, self.concurrency, "verdicts")]
                 verdicts += found
                 if found:
@@ -132,28 +135,43 @@ class Replay:
         if known := self.journal.find(key):
             return Given(**known)
         given = await self._ask(client, model, prompt)
-        self.journal.add(key, asdict(given))
+        if given.error is None:  # what failed may go well with another server's limits
+            self.journal.add(key, asdict(given))
         return given
 
+    def _check_one_version(self, model: str, given: Sequence[Given]) -> None:
+        from adapters.errors import InvalidInputError
+
+        digests = {str(answer.digest)[:12] for answer in given if answer.error is None}
+        if len(digests) > 1:
+            raise InvalidInputError(
+                f"{self.journal.path} holds answers of another {model} than this server has: expected one digest, "
+                f"found {', '.join(sorted(digests))}; --fresh asks for all of them again"
+            )
+
     async def _ask(self, client: HotswapClient, model: str, prompt: ComparisonPrompt) -> Given:
-        from clients.errors import InvalidRequestError
+        from clients.errors import ApiError
 
         tools = {"tools": list(prompt.tools)} if prompt.tools else {}
         try:
             answer = await _patiently(lambda: client.chat(model, prompt.messages, **self.options, **tools))
-        except InvalidRequestError as error:  # too long for this base model, for instance
+        except ApiError as error:
+            if error.status not in _OF_THE_PROMPT:
+                raise
             return Given("", error=str(error))
         calls = [call["function"] for call in answer.tool_calls]
         text = answer.text + (json.dumps(calls, sort_keys=True) if calls else "")
-        return Given(text, answer.usage.get("completion_tokens", 0), answer.finish_reason)
+        return Given(text, answer.usage.get("completion_tokens", 0), answer.finish_reason, answer.digest)
 
-    async def _judge(self, judge: JudgeModel, prompt: ComparisonPrompt, one: str, other: str) -> Verdict:
+    async def _judge(
+        self, judge: JudgeModel, url: str | None, prompt: ComparisonPrompt, one: str, other: str
+    ) -> Verdict:
         from clients.errors import InvalidRequestError
         from clients.judge import Verdict
 
         if one == other:
             return Verdict("tie", "tie")
-        key = _key("verdict", judge.model, judge.criterion, prompt.messages, prompt.reference, one, other)
+        key = _key("verdict", url, judge.model, judge.criterion, prompt.messages, prompt.reference, one, other)
         if known := self.journal.find(key):
             return Verdict(**known)
         try:
@@ -284,6 +302,30 @@ def _bias(verdicts: Sequence[Verdict]) -> dict[str, int]:
         "second_place_won_both": sum(verdict.follows_place == "second" for verdict in verdicts),
         "unreadable": sum("unreadable" in (verdict.as_given, verdict.turned) for verdict in verdicts),
     }
+
+
+def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
+    """What an earlier run has written; half a line at the end is left out."""
+    from adapters.errors import InvalidInputError
+
+    known: dict[str, dict[str, Any]] = {}
+    if not path.exists():
+        return known
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"{path} can't be read: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            known[entry["key"]] = entry["value"]
+        except (ValueError, KeyError, TypeError):
+            if line.endswith("\n"):
+                raise InvalidInputError(
+                    f"{path}, line {number}: expected what a replay has kept, found something else; another --output "
+                    "leaves that file alone"
+                ) from None
+    return known
 
 
 def _key(*parts: Any) -> str:
