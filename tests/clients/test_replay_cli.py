@@ -144,7 +144,10 @@ def test_replay_fails_when_nothing_could_be_compared(published: Site, tmp_path: 
     """With the server's own reason; a report of nothing would look like a tie."""
     source = _prompts(tmp_path, ["x"] * 4)
     source.write_text(source.read_text().replace('"hello', '"' + "long " * 100))
-    with serve_site(published) as served, pytest.raises(InvalidInputError, match=r"could be compared.*first error.*128"):
+    with (
+        serve_site(published) as served,
+        pytest.raises(InvalidInputError, match=r"could be compared.*first error.*128"),
+    ):
         _replay(served.root, tmp_path, "--limit", "1", prompts=source)
     assert not (tmp_path / "report.json").exists()
     assert [] == _journal(tmp_path)
