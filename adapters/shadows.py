@@ -20,6 +20,7 @@ from sqlalchemy.exc import IntegrityError as SqlIntegrityError
 from sqlalchemy.orm import Session
 
 from adapters.audit import record_act
+from adapters.chat_messages import answer_text
 from adapters.comparisons import mean_of_units
 from adapters.database import Database, actor_of
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
@@ -200,6 +201,7 @@ class ShadowService:
     def record(self, answer: ShadowAnswer) -> None:
         """Write how a copy ended. Its text is written if the conversation is kept, and goes with it."""
         both = answer.answer is not None and answer.outcome == "answered"
+        texts = [answer_text(message) for message in (answer.live, answer.answer or {})]
         row = ShadowAnswerRow(
             response_id=answer.response_id,
             shadow_id=answer.shadow_id,
@@ -210,8 +212,8 @@ class ShadowService:
             live_finish=answer.live_finish,
             tokens=answer.tokens,
             finish=answer.finish,
-            is_same=_content(answer.answer) == _content(answer.live) if both else None,
-            overlap=word_overlap(_content(answer.live), _content(answer.answer)) if both else None,
+            is_same=texts[0] == texts[1] if both else None,
+            overlap=word_overlap(*texts) if both else None,
         )
         with self.database.write() as session:
             kept = session.get(ConversationRow, answer.response_id)
@@ -220,8 +222,8 @@ class ShadowService:
                 kept.size_bytes += len(json.dumps(answer.answer))
             session.add(row)
 
-    def pairs(self, name: str) -> Sequence[ShadowPair]:
-        """The kept conversations that a shadow has answered, too, oldest first."""
+    def pairs(self, name: str, *, limit: int | None = None) -> Sequence[ShadowPair]:
+        """The kept conversations that a shadow has answered, too: the newest ones, at most so many, newest first."""
         with self.database.read() as session:
             shadow = _find_row(session, name)
             statement = (
@@ -229,7 +231,8 @@ class ShadowService:
                 .join(ShadowAnswerRow, ShadowAnswerRow.response_id == ConversationRow.response_id)
                 .join(ExposureRow, ExposureRow.response_id == ConversationRow.response_id)
                 .where(ShadowAnswerRow.shadow_id == shadow.id, ShadowAnswerRow.answer.is_not(None))
-                .order_by(ShadowAnswerRow.made_at)
+                .order_by(ShadowAnswerRow.made_at.desc(), ShadowAnswerRow.response_id)
+                .limit(limit)
             )
             return [
                 ShadowPair(kept.response_id, unit, kept.messages, kept.answers[0], made.answer or {})
@@ -312,13 +315,6 @@ def _compare(users: Sequence[Row[Any]]) -> dict[str, Any]:
         "token_difference": difference("tokens", "live_tokens"),
         "cut_difference": difference("cut", "live_cut"),
     }
-
-
-def _content(message: dict[str, Any] | None) -> str:
-    """What a message says: its text, and its calls without their ids."""
-    calls = [call["function"] for call in (message or {}).get("tool_calls") or ()]
-    text = (message or {}).get("content") or ""
-    return f"{text}\n{json.dumps(calls, sort_keys=True)}" if calls else str(text)
 
 
 def _find_row(session: Session, name: str) -> ShadowRow:

@@ -64,7 +64,7 @@ class JudgeModel:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     async def compare(
-        self, messages: Sequence[dict[str, Any]], one: str, other: str, *, reference: str | None
+        self, messages: Sequence[Mapping[str, Any]], one: str, other: str, *, reference: str | None
     ) -> Verdict:
         """Ask in both orders.
 
@@ -76,7 +76,7 @@ class JudgeModel:
         )
 
     async def _ask(
-        self, messages: Sequence[dict[str, Any]], first: str, second: str, reference: str | None
+        self, messages: Sequence[Mapping[str, Any]], first: str, second: str, reference: str | None
     ) -> Preferred:
         parts = [f"Conversation:\n{_show(messages)}"]
         if reference is not None:
@@ -100,5 +100,5 @@ def _read(text: str) -> Preferred:
     return _WORDS[found.pop()] if len(found) == 1 else "unreadable"
 
 
-def _show(messages: Sequence[dict[str, Any]]) -> str:
+def _show(messages: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"{message['role']}: {message.get('content') or '(calls)'}" for message in messages)

@@ -13,6 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clients.cli.judging import (
+    DEFAULT_CRITERION,
+    CriterionOption,
+    Journal,
+    JudgeUrlOption,
+    Judging,
+    is_function,
+    print_bias,
+    write_private,
+)
 from clients.cli.options import (
     EncodingOption,
     HomeOption,
@@ -24,7 +34,7 @@ from clients.cli.options import (
     read_options,
 )
 from clients.cli.output import console, print_table
-from clients.cli.replay_run import Journal, Replay, Scoring, compare_by_function, write_private
+from clients.cli.replay_run import Replay, Scoring, compare_by_function
 
 if TYPE_CHECKING:
     from clients.cli.replay_run import Given, Measure
@@ -56,12 +66,8 @@ def replay(
         str | None,
         typer.Option(help="file.py:function, which scores answers as rewards do, or the name of a model that judges."),
     ] = None,
-    judge_url: Annotated[
-        str | None, typer.Option(help="The judge model's OpenAI-style endpoint.", show_default="the server itself")
-    ] = None,
-    criterion: Annotated[
-        str, typer.Option(help="What makes an answer better, for a judge model.")
-    ] = "more correct, more helpful and to the point",
+    judge_url: JudgeUrlOption = None,
+    criterion: CriterionOption = DEFAULT_CRITERION,
     max_tokens: Annotated[int | None, typer.Option(min=1, max=131_072, help="Longest answer.")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed for temperature above 0.")] = 0,
@@ -87,10 +93,11 @@ def replay(
         work = Replay(base_url, models, asked, options, journal, concurrency)
         answers = asyncio.run(work.answer_all())
         measures = scoring.measure(models, asked, answers)
-        if judge is not None and ".py:" in judge:
+        if judge is not None and is_function(judge):
             measures.append(compare_by_function(judge, asked, answers))
         elif judge is not None:
-            measures.append(asyncio.run(work.judge_all(answers, judge, judge_url, criterion)))
+            judging = Judging(judge, judge_url, base_url, criterion, journal, concurrency)
+            measures.append(asyncio.run(work.judge_all(answers, judging)))
     _check_compared(measures, answers)
     source = {"source": prompts, "count": len(asked), "num_repeated": num_repeated}
     report = _make_report(alias, source, answers, measures, {**options, "criterion": criterion})
@@ -246,14 +253,8 @@ def _print_ratings(measure: dict[str, Any]) -> None:
             for rating in measure["ratings"]
         ]
         console.print(f"ratings by {measure['name']}: {', '.join(strengths)}", markup=False, soft_wrap=True)
-    if (bias := measure["position_bias"]) is not None:
-        console.print(
-            f"{measure['name']}: {bias['num_pairs']} pairs were shown in both orders; the place won, not the answer, "
-            f"in {bias['first_place_won_both']} (the first) and {bias['second_place_won_both']} (the second); in "
-            f"{bias['unreadable']} a verdict could not be read",
-            markup=False,
-            soft_wrap=True,
-        )
+    if measure["position_bias"] is not None:
+        print_bias(measure["name"], measure["position_bias"])
 
 
 def _number(report: dict[str, Any], model: str) -> str:
