@@ -24,7 +24,7 @@ from adapters.chat_messages import answer_text
 from adapters.comparisons import mean_of_units
 from adapters.database import Database, actor_of
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
-from adapters.records import Actor, parse_model_name, version_name
+from adapters.records import BASE_MODEL_NAME, Actor, parse_model_name, version_name
 from adapters.registry import find_version
 from adapters.statistics import MeanEstimate
 from adapters.tables import ConversationRow, ExposureRow, ShadowAnswerRow, ShadowRow, utc_now
@@ -81,11 +81,16 @@ class ShadowAnswer:
 
 @dataclass(frozen=True, slots=True)
 class ShadowPair:
-    """A kept conversation with both answers to it, as assistant messages; `unit` is whose it is."""
+    """A kept conversation with both answers to it, as assistant messages.
+
+    `unit` is whose it is, `live_version` what gave the live answer: `legal@v1`, or `base`.
+    """
 
     response_id: str
     unit: str
+    live_version: str
     messages: Sequence[dict[str, Any]]
+    tools: Sequence[dict[str, Any]]
     live: dict[str, Any]
     shadow: dict[str, Any]
 
@@ -227,17 +232,14 @@ class ShadowService:
         with self.database.read() as session:
             shadow = _find_row(session, name)
             statement = (
-                select(ConversationRow, ShadowAnswerRow, ExposureRow.unit)
+                select(ConversationRow, ShadowAnswerRow, ExposureRow)
                 .join(ShadowAnswerRow, ShadowAnswerRow.response_id == ConversationRow.response_id)
                 .join(ExposureRow, ExposureRow.response_id == ConversationRow.response_id)
                 .where(ShadowAnswerRow.shadow_id == shadow.id, ShadowAnswerRow.answer.is_not(None))
                 .order_by(ShadowAnswerRow.made_at.desc(), ShadowAnswerRow.response_id)
                 .limit(limit)
             )
-            return [
-                ShadowPair(kept.response_id, unit, kept.messages, kept.answers[0], made.answer or {})
-                for kept, made, unit in session.execute(statement)
-            ]
+            return [_to_pair(*rows) for rows in session.execute(statement)]
 
     def report(self, name: str) -> ShadowReport:
         """Sum a shadow up: how much of its share it answered, and its answers beside the live ones."""
@@ -315,6 +317,18 @@ def _compare(users: Sequence[Row[Any]]) -> dict[str, Any]:
         "token_difference": difference("tokens", "live_tokens"),
         "cut_difference": difference("cut", "live_cut"),
     }
+
+
+def _to_pair(kept: ConversationRow, made: ShadowAnswerRow, exposure: ExposureRow) -> ShadowPair:
+    return ShadowPair(
+        response_id=kept.response_id,
+        unit=exposure.unit,
+        live_version=BASE_MODEL_NAME if exposure.number is None else f"{exposure.alias}@v{exposure.number}",
+        messages=kept.messages,
+        tools=kept.tools,
+        live=kept.answers[0],
+        shadow=made.answer or {},
+    )
 
 
 def _find_row(session: Session, name: str) -> ShadowRow:

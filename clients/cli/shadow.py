@@ -24,6 +24,7 @@ from clients.cli.judging import (
 )
 from clients.cli.options import HomeOption, JsonOption, UrlOption, open_registry
 from clients.cli.output import console, format_moment, print_json, print_table
+from clients.cli.shadow_loss import ShadowArgument, loss
 
 if TYPE_CHECKING:
     from adapters.comparisons import PairedComparison
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Shadows: start, list, show, judge, stop.", no_args_is_help=True)
-_NameArgument = Annotated[str, typer.Argument(help="A shadow's id, or its alias.")]
+app = typer.Typer(help="Shadows: start, list, show, judge, loss, stop.", no_args_is_help=True)
+app.command("loss")(loss)
 
 
 @app.command("start")
@@ -66,7 +67,7 @@ def list_shadows(home: HomeOption = None, json: JsonOption = False) -> None:
 
 
 @app.command("stop")
-def stop(name: _NameArgument, home: HomeOption = None, json: JsonOption = False) -> None:
+def stop(name: ShadowArgument, home: HomeOption = None, json: JsonOption = False) -> None:
     """End a shadow; what it has answered stays."""
     shadow = _open(home).stop(name)
     if json:
@@ -77,7 +78,7 @@ def stop(name: _NameArgument, home: HomeOption = None, json: JsonOption = False)
 
 @app.command("show")
 def show(
-    name: _NameArgument,
+    name: ShadowArgument,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -91,7 +92,7 @@ def show(
 
 @app.command("judge")
 def judge_pairs(
-    name: _NameArgument,
+    name: ShadowArgument,
     judge: Annotated[
         str,
         typer.Option(help="file.py:function, which scores answers as rewards do, or the name of a model that judges."),
