@@ -78,7 +78,7 @@ def _print_losses(candidate: str, means: Sequence[float], found: PairedCompariso
     bounds = "" if interval is None else f" ({-interval.high:.3f} to {-interval.low:.3f})"
     console.print(
         f"loss of {found.num_prompts} live answers to {found.num_units} users, in nats a token: {candidate} "
-        f"{means[0]:.3f}, what gave them {means[1]:.3f}; difference {-found.mean_difference:+.3f}{bounds}, for one look",
+        f"{means[0]:.3f}, what gave them {means[1]:.3f}; difference {-found.mean_difference:+.3f}{bounds}: one look",
         markup=False,
         soft_wrap=True,
     )
