@@ -58,7 +58,7 @@ def _measure_losses(
     from training.config import TrainSettings
 
     core = load_core(home, base=base, device=device)
-    settings = TrainSettings.load(core.home, base=core.base, device=core.device)
+    settings = TrainSettings.load(core.home)
     loaded = load_base(core)
     longest = settings.max_length
     rendered = [(pair, render_answer(loaded, [*pair.messages, pair.live], pair.tools, longest)) for pair in pairs]

@@ -16,11 +16,13 @@ from adapters.registry import Registry
 from adapters.shadows import ShadowAnswer, ShadowService
 from clients.cli.main import app
 from tests.support.chat_endpoint import chat_endpoint
+from tests.support.engine import RECIPES, save_recipes
+from tests.support.tiny import load_tiny_base, make_manifest
 from tests.support.versions import publish_text
 
 
 def _run(home: Path, *arguments: str) -> str:
-    environment = {"HOTSWAP_HOME": str(home), "COLUMNS": "200", "NO_COLOR": "1"}
+    environment = {"HOTSWAP_HOME": str(home), "COLUMNS": "200", "NO_COLOR": "1", "HOTSWAP_QUANTISATION": "none"}
     result = CliRunner().invoke(app, ["shadow", *arguments], env=environment)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -106,6 +108,26 @@ def test_model_judges_both_orders_when_it_is_named(tmp_path: Path, registry: Reg
     judged = found["judged"]
     assert (1, 1, 1) == (judged["wins"], judged["ties"], judged["losses"])
     assert 0 == found["position_bias"]["first_place_won_both"]
+
+
+def test_loss_is_measured_when_answers_are_kept(
+    tmp_path: Path, registry: Registry, tiny_folders: dict[str, Path]
+) -> None:
+    """Of each kept live answer under the candidate and under what gave it; the same version twice is no difference."""
+    base, adapters = load_tiny_base(tiny_folders["llama"]), save_recipes(tmp_path / "a", tiny_folders["llama"])
+    for name, recipe in list(RECIPES.items())[:2]:
+        manifest = make_manifest(base.reference, rank=recipe.rank, alpha=recipe.alpha)
+        registry.publish(adapters[name], manifest, alias="legal")
+    shadow = ShadowService(registry.database).start("legal", "v2", share=5)
+    for number in range(3):
+        _answer(registry, shadow.id, number, f"live {number}", "another")
+    core = ("--base", str(tiny_folders["llama"]), "--device", "cpu")
+    found = json.loads(_run(tmp_path, "loss", "legal", *core, "--json"))
+    assert (0, 3) == (found["num_left_out"], found["compared"]["num_prompts"])
+    difference = found["live_loss"] - found["shadow_loss"]  # a win is the lower loss
+    assert difference == pytest.approx(found["compared"]["mean_difference"])
+    assert difference != 0
+    assert "loss of 3 live answers to 1 users" in _run(tmp_path, "loss", "legal", *core)
 
 
 def test_judge_says_how_texts_are_kept_when_there_are_none_to_judge(
