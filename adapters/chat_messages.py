@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ __all__ = [
     "Message",
     "RowProblem",
     "Tool",
+    "answer_text",
     "check_text",
     "read_answer",
     "read_conversation",
@@ -95,6 +96,13 @@ def read_tools(value: Any, where: str, problems: list[RowProblem]) -> tuple[Tool
     if not problems and len({tool["function"]["name"] for tool in value}) < len(value):
         problems.append(RowProblem(where, "several functions have the same name"))
     return tuple(_without_nulls(tool) for tool in value if isinstance(tool, dict))
+
+
+def answer_text(message: Mapping[str, Any]) -> str:
+    """What an assistant's message says, to be compared with another: its text, and its calls without their ids."""
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    text = str(message.get("content") or "")
+    return f"{text}\n{json.dumps(calls, sort_keys=True)}" if calls else text
 
 
 def check_text(text: str, where: str) -> Iterator[RowProblem]:

@@ -1,23 +1,45 @@
 """Two or more versions that answered the same prompts: who did better, how sure that is, and ratings of all.
 
-Pure functions of scores, one a prompt; prompts are taken to be independent of each other.
+Pure functions of scores, one a prompt. Prompts are independent of each other, unless it is said whose they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 from scipy import special
 
-from adapters.statistics import Interval, MeanEstimate, Rating, bradley_terry, mean_interval
+from adapters.statistics import (
+    Interval,
+    MeanEstimate,
+    Rating,
+    bradley_terry,
+    mean_interval,
+    mean_sequence,
+    ratio_values,
+)
+from adapters.statistics.mixtures import ArmMoments, mean_bounds
 
-__all__ = ["PairedComparison", "compare_all", "compare_pair", "paired_difference", "rate", "sign_test"]
+__all__ = [
+    "PairedComparison",
+    "compare_all",
+    "compare_pair",
+    "mean_of_units",
+    "paired_difference",
+    "rate",
+    "sign_test",
+]
 
 _MAX_EXACT = 12  # differences whose signs are all tried: 4096 ways
 _NUM_DRAWS = 9999
+# Users at which the intervals of `mean_of_units` are made tightest: copies are a sample. A plan for more would have no
+# interval at all for some hundred users.
+_PLANNED_UNITS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +48,14 @@ class PairedComparison:
 
     `win_rate` counts a tie as half a win, and is 0.5 where there is no difference. `sign_p` looks at wins and losses
     alone, `permutation_p` at how large the differences are; both are two-sided. `difference` is that of the mean
-    scores. The intervals are None where there are too few prompts, or nothing varies.
+    scores. The intervals are None where there are too few prompts, or nothing varies. Prompts of one unit count as one
+    observation in intervals and tests.
     """
 
     first: str
     second: str
     num_prompts: int
+    num_units: int
     wins: int
     losses: int
     ties: int
@@ -43,25 +67,38 @@ class PairedComparison:
     permutation_p: float
 
 
-def compare_pair(first: str, second: str, scores: Sequence[tuple[float, float]]) -> PairedComparison:
-    """Compare two versions by their scores for the same prompts, `(first's, second's)` each; there must be one."""
+def compare_pair(
+    first: str, second: str, scores: Sequence[tuple[float, float]], units: Sequence[Hashable] | None = None
+) -> PairedComparison:
+    """Compare two versions by their scores for the same prompts.
+
+    Args:
+        first: Its name.
+        second: Its name.
+        scores: `(first's, second's)` for each prompt, at least one.
+        units: Whose each prompt is, if some may be the same user's, which are not independent of each other.
+    """
+    units = range(len(scores)) if units is None else units
     differences = [one - other for one, other in scores]
-    wins, losses = sum(value > 0 for value in differences), sum(value < 0 for value in differences)
-    points = [0.5 + 0.5 * float(np.sign(value)) for value in differences]
-    rate, mean = mean_interval(points), paired_difference(differences)
+    signs = [float(np.sign(value)) for value in differences]
+    wins, losses = signs.count(1.0), signs.count(-1.0)
+    rate = mean_interval(_unit_values([0.5 + 0.5 * sign for sign in signs], units))
+    mean = paired_difference(_unit_values(differences, units))
+    balance = _unit_totals(signs, units)
     return PairedComparison(
         first=first,
         second=second,
         num_prompts=len(scores),
+        num_units=len(balance),
         wins=wins,
         losses=losses,
         ties=len(scores) - wins - losses,
         win_rate=rate.mean,
         win_interval=None if rate.interval is None else _within_unit(rate.interval),
-        sign_p=sign_test(wins, losses),
+        sign_p=sign_test(sum(value > 0 for value in balance), sum(value < 0 for value in balance)),
         mean_difference=mean.mean,
         difference=mean.interval,
-        permutation_p=_permutation_test(differences),
+        permutation_p=_permutation_test(_unit_totals(differences, units)),
     )
 
 
@@ -101,6 +138,43 @@ def paired_difference(differences: Sequence[float], *, confidence: float = 0.95)
         return MeanEstimate(num, mean, None, "no variation: no interval")
     half = float(special.stdtrit(num - 1, (1 + confidence) / 2) * np.std(differences, ddof=1) / np.sqrt(num))
     return MeanEstimate(num, mean, Interval(mean, mean - half, mean + half, confidence), "Student's t")
+
+
+def mean_of_units(totals: Sequence[float], counts: Sequence[int], *, is_share: bool = False) -> MeanEstimate:
+    """The mean per request over units that come back, with an interval that holds at every look at once, to 95 %.
+
+    Args:
+        totals: The sum of each unit's values so far.
+        counts: How many they are, at least 1 each.
+        is_share: Whether values are 0 or 1 by their nature.
+    """
+    ones = is_share and max(counts) == 1
+    values = list(totals) if max(counts) == 1 else ratio_values(totals, counts)
+    interval = mean_sequence(values, planned_units=_PLANNED_UNITS) if ones else _asymptotic_mean(values)
+    method = "confidence sequence" if interval else "too few users, or no variation between them"
+    return MeanEstimate(len(values), sum(totals) / sum(counts), interval, method)
+
+
+def _asymptotic_mean(values: Sequence[float], *, confidence: float = 0.95) -> Interval | None:
+    moments = ArmMoments.of(values)
+    ends = mean_bounds(moments, confidence=confidence, planned_units=_PLANNED_UNITS)
+    low, high = (float(end) for end in ends)
+    return Interval(float(moments.mean), low, high, confidence) if math.isfinite(low) else None
+
+
+def _unit_totals(values: Sequence[float], units: Sequence[Hashable]) -> list[float]:
+    totals: Counter[Hashable] = Counter()
+    for value, unit in zip(values, units, strict=True):
+        totals[unit] += value  # type: ignore[assignment]  # Counter's values may be any numbers
+    return list(totals.values())
+
+
+def _unit_values(values: Sequence[float], units: Sequence[Hashable]) -> list[float]:
+    """A value for each unit, whose mean is that of all values and whose variance tells that mean's."""
+    counts = Counter(units)
+    if len(counts) == len(values):
+        return list(values)
+    return ratio_values(_unit_totals(values, units), list(counts.values()))
 
 
 def sign_test(wins: int, losses: int) -> float:

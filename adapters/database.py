@@ -144,7 +144,8 @@ def open_database(url: str) -> Database:
     """
     try:
         parsed = make_url(url)
-        engine = create_engine(parsed)
+        # Errors go to logs; the values of a statement may be what users have written.
+        engine = create_engine(parsed, hide_parameters=True)
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
         raise ConfigurationError(f"setting database_url: {error}") from None
     if parsed.get_backend_name() == "postgresql":

@@ -10,23 +10,24 @@ import json
 import secrets
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import islice
 from typing import Any, Literal
 
-from sqlalchemy import select
+from sqlalchemy import Row, Select, case, func, select
 from sqlalchemy.exc import IntegrityError as SqlIntegrityError
 from sqlalchemy.orm import Session
 
 from adapters.audit import record_act
-from adapters.comparisons import paired_difference
+from adapters.chat_messages import answer_text
+from adapters.comparisons import mean_of_units
 from adapters.database import Database, actor_of
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
-from adapters.records import Actor, parse_model_name, version_name
+from adapters.records import BASE_MODEL_NAME, Actor, parse_model_name, version_name
 from adapters.registry import find_version
-from adapters.statistics import MeanEstimate, mean_interval
-from adapters.tables import ConversationRow, ShadowAnswerRow, ShadowRow, utc_now
+from adapters.statistics import MeanEstimate
+from adapters.tables import ConversationRow, ExposureRow, ShadowAnswerRow, ShadowRow, utc_now
 
 __all__ = ["Shadow", "ShadowAnswer", "ShadowOutcome", "ShadowPair", "ShadowReport", "ShadowService", "word_overlap"]
 
@@ -80,10 +81,16 @@ class ShadowAnswer:
 
 @dataclass(frozen=True, slots=True)
 class ShadowPair:
-    """A kept conversation with both answers to it, as assistant messages."""
+    """A kept conversation with both answers to it, as assistant messages.
+
+    `unit` is whose it is, `live_version` what gave the live answer: `legal@v1`, or `base`.
+    """
 
     response_id: str
+    unit: str
+    live_version: str
     messages: Sequence[dict[str, Any]]
+    tools: Sequence[dict[str, Any]]
     live: dict[str, Any]
     shadow: dict[str, Any]
 
@@ -92,7 +99,8 @@ class ShadowPair:
 class ShadowReport:
     """What came of a shadow, over the requests that both answered; differences are shadow minus live.
 
-    `cut` are answers that ended at their limit of tokens. Means and shares are None while nothing was answered.
+    `cut` are answers that ended at their limit of tokens. Means and shares are None while nothing was answered. Their
+    intervals take the requests of one user for one observation, and hold at every look at once.
     """
 
     shadow: Shadow
@@ -100,6 +108,7 @@ class ShadowReport:
     num_dropped: int
     num_failed: int
     num_kept: int
+    num_units: int
     dropped_because: dict[str, int] = field(default_factory=dict)
     failed_because: dict[str, int] = field(default_factory=dict)
     same_share: MeanEstimate | None = None
@@ -197,6 +206,7 @@ class ShadowService:
     def record(self, answer: ShadowAnswer) -> None:
         """Write how a copy ended. Its text is written if the conversation is kept, and goes with it."""
         both = answer.answer is not None and answer.outcome == "answered"
+        texts = [answer_text(message) for message in (answer.live, answer.answer or {})]
         row = ShadowAnswerRow(
             response_id=answer.response_id,
             shadow_id=answer.shadow_id,
@@ -207,8 +217,8 @@ class ShadowService:
             live_finish=answer.live_finish,
             tokens=answer.tokens,
             finish=answer.finish,
-            is_same=_content(answer.answer) == _content(answer.live) if both else None,
-            overlap=word_overlap(_content(answer.live), _content(answer.answer)) if both else None,
+            is_same=texts[0] == texts[1] if both else None,
+            overlap=word_overlap(*texts) if both else None,
         )
         with self.database.write() as session:
             kept = session.get(ConversationRow, answer.response_id)
@@ -217,39 +227,47 @@ class ShadowService:
                 kept.size_bytes += len(json.dumps(answer.answer))
             session.add(row)
 
-    def pairs(self, name: str) -> Sequence[ShadowPair]:
-        """The kept conversations that a shadow has answered, too, oldest first."""
+    def pairs(self, name: str, *, limit: int | None = None) -> Sequence[ShadowPair]:
+        """The kept conversations that a shadow has answered, too: the newest ones, at most so many, newest first."""
         with self.database.read() as session:
             shadow = _find_row(session, name)
             statement = (
-                select(ConversationRow, ShadowAnswerRow)
+                select(ConversationRow, ShadowAnswerRow, ExposureRow)
                 .join(ShadowAnswerRow, ShadowAnswerRow.response_id == ConversationRow.response_id)
+                .join(ExposureRow, ExposureRow.response_id == ConversationRow.response_id)
                 .where(ShadowAnswerRow.shadow_id == shadow.id, ShadowAnswerRow.answer.is_not(None))
-                .order_by(ShadowAnswerRow.made_at)
+                .order_by(ShadowAnswerRow.made_at.desc(), ShadowAnswerRow.response_id)
+                .limit(limit)
             )
-            return [
-                ShadowPair(kept.response_id, kept.messages, kept.answers[0], made.answer or {})
-                for kept, made in session.execute(statement)
-            ]
+            return [_to_pair(*rows) for rows in session.execute(statement)]
 
     def report(self, name: str) -> ShadowReport:
         """Sum a shadow up: how much of its share it answered, and its answers beside the live ones."""
         with self.database.read() as session:
             shadow = _to_shadow(_find_row(session, name))
-            rows = session.scalars(select(ShadowAnswerRow).where(ShadowAnswerRow.shadow_id == shadow.id)).all()
-        outcomes = Counter(row.outcome for row in rows)
-        reasons = {kind: Counter(row.reason or "" for row in rows if row.outcome == kind) for kind in outcomes}
-        answered = [row for row in rows if row.outcome == "answered"]
-        counts = ShadowReport(
+            ends = session.execute(
+                select(
+                    ShadowAnswerRow.outcome, ShadowAnswerRow.reason, func.count(), func.count(ShadowAnswerRow.answer)
+                )
+                .where(ShadowAnswerRow.shadow_id == shadow.id)
+                .group_by(ShadowAnswerRow.outcome, ShadowAnswerRow.reason)
+                .order_by(func.count().desc())
+            ).all()
+            users = session.execute(_sums_by_user(shadow.id)).all()
+        reasons: dict[str, dict[str, int]] = {"answered": {}, "dropped": {}, "failed": {}}
+        for outcome, reason, count, _ in ends:
+            reasons[outcome][reason or ""] = count
+        return ShadowReport(
             shadow,
-            num_answered=len(answered),
-            num_dropped=outcomes["dropped"],
-            num_failed=outcomes["failed"],
-            num_kept=sum(row.answer is not None for row in rows),
-            dropped_because=dict(reasons.get("dropped", Counter()).most_common()),
-            failed_because=dict(reasons.get("failed", Counter()).most_common()),
+            num_answered=sum(reasons["answered"].values()),
+            num_dropped=sum(reasons["dropped"].values()),
+            num_failed=sum(reasons["failed"].values()),
+            num_kept=sum(kept for *_, kept in ends),
+            num_units=len(users),
+            dropped_because=reasons["dropped"],
+            failed_because=reasons["failed"],
+            **(_compare(users) if users else {}),
         )
-        return _compare(counts, answered) if answered else counts
 
 
 def word_overlap(one: str, other: str) -> float:
@@ -260,26 +278,57 @@ def word_overlap(one: str, other: str) -> float:
     return 2 * (first & second).total() / (first.total() + second.total())
 
 
-def _compare(counts: ShadowReport, answered: Sequence[ShadowAnswerRow]) -> ShadowReport:
-    num = len(answered)
-    return replace(
-        counts,
-        same_share=mean_interval([float(bool(row.is_same)) for row in answered]),
-        mean_overlap=sum(row.overlap or 0.0 for row in answered) / num,
-        live_tokens=sum(row.live_tokens for row in answered) / num,
-        shadow_tokens=sum(row.tokens for row in answered) / num,
-        token_difference=paired_difference([float(row.tokens - row.live_tokens) for row in answered]),
-        cut_difference=paired_difference(
-            [float(row.finish == "length") - float(row.live_finish == "length") for row in answered]
-        ),
+def _sums_by_user(shadow_id: str) -> Select[Any]:
+    """Of what both answered, a row of sums for each user, in the order in which they came."""
+    row = ShadowAnswerRow
+    columns = {
+        "count": func.count(),
+        "same": func.sum(case((row.is_same.is_(True), 1.0), else_=0.0)),
+        "overlap": func.sum(row.overlap),
+        "live_tokens": func.sum(row.live_tokens),
+        "tokens": func.sum(row.tokens),
+        "live_cut": func.sum(case((row.live_finish == "length", 1.0), else_=0.0)),
+        "cut": func.sum(case((row.finish == "length", 1.0), else_=0.0)),
+    }
+    return (
+        select(*(column.label(name) for name, column in columns.items()))
+        .select_from(row)
+        .join(ExposureRow, ExposureRow.response_id == row.response_id)
+        .where(row.shadow_id == shadow_id, row.outcome == "answered")
+        .group_by(ExposureRow.unit)
+        .order_by(func.min(row.made_at), ExposureRow.unit)
     )
 
 
-def _content(message: dict[str, Any] | None) -> str:
-    """What a message says: its text, and its calls without their ids."""
-    calls = [call["function"] for call in (message or {}).get("tool_calls") or ()]
-    text = (message or {}).get("content") or ""
-    return f"{text}\n{json.dumps(calls, sort_keys=True)}" if calls else str(text)
+def _compare(users: Sequence[Row[Any]]) -> dict[str, Any]:
+    """The fields of a report that compare the answers."""
+    columns: dict[str, list[float]] = {name: [float(row._mapping[name]) for row in users] for name in users[0]._fields}
+    counts = [round(count) for count in columns["count"]]
+    num = sum(counts)
+
+    def difference(one: str, other: str) -> MeanEstimate:
+        return mean_of_units([a - b for a, b in zip(columns[one], columns[other], strict=True)], counts)
+
+    return {
+        "same_share": mean_of_units(columns["same"], counts, is_share=True),
+        "mean_overlap": sum(columns["overlap"]) / num,
+        "live_tokens": sum(columns["live_tokens"]) / num,
+        "shadow_tokens": sum(columns["tokens"]) / num,
+        "token_difference": difference("tokens", "live_tokens"),
+        "cut_difference": difference("cut", "live_cut"),
+    }
+
+
+def _to_pair(kept: ConversationRow, made: ShadowAnswerRow, exposure: ExposureRow) -> ShadowPair:
+    return ShadowPair(
+        response_id=kept.response_id,
+        unit=exposure.unit,
+        live_version=BASE_MODEL_NAME if exposure.number is None else f"{exposure.alias}@v{exposure.number}",
+        messages=kept.messages,
+        tools=kept.tools,
+        live=kept.answers[0],
+        shadow=made.answer or {},
+    )
 
 
 def _find_row(session: Session, name: str) -> ShadowRow:

@@ -31,6 +31,7 @@ class ChatAnswer:
     text: str = ""
     finish_reason: str | None = None
     version: str = ""
+    digest: str | None = None
     arm: str | None = None
     route: str = ""
     usage: dict[str, int] = field(default_factory=dict)
@@ -127,6 +128,7 @@ class HotswapClient:
 def _answer_from_headers(headers: httpx.Headers) -> ChatAnswer:
     return ChatAnswer(
         version=headers.get("x-hotswap-version", ""),
+        digest=headers.get("x-hotswap-digest"),
         arm=headers.get("x-hotswap-arm"),
         route=headers.get("x-hotswap-route", ""),
     )

@@ -18,7 +18,7 @@ JUDGE_INSTRUCTIONS = (
     "The order of the answers and their length must not matter. Reply with 1 if answer 1 is better, with 2 if answer 2 "
     "is better, or with 0 if neither is. Reply with that digit alone."
 )
-_DIGIT = re.compile(r"(?<![0-9])([012])(?![0-9])")
+_DIGIT = re.compile(r"(?<![0-9.,])([012])(?![0-9]|[.,][0-9])")
 _WORDS: dict[str, Preferred] = {"0": "tie", "1": "first", "2": "second"}
 
 
@@ -64,7 +64,7 @@ class JudgeModel:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     async def compare(
-        self, messages: Sequence[dict[str, Any]], one: str, other: str, *, reference: str | None
+        self, messages: Sequence[Mapping[str, Any]], one: str, other: str, *, reference: str | None
     ) -> Verdict:
         """Ask in both orders.
 
@@ -76,7 +76,7 @@ class JudgeModel:
         )
 
     async def _ask(
-        self, messages: Sequence[dict[str, Any]], first: str, second: str, reference: str | None
+        self, messages: Sequence[Mapping[str, Any]], first: str, second: str, reference: str | None
     ) -> Preferred:
         parts = [f"Conversation:\n{_show(messages)}"]
         if reference is not None:
@@ -91,10 +91,14 @@ class JudgeModel:
 
 
 def _read(text: str) -> Preferred:
-    """The verdict in an answer: its only digit of 0, 1 and 2, or the last of them behind some reasoning."""
-    found = _DIGIT.findall(text or "")
-    return _WORDS[found[-1]] if found else "unreadable"
+    """The verdict in an answer's last line, behind any reasoning: the only digit of 0, 1 and 2 that stands there.
+
+    "Answer 1 is better than answer 2" is none: a guess which of them is meant would be a coin of our own.
+    """
+    *_, last = [line for line in (text or "").splitlines() if line.strip()] or [""]
+    found = set(_DIGIT.findall(last))
+    return _WORDS[found.pop()] if len(found) == 1 else "unreadable"
 
 
-def _show(messages: Sequence[dict[str, Any]]) -> str:
+def _show(messages: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"{message['role']}: {message.get('content') or '(calls)'}" for message in messages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ _SERVE = (sys.executable, "-m", "clients.cli", "serve")
 _READY_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 60.0
 _LOG_TAIL_CHARS = 2000
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class ServerDidNotStartError(Exception):
@@ -52,7 +54,7 @@ def running_server(environment: Mapping[str, str], log: Path, *options: str) -> 
 def started_server(
     environment: Mapping[str, str], log: Path, *options: str, command: Sequence[str] = _SERVE
 ) -> Iterator[LocalServer]:
-    """Serve on a free port for the length of the block.
+    """Serve on a free port for the length of the block; on Linux the server ends also when this process is killed.
 
     Args:
         environment: The child's environment; `HOTSWAP_*` variables choose home, base model and limits.
@@ -71,6 +73,7 @@ def started_server(
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
     try:
         url = f"http://127.0.0.1:{port}"
@@ -98,6 +101,12 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _end_with_parent() -> None:
+    """Runs in the child: a server that nobody stops would hold its home, and its memory, for ever."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _free_port() -> int:

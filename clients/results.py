@@ -355,7 +355,7 @@ class ShadowList(_Record):
 
 
 class ShadowMean(_Record):
-    """A mean with the bounds of its 95 % interval, where there are some."""
+    """A mean with the bounds of its 95 % interval, where there are some; it holds at every look at once."""
 
     mean: float
     low: float | None
@@ -369,6 +369,7 @@ class ShadowDetail(Shadow):
     num_dropped: int
     num_failed: int
     num_kept: int
+    num_units: int
     dropped_because: dict[str, int]
     failed_because: dict[str, int]
     same_share: ShadowMean | None

@@ -379,18 +379,17 @@ def obey(engine: Engine, command: Command, epoch: str) -> list[EngineEvent]:
     if isinstance(command, CancelCommand):
         return engine.cancel(command.request_id)
     if isinstance(command, PinCommand):
-        engine.residency.set_pinned(command.digests)
-        return []
+        return engine.set_pinned(command.digests)
     if isinstance(command, UnloadCommand):
-        _unload(engine, command.digest)
-        return []
+        return _unload(engine, command.digest)
     # A request that was sent to a worker before this one has been answered with an error when that worker died.
     return engine.submit(command.request) if command.epoch == epoch else []
 
 
-def _unload(engine: Engine, digest: str) -> None:
+def _unload(engine: Engine, digest: str) -> list[EngineEvent]:
     try:
-        engine.residency.unload(digest)
+        return engine.unload(digest)
     except ConflictError as error:
         # The API refuses to unload what is pinned; somebody was faster with a pin.
         _log.warning("unload_refused", digest=digest, reason=str(error))
+        return []

@@ -1,14 +1,16 @@
 """Training rows from answers that were rated: good ones become chat rows, better and worse ones preference rows.
 
+The same answer to the same prompt is one answer, however many users got it: its value is the mean of what they said.
 Each row carries where it comes from under `metadata`, which all readers leave aside.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import json
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from statistics import fmean
 from typing import Any
 
 from adapters.chat_rows import parse_document, row_document
@@ -20,7 +22,9 @@ __all__ = ["FeedbackRows", "GoodValue", "choose_threshold", "edited_rows", "good
 _CUT = "cut off at the token limit"
 _SEVERAL = "one of several answers to a request, and nobody said which"
 _NOT_GOOD = "rated, but not as good"
+_REPEATED = "the same answer to the same prompt as another, whose row counts for both"
 _NO_TEXT = "an edit without its text"
+_NO_CHANGE = "an edit that leaves the answer as it was"
 _UNPAIRED = "without another answer to the same prompt that was rated differently"
 
 
@@ -74,25 +78,30 @@ def choose_threshold(
 def good_rows(rated: Iterable[RatedConversation], good: GoodValue) -> FeedbackRows:
     """A chat row for each answer with a good value. The loss falls on that answer; earlier ones were not rated."""
     rows = FeedbackRows()
-    for item in _usable(rated, rows):
-        if good.is_good(item.value):
-            _add(rows, _chat_document(item, _answer(item)), _origin(item))
-        else:
-            rows.left_out[_NOT_GOOD] += 1
+    for answers in _answers_by_prompt(_usable(rated, rows)):
+        for answer in answers:
+            if good.is_good(answer.value):
+                rows.left_out[_REPEATED] += len(answer.ratings) - 1
+                _add(rows, _chat_document(answer.first, answer.message), answer.origin())
+            else:
+                rows.left_out[_NOT_GOOD] += len(answer.ratings)
+    rows.left_out = +rows.left_out  # without the zeros
     return rows
 
 
 def preference_rows(rated: Iterable[RatedConversation], good: GoodValue) -> FeedbackRows:
     """Preference rows of answers to the same prompt, the best with the worst; each answer stands in one row at most."""
     rows = FeedbackRows()
-    usable = sorted(_usable(rated, rows), key=lambda item: item.prompt_sha256)
-    for _, group in groupby(usable, key=lambda item: item.prompt_sha256):
-        answers = sorted(group, key=lambda item: item.value, reverse=good.higher_is_better)
+    for answers in _answers_by_prompt(_usable(rated, rows)):
+        answers.sort(key=lambda answer: answer.value, reverse=good.higher_is_better)
         pairs = list(_pairs(answers, good))
-        rows.left_out[_UNPAIRED] += len(answers) - 2 * len(pairs)
+        paired = [answer for pair in pairs for answer in pair]
+        rows.left_out[_REPEATED] += sum(len(answer.ratings) - 1 for answer in paired)
+        rows.left_out[_UNPAIRED] += sum(len(answer.ratings) for answer in answers if answer not in paired)
         for chosen, rejected in pairs:
-            document = _preference_document(chosen, _answer(chosen), _answer(rejected))
-            _add(rows, document, {"chosen": _origin(chosen), "rejected": _origin(rejected)})
+            document = _preference_document(chosen.first, chosen.message, rejected.message)
+            _add(rows, document, {"chosen": chosen.origin(), "rejected": rejected.origin()})
+    rows.left_out = +rows.left_out
     return rows
 
 
@@ -104,11 +113,35 @@ def edited_rows(edits: Iterable[RatedConversation], *, as_preferences: bool) -> 
             rows.left_out[_NO_TEXT] += 1
             continue
         edit = {"role": "assistant", "content": item.comment}
-        if as_preferences:
-            _add(rows, _preference_document(item, edit, _answer(item)), {**_origin(item), "is_edit": True})
+        if item.comment.strip() == str(_message(item).get("content") or "").strip():
+            rows.left_out[_NO_CHANGE] += 1
+        elif as_preferences:
+            _add(rows, _preference_document(item, edit, _message(item)), {**_origin([item]), "is_edit": True})
         else:
-            _add(rows, _chat_document(item, edit), {**_origin(item), "is_edit": True})
+            _add(rows, _chat_document(item, edit), {**_origin([item]), "is_edit": True})
     return rows
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Answer:
+    """One answer to one prompt, and everything that was said of it."""
+
+    ratings: list[RatedConversation]
+
+    @property
+    def first(self) -> RatedConversation:
+        return self.ratings[0]
+
+    @property
+    def message(self) -> dict[str, Any]:
+        return _message(self.first)
+
+    @property
+    def value(self) -> float:
+        return fmean(rating.value for rating in self.ratings)
+
+    def origin(self) -> dict[str, Any]:
+        return _origin(self.ratings)
 
 
 def _usable(
@@ -123,17 +156,23 @@ def _usable(
             yield item
 
 
-def _pairs(ranked: list[RatedConversation], good: GoodValue) -> Iterator[tuple[RatedConversation, RatedConversation]]:
-    """The best answer with the worst one that it is preferred to and differs from, then the same with the rest."""
+def _answers_by_prompt(rated: Iterable[RatedConversation]) -> list[list[_Answer]]:
+    """The different answers to each prompt, in the order in which they were first reported on."""
+    prompts: dict[str, dict[str, _Answer]] = defaultdict(dict)
+    for item in rated:
+        calls = [call["function"] for call in _message(item).get("tool_calls") or ()]  # their ids are of one response
+        name = json.dumps([_message(item).get("content"), calls], sort_keys=True)
+        prompts[item.prompt_sha256].setdefault(name, _Answer([])).ratings.append(item)
+    return [list(answers.values()) for answers in prompts.values()]
+
+
+def _pairs(ranked: list[_Answer], good: GoodValue) -> Iterator[tuple[_Answer, _Answer]]:
+    """The best answer with the worst one that it is preferred to, then the same with the rest."""
     left = list(ranked)
     while left:
         best = left.pop(0)
-        worse = (
-            item for item in reversed(left) if good.prefers(best.value, item.value) and _answer(item) != _answer(best)
-        )
-        if worst := next(worse, None):
-            left.remove(worst)
-            yield best, worst
+        if left and good.prefers(best.value, left[-1].value):
+            yield best, left.pop()
 
 
 def _add(rows: FeedbackRows, document: dict[str, Any], origin: dict[str, Any]) -> None:
@@ -161,16 +200,23 @@ def _tools(item: RatedConversation) -> dict[str, Any]:
     return {"tools": list(item.conversation.tools)} if item.conversation.tools else {}
 
 
-def _answer(item: RatedConversation) -> dict[str, Any]:
+def _message(item: RatedConversation) -> dict[str, Any]:
     return item.conversation.answers[0]
 
 
-def _origin(item: RatedConversation) -> dict[str, Any]:
+def _origin(ratings: Sequence[RatedConversation]) -> dict[str, Any]:
+    """Where an answer comes from: every response that gave it, and what was said of each."""
     return {
-        "response_id": item.conversation.response_id,
-        "version": item.version,
-        "digest": item.digest,
-        "metric": item.metric,
-        "value": item.value,
-        "reported_at": item.reported_at.isoformat(),
+        "metric": ratings[0].metric,
+        "value": fmean(rating.value for rating in ratings),
+        "ratings": [
+            {
+                "response_id": rating.conversation.response_id,
+                "version": rating.version,
+                "digest": rating.digest,
+                "value": rating.value,
+                "reported_at": rating.reported_at.isoformat(),
+            }
+            for rating in ratings
+        ],
     }

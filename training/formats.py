@@ -166,8 +166,10 @@ def write_dataset(rows: Iterable[NumberedRow], path: Path, *, overwrite: bool = 
     return write_documents([row_document(numbered.row) for numbered in rows], path, overwrite=overwrite)
 
 
-def write_documents(documents: Iterable[Mapping[str, Any]], path: Path, *, overwrite: bool = False) -> int:
-    """Write JSON objects one a line, whole or not at all.
+def write_documents(
+    documents: Iterable[Mapping[str, Any]], path: Path, *, overwrite: bool = False, is_private: bool = False
+) -> int:
+    """Write JSON objects one a line, whole or not at all; a private file is its owner's alone to read.
 
     Returns:
         How many were written.
@@ -179,7 +181,8 @@ def write_documents(documents: Iterable[Mapping[str, Any]], path: Path, *, overw
     lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
     try:
-        with temporary.open("xb") as file:
+        temporary.touch(mode=0o600 if is_private else 0o666, exist_ok=False)
+        with temporary.open("wb") as file:
             file.write("".join(lines).encode())
             file.flush()
             os.fsync(file.fileno())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -49,7 +48,7 @@ def from_feedback(
     log = ConversationLog(open_registry(home).database)
     rows = _collect(log, alias, metric, kind, threshold, direction == "increase", edits)
     if rows.documents:
-        write_documents(rows.documents, output, overwrite=force)
+        write_documents(rows.documents, output, overwrite=force, is_private=True)  # users wrote them
     for reason, count in rows.left_out.most_common():
         console.print(f"left out: {count}, {reason}", markup=False, soft_wrap=True)
     if not rows.documents:
@@ -86,7 +85,7 @@ def _collect(
         rows = good_rows(rated, choose_threshold(rated, threshold, higher_is_better=higher_is_better))
     more = edited_rows(edited, as_preferences=kind == "preference")
     rows.documents += more.documents
-    rows.left_out = Counter({reason: n for reason, n in (rows.left_out + more.left_out).items() if n})
+    rows.left_out += more.left_out
     return rows
 
 

@@ -13,6 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clients.cli.judging import (
+    DEFAULT_CRITERION,
+    CriterionOption,
+    Journal,
+    JudgeUrlOption,
+    Judging,
+    is_function,
+    print_bias,
+    write_private,
+)
 from clients.cli.options import (
     EncodingOption,
     HomeOption,
@@ -24,11 +34,12 @@ from clients.cli.options import (
     read_options,
 )
 from clients.cli.output import console, print_table
-from clients.cli.replay_run import Journal, Replay, Scoring, compare_by_function, write_private
+from clients.cli.replay_run import Replay, Scoring, compare_by_function
 
 if TYPE_CHECKING:
     from clients.cli.replay_run import Given, Measure
     from training.answer_rules import ComparisonPrompt
+    from training.formats import ReadOptions
 
 __all__ = ["replay"]
 
@@ -55,12 +66,8 @@ def replay(
         str | None,
         typer.Option(help="file.py:function, which scores answers as rewards do, or the name of a model that judges."),
     ] = None,
-    judge_url: Annotated[
-        str | None, typer.Option(help="The judge model's OpenAI-style endpoint.", show_default="the server itself")
-    ] = None,
-    criterion: Annotated[
-        str, typer.Option(help="What makes an answer better, for a judge model.")
-    ] = "more correct, more helpful and to the point",
+    judge_url: JudgeUrlOption = None,
+    criterion: CriterionOption = DEFAULT_CRITERION,
     max_tokens: Annotated[int | None, typer.Option(min=1, max=131_072, help="Longest answer.")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed for temperature above 0.")] = 0,
@@ -75,15 +82,8 @@ def replay(
     home: HomeOption = None,
 ) -> None:
     """Compare versions: hotswap experiments replay legal --a v1 --b v2 --prompts FILE --output report.json."""
-    from adapters.errors import InvalidInputError
-    from training.answer_rules import comparison_prompts
-    from training.formats import read_rows
-
-    models = [_model_name(alias, version) for version in (a, b, *(also or []))]
-    if len(set(models)) < len(models):
-        raise InvalidInputError(f"expected different versions, found {', '.join(models)}")
-    dataset = read_rows(prompts, read_options(mapping, split, subset, encoding)).as_dataset()
-    asked = comparison_prompts(dataset)[:limit]
+    models = _model_names(alias, [a, b, *(also or [])])
+    asked, num_repeated = _read_prompts(prompts, read_options(mapping, split, subset, encoding), limit)
     scoring = Scoring(list(rule or ()) or ([] if judge else ["exact", "length"]), answer_pattern, _read(answer_schema))
     scoring.check()
     options = {"temperature": temperature, "seed": seed, "store": False}
@@ -93,14 +93,54 @@ def replay(
         work = Replay(base_url, models, asked, options, journal, concurrency)
         answers = asyncio.run(work.answer_all())
         measures = scoring.measure(models, asked, answers)
-        if judge is not None and ".py:" in judge:
+        if judge is not None and is_function(judge):
             measures.append(compare_by_function(judge, asked, answers))
         elif judge is not None:
-            measures.append(asyncio.run(work.judge_all(answers, judge, judge_url, criterion)))
-    report = _make_report(alias, prompts, asked, answers, measures, {**options, "criterion": criterion})
+            judging = Judging(judge, judge_url, base_url, criterion, journal, concurrency)
+            measures.append(asyncio.run(work.judge_all(answers, judging)))
+    _check_compared(measures, answers)
+    source = {"source": prompts, "count": len(asked), "num_repeated": num_repeated}
+    report = _make_report(alias, source, answers, measures, {**options, "criterion": criterion})
     write_private(output, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    if num_repeated:
+        console.print(f"left out: {num_repeated}, asks what an earlier row has asked")
     _print_report(report)
     console.print(f"the report is in {output}, the answers are in {journal.path}", markup=False, soft_wrap=True)
+
+
+def _model_names(alias: str, versions: Sequence[str]) -> list[str]:
+    from adapters.errors import InvalidInputError
+
+    models = [_model_name(alias, version) for version in versions]
+    if len(set(models)) < len(models):
+        raise InvalidInputError(f"expected different versions, found {', '.join(models)}")
+    return models
+
+
+def _read_prompts(source: str, options: ReadOptions, limit: int) -> tuple[list[ComparisonPrompt], int]:
+    """The first different prompts, and how many rows ask what an earlier one has asked: those would count it twice."""
+    from training.answer_rules import comparison_prompts
+    from training.formats import read_rows
+
+    found = comparison_prompts(read_rows(source, options).as_dataset())
+    asked = {json.dumps([prompt.messages, prompt.tools], sort_keys=True): prompt for prompt in reversed(found)}
+    different = sorted(asked.values(), key=lambda prompt: prompt.line)
+    return different[:limit], len(found) - len(different)
+
+
+def _check_compared(measures: Sequence[Measure], answers: dict[str, list[Given]]) -> None:
+    """Refuse a report without a single comparison.
+
+    Raises:
+        InvalidInputError: no prompt was answered, or can be scored, for two versions; says why.
+    """
+    from adapters.errors import InvalidInputError
+
+    if any(measure.comparisons for measure in measures):
+        return
+    errors = [answer.error for given in answers.values() for answer in given if answer.error is not None]
+    reason = f"the first error: {errors[0]}" if errors else "no prompt has a reference answer"
+    raise InvalidInputError(f"no prompt could be compared between two versions; {reason}")
 
 
 def _model_name(alias: str, version: str) -> str:
@@ -127,18 +167,22 @@ def _server(is_own: bool, url: str, home: Path | None) -> Iterator[str]:
     if not is_own:
         yield url
         return
-    from clients.local_server import running_server
+    from adapters.errors import ConfigurationError
+    from clients.local_server import ServerDidNotStartError, running_server
 
     core = load_core(home)
     environment = os.environ | {"HOTSWAP_HOME": str(core.home)}
-    with running_server(environment, core.home / "replay-server.log", "--log-level", "warning", "--no-jobs") as started:
-        yield started
+    log = core.home / "replay-server.log"
+    try:
+        with running_server(environment, log, "--log-level", "warning", "--no-jobs") as started:
+            yield started
+    except ServerDidNotStartError as error:
+        raise ConfigurationError(str(error)) from None
 
 
 def _make_report(
     alias: str,
-    source: str,
-    prompts: Sequence[ComparisonPrompt],
+    prompts: dict[str, Any],
     answers: dict[str, list[Given]],
     measures: Sequence[Measure],
     options: dict[str, Any],
@@ -147,7 +191,7 @@ def _make_report(
 
     return {
         "alias": alias,
-        "prompts": {"source": source, "count": len(prompts)},
+        "prompts": prompts,
         "options": options,
         "versions": [_describe(model, given) for model, given in answers.items()],
         "measures": [
@@ -166,6 +210,7 @@ def _describe(model: str, given: Sequence[Given]) -> dict[str, Any]:
     good = [answer for answer in given if answer.error is None]
     return {
         "version": model,
+        "digest": good[0].digest if good else None,
         "num_answers": len(good),
         "num_failed": len(given) - len(good),
         "num_cut": sum(answer.finish_reason == "length" for answer in good),
@@ -174,13 +219,15 @@ def _describe(model: str, given: Sequence[Given]) -> dict[str, Any]:
 
 
 def _print_report(report: dict[str, Any]) -> None:
-    versions = [tuple(_short(value) for value in version.values()) for version in report["versions"]]
+    versions = [
+        tuple(_short(value) for name, value in version.items() if name != "digest") for version in report["versions"]
+    ]
     print_table(["version", "answers", "failed", "cut", "tokens"], versions, whole=["version"])
     rows = [
         (
             measure["name"],
-            f"{found['first']} against {found['second']}",
-            f"{found['wins']} - {found['ties']} - {found['losses']}",
+            f"{_number(report, found['first'])} against {_number(report, found['second'])}",
+            f"{found['wins']}-{found['ties']}-{found['losses']}",
             f"{found['win_rate']:.2f} {_interval(found['win_interval'])}",
             f"{found['sign_p']:.3f}",
             f"{found['mean_difference']:+.3g} {_interval(found['difference'])}",
@@ -189,8 +236,8 @@ def _print_report(report: dict[str, Any]) -> None:
         for measure in report["measures"]
         for found in measure["comparisons"]
     ]
-    columns = ["by", "versions", "won - tied - lost", "win rate", "p (signs)", "difference", "p (sizes)"]
-    print_table(columns, rows)
+    columns = ["by", "versions", "won-tied-lost", "win rate", "p (signs)", "difference", "p (sizes)"]
+    print_table(columns, rows, whole=columns[:3])
     for measure in report["measures"]:
         _print_ratings(measure)
     console.print(
@@ -206,14 +253,13 @@ def _print_ratings(measure: dict[str, Any]) -> None:
             for rating in measure["ratings"]
         ]
         console.print(f"ratings by {measure['name']}: {', '.join(strengths)}", markup=False, soft_wrap=True)
-    if (bias := measure["position_bias"]) is not None:
-        console.print(
-            f"{measure['name']}: {bias['num_pairs']} pairs were shown in both orders; the place won, not the answer, "
-            f"in {bias['first_place_won_both']} (the first) and {bias['second_place_won_both']} (the second); in "
-            f"{bias['unreadable']} a verdict could not be read",
-            markup=False,
-            soft_wrap=True,
-        )
+    if measure["position_bias"] is not None:
+        print_bias(measure["name"], measure["position_bias"])
+
+
+def _number(report: dict[str, Any], model: str) -> str:
+    """A version without the alias that all of them share."""
+    return model.removeprefix(f"{report['alias']}@")
 
 
 def _interval(interval: dict[str, float] | None) -> str:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clients.cli.options import HomeOption, JsonOption, open_registry
+from clients.cli.judging import (
+    DEFAULT_CRITERION,
+    CriterionOption,
+    Journal,
+    JudgeUrlOption,
+    Judging,
+    ToJudge,
+    bias_of,
+    is_function,
+    load_judge,
+    print_bias,
+    scores_of,
+)
+from clients.cli.options import HomeOption, JsonOption, UrlOption, open_registry
 from clients.cli.output import console, format_moment, print_json, print_table
+from clients.cli.shadow_loss import ShadowArgument, loss
 
 if TYPE_CHECKING:
     from adapters.comparisons import PairedComparison
@@ -18,8 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Shadows: start, list, show, stop.", no_args_is_help=True)
-_NameArgument = Annotated[str, typer.Argument(help="A shadow's id, or its alias.")]
+app = typer.Typer(help="Shadows: start, list, show, judge, loss, stop.", no_args_is_help=True)
+app.command("loss")(loss)
 
 
 @app.command("start")
@@ -52,7 +67,7 @@ def list_shadows(home: HomeOption = None, json: JsonOption = False) -> None:
 
 
 @app.command("stop")
-def stop(name: _NameArgument, home: HomeOption = None, json: JsonOption = False) -> None:
+def stop(name: ShadowArgument, home: HomeOption = None, json: JsonOption = False) -> None:
     """End a shadow; what it has answered stays."""
     shadow = _open(home).stop(name)
     if json:
@@ -63,24 +78,54 @@ def stop(name: _NameArgument, home: HomeOption = None, json: JsonOption = False)
 
 @app.command("show")
 def show(
-    name: _NameArgument,
-    judge: Annotated[
-        str | None,
-        typer.Option(help="file.py:function, which scores kept answers as rewards do; this runs the file."),
-    ] = None,
+    name: ShadowArgument,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
     """How a shadow's answers compare with the live ones to the same requests."""
-    service = _open(home)
-    report = service.report(name)
-    judged = None if judge is None else _judge(judge, service.pairs(name))
+    report = _open(home).report(name)
     if json:
-        print_json({"report": report, "judged": judged})
+        print_json({"report": report})
+    else:
+        _print_report(report)
+
+
+@app.command("judge")
+def judge_pairs(
+    name: ShadowArgument,
+    judge: Annotated[
+        str,
+        typer.Option(help="file.py:function, which scores answers as rewards do, or the name of a model that judges."),
+    ],
+    judge_url: JudgeUrlOption = None,
+    criterion: CriterionOption = DEFAULT_CRITERION,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="How many pairs at most, the newest ones.")] = 500,
+    concurrency: Annotated[int, typer.Option(min=1, max=64, help="Requests to a judge model at once.")] = 4,
+    journal: Annotated[
+        Path | None, typer.Option(help="Keeps a judge model's verdicts, so that none is asked for twice.")
+    ] = None,
+    url: UrlOption = "http://127.0.0.1:8000",
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Have the kept answers of a shadow and the live ones judged: hotswap shadow judge support --judge gpt-x."""
+    from adapters.errors import NotFoundError
+
+    pairs = _open(home).pairs(name, limit=limit)
+    if not pairs:
+        raise NotFoundError("no answers are kept to judge; texts are kept with hotswap serve --keep-conversations")
+    bias = None
+    if is_function(judge):
+        judged = _judge_by_function(judge, pairs)
+    else:
+        judging = Judging(judge, judge_url, url, criterion, Journal(journal), concurrency)
+        judged, bias = _judge_by_model(judging, pairs)
+    if json:
+        print_json({"judged": judged, "position_bias": bias})
         return
-    _print_report(report)
-    if judged is not None:
-        _print_judged(str(judge), judged)
+    _print_judged(judge, judged)
+    if bias is not None:
+        print_bias(judge, bias)
 
 
 def _open(home: Path | None) -> ShadowService:
@@ -89,30 +134,29 @@ def _open(home: Path | None) -> ShadowService:
     return ShadowService(open_registry(home).database)
 
 
-def _judge(name: str, pairs: Sequence[ShadowPair]) -> PairedComparison:
-    """The kept answers of both sides, compared by the scores of a function of the user's.
-
-    Raises:
-        NotFoundError: no text was kept.
-    """
+def _judge_by_function(name: str, pairs: Sequence[ShadowPair]) -> PairedComparison:
+    """Both sides compared by the scores of a function of the user's."""
+    from adapters.chat_messages import answer_text
     from adapters.comparisons import compare_pair
-    from adapters.errors import NotFoundError
-    from training.rewards import load_reward_function, score_texts
-    from training.rewards_file import public_reward
 
-    if not pairs:
-        raise NotFoundError("no answers are kept to judge; texts are kept with hotswap serve --keep-conversations")
-    function, shown = load_reward_function(name, Path.cwd(), setting="--judge"), str(public_reward(name))
-    prompts = [[dict(message) for message in pair.messages] for pair in pairs]
-    scores = [
-        score_texts(function, shown, [_text(item) for item in side], prompts, [""] * len(pairs), setting="--judge")
+    _, score = load_judge(name)
+    prompts, nothing = [pair.messages for pair in pairs], [""] * len(pairs)
+    ours, live = (
+        score([answer_text(message) for message in side], prompts, nothing)
         for side in ([pair.shadow for pair in pairs], [pair.live for pair in pairs])
-    ]
-    return compare_pair("shadow", "live", list(zip(*scores, strict=True)))
+    )
+    return compare_pair("shadow", "live", list(zip(ours, live, strict=True)), [pair.unit for pair in pairs])
 
 
-def _text(message: dict[str, Any]) -> str:
-    return str(message.get("content") or "")
+def _judge_by_model(judging: Judging, pairs: Sequence[ShadowPair]) -> tuple[PairedComparison, dict[str, int]]:
+    """Both sides compared by what a model prefers in both orders, and how often it went by the place."""
+    from adapters.chat_messages import answer_text
+    from adapters.comparisons import compare_pair
+
+    both = [ToJudge(pair.messages, None, answer_text(pair.shadow), answer_text(pair.live)) for pair in pairs]
+    verdicts = asyncio.run(judging.judge(both))
+    judged = compare_pair("shadow", "live", scores_of(verdicts), [pair.unit for pair in pairs])
+    return judged, bias_of(verdicts)
 
 
 def _print_report(report: ShadowReport) -> None:
@@ -120,8 +164,8 @@ def _print_report(report: ShadowReport) -> None:
     console.print(
         f"{shadow.id}, {shadow.state}: {shadow.label} on {shadow.share:g} % of {shadow.alias}", soft_wrap=True
     )
-    counts = [(report.num_answered, report.num_dropped, report.num_failed, report.num_kept)]
-    print_table(["answered", "dropped", "failed", "texts kept"], counts)
+    counts = [(report.num_answered, report.num_units, report.num_dropped, report.num_failed, report.num_kept)]
+    print_table(["answered", "users", "dropped", "failed", "texts kept"], counts)
     for kind, reasons in (("dropped", report.dropped_because), ("failed", report.failed_because)):
         for reason, count in reasons.items():
             console.print(f"{kind}: {count}, {reason}", markup=False, soft_wrap=True)
@@ -137,13 +181,21 @@ def _print_report(report: ShadowReport) -> None:
         ("cut at the limit, shadow minus live", *_difference(report.cut_difference)),
     ]
     print_table(["over the answered requests", "mean", "95 % interval"], rows)
-    console.print("Intervals hold for one look. The engine drops copies while it is busy: see how many.", style="dim")
+    console.print(
+        "Intervals hold however often one looks, and take a user's requests for one observation. The engine drops "
+        "copies while it is busy: see how many.",
+        style="dim",
+        soft_wrap=True,
+    )
 
 
 def _print_judged(name: str, found: PairedComparison) -> None:
+    interval = found.win_interval
+    bounds = "" if interval is None else f" ({interval.low:.2f} to {interval.high:.2f})"
     console.print(
-        f"by {name}: the shadow won {found.wins}, tied {found.ties}, lost {found.losses} of {found.num_prompts}; "
-        f"p {found.sign_p:.3f} by signs, {found.permutation_p:.3f} by sizes",
+        f"by {name}: the shadow won {found.wins}, tied {found.ties}, lost {found.losses} of {found.num_prompts} pairs "
+        f"of {found.num_units} users; win rate {found.win_rate:.2f}{bounds}; p {found.sign_p:.3f} by signs, "
+        f"{found.permutation_p:.3f} by sizes, for one look",
         markup=False,
         soft_wrap=True,
     )

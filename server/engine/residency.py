@@ -98,6 +98,7 @@ class _Holding:
     num_bytes: int
     users: int = 0
     last_used: int = 0
+    is_aside: bool = False  # nobody but work that must cost nobody anything has used it
 
 
 class Residency:
@@ -119,7 +120,9 @@ class Residency:
         self._resident: dict[str, _Holding] = {}
         self._draining: dict[int, _Holding] = {}  # unloaded while in use, by slot
         self._reads: dict[str, Future[tuple[AdapterWeights, float]]] = {}
-        self._aside: set[str] = set()  # being read for work that must cost nobody anything
+        # What is read for work that must cost nobody anything, in a thread that nobody else waits for.
+        self._aside: tuple[str, Future[tuple[AdapterWeights, float]]] | None = None
+        self._aside_loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="aside-loader")
         self._ahead: set[str] = set()  # read into the host cache for a request that has not had its turn
         self._wanted: OrderedDict[str, None] = OrderedDict()  # to be read ahead when there is room
         self._given_up: set[str] = set()  # being read, but whoever asked has left
@@ -162,7 +165,12 @@ class Residency:
     @property
     def is_loading(self) -> bool:
         """Whether any version is on its way."""
-        return bool(self._reads or self._to_reread)
+        return bool(self._reads or self._to_reread or self._aside)
+
+    @property
+    def has_unplaced_pins(self) -> bool:
+        """Whether a pinned version has no slot yet."""
+        return bool(self._unplaced_pins)
 
     @property
     def resident(self) -> dict[str, int]:
@@ -201,23 +209,41 @@ class Residency:
         if isinstance(holding, Wait):
             return holding
         holding.users += 1
-        self._touch(holding)
+        self._claim(holding)
         return holding.slot
 
-    def acquire_aside(self, digest: str) -> int | None:
+    def acquire_aside(self, digest: str, *, may_read: bool) -> int | None:
         """The version's slot for work that must cost nobody anything, held until `release`; None if it is in none.
 
-        Then it is read, if a slot is free and nothing else is being read. A version that is used by such work alone is
-        the first to lose its slot.
+        Then it is read, if it may be, a slot is free and nothing else is on its way; `finish_aside` copies it. When
+        anybody else needs a version that is in no slot, the slots that such work alone has used are free again.
         """
         holding = self._resident.get(digest)
         if holding is None:
-            if self._free and not self._reads:
-                self._aside.add(digest)
-                self._start_read(digest)
+            if may_read and self._free and not self.is_loading:
+                self._aside = digest, self._aside_loader.submit(_read_timed, self._read_weights, digest)
             return None
         holding.users += 1
         return holding.slot
+
+    def finish_aside(self) -> None:
+        """Copy what was read for work that must cost nobody anything; call it in steps that are nobody else's."""
+        if self._aside is None or not self._aside[1].done():
+            return
+        (digest, read), self._aside = self._aside, None
+        if self._reads or not self._free:
+            return
+        slot = self._free[-1]
+        try:
+            weights, _ = read.result()
+            self._slots.load(weights, slot=slot)
+        except Exception as error:
+            # A loading boundary, as in `_copy`: who needs the version has it read again and is told.
+            _log.warning("adapter_load_failed", digest=digest, reason=str(error), is_for_shadow=True)
+            self._slots.clear(slot)
+            return
+        self._free.remove(slot)
+        self._resident[digest] = _Holding(digest, slot, weights.num_bytes, is_aside=True)
 
     def release(self, slot: int) -> None:
         """One request less runs in the slot; the version stays there until the slot is needed, or goes if unloaded."""
@@ -231,7 +257,12 @@ class Residency:
     def prefetch(self, digest: str) -> None:
         """Start reading a version that will be needed, if slots and host cache have room; evicts nobody from a slot."""
         self._given_up.discard(digest)
-        if digest in self._resident or self._on_host(digest) is not None:
+        if holding := self._resident.get(digest):
+            if holding.is_aside:  # from here on it has its slot as if it had been read for this
+                self._claim(holding)
+            return
+        self._yield_aside()
+        if self._on_host(digest) is not None:
             return
         if digest in self._reads or self._has_room:
             self._start_read(digest)
@@ -258,7 +289,9 @@ class Residency:
             limit = self._slots.num_slots - 1
             raise ConflictError(f"at most {limit} versions can be pinned: one of {limit + 1} slots is for all others")
         self._pinned.add(digest)
-        if digest not in self._resident:
+        if holding := self._resident.get(digest):
+            holding.is_aside = False
+        else:
             self._unplaced_pins.add(digest)
             self._place_pins()
 
@@ -292,6 +325,8 @@ class Residency:
         self._wanted.pop(digest, None)
         self._asked_at.pop(digest, None)
         self._given_up.discard(digest)
+        if self._aside and self._aside[0] == digest:
+            self._aside = None
         if read := self._reads.pop(digest, None):
             read.cancel()
         if self._rereading == digest:
@@ -337,7 +372,8 @@ class Residency:
 
     def close(self) -> None:
         """Stop the loader thread."""
-        self._loader.shutdown(wait=True, cancel_futures=True)
+        for loader in (self._loader, self._aside_loader):
+            loader.shutdown(wait=True, cancel_futures=True)
 
     @property
     def _has_room(self) -> bool:
@@ -349,11 +385,20 @@ class Residency:
 
     def _read_ahead(self) -> None:
         while self._wanted and self._has_room:
+            self._yield_aside()
             digest, _ = self._wanted.popitem(last=False)
             if digest not in self._resident and digest not in self._host:
                 self._start_read(digest)
 
+    def _yield_aside(self) -> None:
+        """Free the slots that nobody but work that must cost nobody anything has used, and forget what it has read."""
+        self._aside = None
+        for holding in [held for held in self._resident.values() if held.is_aside and not held.users]:
+            del self._resident[holding.digest]
+            self._vacate(holding.slot)
+
     def _bring(self, digest: str) -> _Holding | Wait:
+        self._yield_aside()
         place = self._find_place()
         weights = self._on_host(digest)
         if digest in self._failures:
@@ -459,9 +504,7 @@ class Residency:
         self._timings.append(LoadTiming(digest, load_ms / 1000, is_loaded=True))
         self._settle_host(digest, weights)
         holding = self._resident[digest] = _Holding(digest, slot, weights.num_bytes)
-        if digest not in self._aside:
-            self._touch(holding)
-        self._aside.discard(digest)
+        self._touch(holding)
         self._unplaced_pins.discard(digest)
         return holding
 
@@ -496,6 +539,8 @@ class Residency:
                 self._rereading = digest
 
     def _place_pins(self) -> None:
+        if self._unplaced_pins:
+            self._yield_aside()
         for digest in sorted(self._unplaced_pins - self._reads.keys()):
             place = self._find_place()
             weights = self._on_host(digest)
@@ -510,6 +555,10 @@ class Residency:
         self._slots.clear(slot)
         self._free.append(slot)
 
+    def _claim(self, holding: _Holding) -> None:
+        holding.is_aside = False
+        self._touch(holding)
+
     def _touch(self, holding: _Holding) -> None:
         self._clock += 1
         holding.last_used = self._clock
@@ -523,7 +572,6 @@ class Residency:
         self._stats.num_failures += 1
         seconds = time.perf_counter() - self._asked_at.pop(digest, time.perf_counter())
         self._timings.append(LoadTiming(digest, seconds, is_loaded=False))
-        self._aside.discard(digest)
         self._failures[digest] = str(error) if is_rejected else _UNREADABLE
         self._unplaced_pins.discard(digest)
         if self._rereading == digest:

@@ -135,6 +135,8 @@ class Engine:
         # A failure that is known by now belongs to those who waited for it; this request has the version read again.
         events = self._fail_unloadable(self.residency.take_failures())
         if request.digest:
+            if request.digest not in self.residency.resident:
+                events += self._drop_shadows()  # before it is read: into a slot that it would find without them
             self.residency.prefetch(request.digest)
         if request.sampling.constraint is None:
             self._waiting.add(Waiting(request, self._clock()))
@@ -158,6 +160,21 @@ class Engine:
         for digest in digests:
             self.residency.prefetch(digest)
 
+    def set_pinned(self, digests: tuple[str, ...]) -> list[EngineEvent]:
+        """Have exactly these versions keep their slots; shadows end, so that all find the slots as without them."""
+        events = self._drop_shadows()
+        self.residency.set_pinned(digests)
+        return events
+
+    def unload(self, digest: str) -> list[EngineEvent]:
+        """Free a version's slot once its last request has ended; shadows end at once.
+
+        Raises:
+            ConflictError: it is pinned.
+        """
+        self.residency.unload(digest)
+        return self._drop_shadows()
+
     def step(self) -> list[EngineEvent]:
         """Admit what can run, compute one token for everybody who is ready, and return the news.
 
@@ -167,6 +184,8 @@ class Engine:
         started = time.perf_counter()
         events = self._expire(self._clock()) + self._fail_unloadable(self.residency.finish_loads())
         events += self._take_compiled() + self._make_way()
+        if not (self.num_running or self.num_waiting):
+            self.residency.finish_aside()
         self._admit()
         work = self._plan()
         if not work:
@@ -213,7 +232,7 @@ class Engine:
         constraint = request.sampling.constraint
         grammar = None if constraint is None else self._grammars.find(constraint)
         reason = ""
-        if self.num_waiting:
+        if self.num_waiting or self.residency.has_unplaced_pins:
             reason = "other requests wait"
         elif self.num_shadows >= MAX_SHADOWS:
             reason = "other shadows are under way"
@@ -221,7 +240,9 @@ class Engine:
             reason = "the batch or the KV cache has no room"
         elif constraint is not None and grammar is None:
             reason = "the form of its answer is not compiled"
-        slot = None if reason or request.digest is None else self.residency.acquire_aside(request.digest)
+        slot = None
+        if not reason and request.digest is not None:
+            slot = self.residency.acquire_aside(request.digest, may_read=not self.num_running)
         if not reason and slot is None and request.digest is not None:
             reason = "its version is in no slot"
         if reason:
@@ -231,12 +252,17 @@ class Engine:
 
     def _make_way(self) -> list[EngineEvent]:
         """Drop the shadows, unless everybody who waits finds a row, blocks and a slot beside them."""
-        shadows = [sequence for sequence in self._running if sequence.request.is_shadow]
-        waiting = list(self._waiting.requests) if shadows else []
+        if not self.num_shadows:
+            return []
+        waiting = list(self._waiting.requests)
         num_blocks = sum(self.blocks.blocks_for(request.num_tokens) for request in waiting)
         has_room = len(waiting) <= len(self._free_rows) and num_blocks <= self.blocks.num_free
-        if has_room and all(request.digest is None or request.digest in self.residency.resident for request in waiting):
-            return []
+        resident = self.residency.resident
+        has_slots = all(request.digest is None or request.digest in resident for request in waiting)
+        return [] if has_room and has_slots else self._drop_shadows()
+
+    def _drop_shadows(self) -> list[EngineEvent]:
+        shadows = [sequence for sequence in self._running if sequence.request.is_shadow]
         for sequence in shadows:
             self._give_up(sequence)
         return [_final(sequence, "dropped", error="it gave way to other requests") for sequence in shadows]
@@ -254,7 +280,9 @@ class Engine:
 
     def _start(self, waiting: Waiting, slot: int) -> Sequence:
         request, params = waiting.request, waiting.request.sampling
-        allocation = self.blocks.allocate(request.digest, request.prompt, request.num_tokens)
+        # A shadow shares no prefix: which of them are kept longest would hang on it.
+        shared = () if request.is_shadow else request.prompt
+        allocation = self.blocks.allocate(request.digest, shared, request.num_tokens)
         sequence = Sequence(
             request,
             TextStream(self._tokenizer, params.stop),

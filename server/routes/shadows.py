@@ -47,7 +47,10 @@ class ShadowObject(BaseModel):
 
 
 class ShadowMean(BaseModel):
-    """A mean over requests that both have answered, with the bounds of its 95 % interval where there are some."""
+    """A mean over requests that both have answered, with the bounds of its 95 % interval where there are some.
+
+    The interval takes a user's requests for one observation, and holds at every look at once.
+    """
 
     mean: float
     low: float | None
@@ -61,6 +64,7 @@ class ShadowDetail(ShadowObject):
     num_dropped: int = Field(description="Copies that the engine had no room or no time for.")
     num_failed: int
     num_kept: int = Field(description="Answers whose text is kept, since their conversation is.")
+    num_units: int = Field(description="Users whose requests both have answered.")
     dropped_because: dict[str, int]
     failed_because: dict[str, int]
     same_share: ShadowMean | None = Field(description="The share of answers that equal the live one.")
@@ -127,6 +131,7 @@ def _detail(report: ShadowReport) -> ShadowDetail:
         num_dropped=report.num_dropped,
         num_failed=report.num_failed,
         num_kept=report.num_kept,
+        num_units=report.num_units,
         dropped_because=report.dropped_because,
         failed_because=report.failed_because,
         same_share=_mean(report.same_share),

@@ -49,6 +49,13 @@ def test_migrations_equal_the_tables_when_compared(database: Database) -> None:
     assert set(Table.metadata.tables) < set(inspect(database.engine).get_table_names())
 
 
+def test_errors_show_no_values_when_a_statement_fails(database: Database) -> None:
+    """They go to the log, and the values may be what users have written."""
+    with pytest.raises(IntegrityError) as caught, database.write() as session:
+        session.add(FeedbackRow(response_id="nobody", metric="m", value=1.0, comment="a secret", reported_at=utc_now()))
+    assert "a secret" not in str(caught.value)
+
+
 def _database_of(revision: str, path: Path) -> Engine:
     engine = create_engine(f"sqlite:///{path}")
     config = Config()

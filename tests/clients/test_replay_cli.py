@@ -108,6 +108,51 @@ def test_replay_asks_for_what_is_missing_alone_when_an_earlier_run_was_cut(publi
     assert 0o600 == journal.stat().st_mode & 0o777
 
 
+def test_replay_is_refused_when_the_journal_is_of_another_version_or_none_at_all(
+    published: Site, tmp_path: Path
+) -> None:
+    """The same name on another server may be another version; and a file of the user's is not written over."""
+    journal = tmp_path / "report.answers.jsonl"
+    with serve_site(published) as served:
+        report = _replay(served.root, tmp_path)
+        assert [item.version.digest for item in published.registry.versions("legal")][:2] == [
+            version["digest"] for version in report["versions"]
+        ]
+        first, *rest = journal.read_text().splitlines(keepends=True)
+        journal.write_text(first.replace(report["versions"][0]["digest"], "f" * 64) + "".join(rest))
+        with pytest.raises(InvalidInputError, match=r"another legal@v1 than this server has.*--fresh"):
+            _replay(served.root, tmp_path)
+    for text in ("dear diary\n", '{"messages": []}\n', "[]\n[]\n"):
+        journal.write_text(text)
+        with pytest.raises(InvalidInputError, match="line 1: expected what a replay has kept"):
+            _replay("http://127.0.0.1:1", tmp_path)
+        assert text == journal.read_text()
+
+
+def test_prompt_counts_once_when_the_file_asks_it_twice(published: Site, tmp_path: Path) -> None:
+    """Greedy answers to the same prompt are the same: they would only make everything look surer."""
+    source = _prompts(tmp_path, ["x"] * 4)
+    source.write_text(source.read_text() * 3)
+    with serve_site(published) as served:
+        report = _replay(served.root, tmp_path, prompts=source)
+        assert 8 == _num_asked(served)
+    assert (4, 8) == (report["prompts"]["count"], report["prompts"]["num_repeated"])
+    assert {4} == {measure["comparisons"][0]["num_prompts"] for measure in report["measures"]}
+
+
+def test_replay_fails_when_nothing_could_be_compared(published: Site, tmp_path: Path) -> None:
+    """With the server's own reason; a report of nothing would look like a tie."""
+    source = _prompts(tmp_path, ["x"] * 4)
+    source.write_text(source.read_text().replace('"hello', '"' + "long " * 100))
+    with (
+        serve_site(published) as served,
+        pytest.raises(InvalidInputError, match=r"could be compared.*first error.*128"),
+    ):
+        _replay(served.root, tmp_path, "--limit", "1", prompts=source)
+    assert not (tmp_path / "report.json").exists()
+    assert [] == _journal(tmp_path)
+
+
 def test_answers_stay_when_the_server_goes_away(published: Site, tmp_path: Path) -> None:
     """The error is raised, and what was answered is in the journal for the next run."""
     _prompts(tmp_path, ["x"] * 4)
@@ -138,6 +183,7 @@ def test_failed_answer_counts_for_nobody_when_a_prompt_is_too_long(published: Si
         report = _replay(served.root, tmp_path, prompts=source)
     assert [(3, 1), (3, 1)] == [(item["num_answers"], item["num_failed"]) for item in report["versions"]]
     assert {3} == {measure["comparisons"][0]["num_prompts"] for measure in report["measures"]}
+    assert 6 == len(_journal(tmp_path))  # with another limit the fourth may go well
 
 
 def test_function_judges_three_versions_when_given(published: Site, tmp_path: Path) -> None:
@@ -166,9 +212,11 @@ def test_function_judges_three_versions_when_given(published: Site, tmp_path: Pa
         (lambda asked: "1", 0, (4, 0), 0),
         (lambda asked: "I choose answer 2", 0, (0, 4), 0),
         (lambda asked: "both are fine", 0, (0, 0), 4),
+        (lambda asked: "Answer 1 is better than answer 2.", 0, (0, 0), 4),
+        (lambda asked: "Answer 2 is short, answer 1 is not.\n\n**1**\n", 0, (4, 0), 0),
         (lambda asked: "1" if asked.index("splendid") < asked.index("poor") else "2", 4, (0, 0), 0),
     ],
-    ids=["first place", "second place", "no verdict", "the better answer"],
+    ids=["first place", "second place", "no verdict", "both digits", "behind reasoning", "the better answer"],
 )
 def test_judge_model_sees_both_orders_when_it_compares(
     says: Callable[[str], str], wins: int, places: tuple[int, int], unreadable: int, tmp_path: Path, monkeypatch: Any

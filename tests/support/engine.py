@@ -305,8 +305,9 @@ def collect(events: Iterable[EngineEvent], into: dict[str, Answer]) -> None:
 
 
 def wait_for_loads(engine: Engine) -> None:
-    """Return once the loader thread has read everything that was asked of it; it reads in order."""
-    engine.residency._loader.submit(bool).result()
+    """Return once the loader threads have read everything that was asked of them; each reads in order."""
+    for loader in (engine.residency._loader, engine.residency._aside_loader):
+        loader.submit(bool).result()
 
 
 def drain(engine: Engine, into: dict[str, Answer]) -> None:

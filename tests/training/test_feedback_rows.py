@@ -58,8 +58,14 @@ def test_good_rows_take_what_is_good_when_rated() -> None:
     assert isinstance(row, ChatRow)
     assert ([], ["q", "yes"]) == (problems, [message["content"] for message in row.messages])
     assert {
-        "response_id": item.conversation.response_id, "version": "legal@v2", "digest": "d" * 64, "metric": "helpful",
-        "value": 1.0, "reported_at": "2026-01-02T00:00:00+00:00",
+        "metric": "helpful",
+        "value": 1.0,
+        "ratings": [
+            {
+                "response_id": item.conversation.response_id, "version": "legal@v2", "digest": "d" * 64, "value": 1.0,
+                "reported_at": "2026-01-02T00:00:00+00:00",
+            }
+        ],
     } == document["metadata"]  # fmt: skip
     assert {"rated, but not as good": 1} == rows.left_out
 
@@ -132,9 +138,10 @@ def test_preferences_use_each_answer_once_and_never_turn_a_pair_when_made(
     """Chosen is better than rejected by what was reported, and differs from it."""
     items = [_rated(float(value), f"text {text}", prompt=f"p{value % 2}") for value, text in values]
     rows = preference_rows(items, GoodValue(limit))
-    used = [row["metadata"][side]["response_id"] for row in rows.documents for side in ("chosen", "rejected")]
+    sides = [row["metadata"][side] for row in rows.documents for side in ("chosen", "rejected")]
+    used = [rating["response_id"] for side in sides for rating in side["ratings"]]
     assert len(used) == len(set(used))
-    assert len(items) == len(used) + sum(rows.left_out.values())
+    assert len(items) == len(sides) + sum(rows.left_out.values())
     for row in rows.documents:
         chosen, rejected = row["metadata"]["chosen"]["value"], row["metadata"]["rejected"]["value"]
         assert chosen > rejected
@@ -142,11 +149,33 @@ def test_preferences_use_each_answer_once_and_never_turn_a_pair_when_made(
         assert limit is None or rejected < limit <= chosen
 
 
+def test_users_who_disagree_make_no_pair_and_no_row_when_they_got_the_same_answers() -> None:
+    """What one said of an answer and another said against it is their mean: half is not good."""
+    one, other = [_rated(value, "one") for value in (1.0, 0.0)], [_rated(value, "other") for value in (0.0, 1.0)]
+    assert [] == preference_rows([*one, *other], GoodValue()).documents
+    assert ([], {"rated, but not as good": 4}) == (
+        (rows := good_rows([*one, *other], GoodValue(1.0))).documents, rows.left_out,
+    )  # fmt: skip
+    (pair,) = preference_rows([*one, *other, _rated(1.0, "third")], GoodValue()).documents
+    assert "third" == pair["chosen"][0]["content"]
+
+
+def test_answer_makes_one_row_when_several_users_got_it() -> None:
+    """With all of them in its origin; calls are the same whatever their ids are."""
+    calls = [_rated(1.0, {"role": "assistant", "content": None, "tool_calls": [CALL | {"id": name}]}) for name in "ab"]
+    rows = good_rows(
+        [_rated(1.0, "yes"), _rated(1.0, "yes"), _rated(1.0, "yes", prompt="other"), *calls], GoodValue(1.0)
+    )
+    assert [2, 1, 2] == [len(document["metadata"]["ratings"]) for document in rows.documents]
+    assert {"the same answer to the same prompt as another, whose row counts for both": 2} == rows.left_out
+
+
 def test_edit_is_the_better_answer_when_it_came_as_a_comment() -> None:
     """For both kinds of rows; feedback without a text is no edit."""
-    edits = [_rated(0.0, "bad", comment="as it should be"), _rated(0.0, "bad")]
+    edits = [_rated(0.0, "bad", comment="as it should be"), _rated(0.0, "bad"), _rated(0.0, "bad", comment=" bad\n")]
     (pair,) = edited_rows(edits, as_preferences=True).documents
     assert [("as it should be", "bad")] == _texts([pair])
     rows = edited_rows(edits, as_preferences=False)
     assert "as it should be" == rows.documents[0]["messages"][-1]["content"]
-    assert (True, {"an edit without its text": 1}) == (rows.documents[0]["metadata"]["is_edit"], rows.left_out)
+    left_out = {"an edit without its text": 1, "an edit that leaves the answer as it was": 1}
+    assert (True, left_out) == (rows.documents[0]["metadata"]["is_edit"], rows.left_out)
