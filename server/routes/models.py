@@ -23,7 +23,7 @@ router = APIRouter(dependencies=[needs("chat")])
 
 @router.get("/v1/models")
 async def list_models(services: CurrentServices) -> dict[str, Any]:
-    """Everything that `model` may name."""
+    """Everything that `model` may name; `auto` where a rule or the router could choose something for the key."""
     return {"object": "list", "data": await asyncio.to_thread(_models, services)}
 
 
