@@ -4,9 +4,9 @@
 
 Trains from examples/routing.train.jsonl (150 prompts a domain) and measures on examples/routing.eval.jsonl, both
 written for this project; nothing was chosen by looking at the second. DIR, if given, holds
-{legal,medical,support}.{train,valid}.jsonl, chat rows: real prompts, the first 150 of each for training. `--debian` adds
-one-line descriptions of Debian's packages, whose section is to be found: public texts that nobody wrote for a router. It
-asks `apt-cache`, after `apt-get update`.
+{legal,medical,support}.{train,valid}.jsonl, chat rows: real prompts, the first 150 of each for training. `--debian`
+adds one-line descriptions of Debian's packages, whose section is to be found: public texts that nobody wrote for a
+router. It asks `apt-cache`, after `apt-get update`.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _debian(embeddings: TokenEmbeddings | None) -> dict[str, Evaluation]:
 
 def _read_sections() -> dict[str, list[str]]:
     """The descriptions of each section, one a source package: those of one source are alike."""
-    listing = subprocess.run(["apt-cache", "dumpavail"], check=True, capture_output=True, text=True).stdout  # noqa: S607
+    listing = subprocess.run(["apt-cache", "dumpavail"], check=True, capture_output=True, text=True).stdout
     sections: dict[str, dict[str, str]] = {name: {} for name in (*_SECTIONS, *_OTHER_SECTIONS)}
     for entry in listing.split("\n\n"):
         fields = dict(re.findall(r"^(Package|Source|Section|Description(?:-en)?): (.*)$", entry, re.MULTILINE))
