@@ -140,11 +140,13 @@ def _read_sections() -> dict[str, list[str]]:
     listing = subprocess.run(["apt-cache", "dumpavail"], check=True, capture_output=True, text=True).stdout
     sections: dict[str, dict[str, str]] = {name: {} for name in (*_SECTIONS, *_OTHER_SECTIONS)}
     for entry in listing.split("\n\n"):
-        fields = dict(re.findall(r"^(Package|Source|Section|Description(?:-en)?): (.*)$", entry, re.MULTILINE))
+        fields: dict[str, str] = dict(
+            re.findall(r"^(Package|Source|Section|Description(?:-en)?): (.*)$", entry, re.MULTILINE)
+        )
         section = fields.get("Section", "").rpartition("/")[2]
         text = fields.get("Description") or fields.get("Description-en")
         if text and section in sections:
-            source = fields.get("Source", fields["Package"]).partition(" ")[0]
+            source = (fields.get("Source") or fields["Package"]).partition(" ")[0]
             sections[section].setdefault(source, text)
     return {name: sorted(set(texts.values())) for name, texts in sections.items()}
 
