@@ -1,16 +1,20 @@
 """How well and how fast the router routes: unseen prompts of six domains, prompts of none, other wordings, other forms.
 
-    python -m benchmarks.routing [--data DIR] [--home HOME]
+    python -m benchmarks.routing [--data DIR] [--debian] [--home HOME]
 
 Trains from examples/routing.train.jsonl (150 prompts a domain) and measures on examples/routing.eval.jsonl, both
 written for this project; nothing was chosen by looking at the second. DIR, if given, holds
-{legal,medical,support}.{train,valid}.jsonl, chat rows: real prompts, the first 150 of each for training.
+{legal,medical,support}.{train,valid}.jsonl, chat rows: real prompts, the first 150 of each for training. `--debian`
+adds one-line descriptions of Debian's packages, whose section is to be found: public texts that nobody wrote for a
+router. It asks `apt-cache`, after `apt-get update`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +36,8 @@ _THRESHOLD = 0.5
 _NUM_PROMPTS = 150
 _NUM_TIMED = 2000
 _REAL_DOMAINS = ("legal", "medical", "support")
+_SECTIONS = ("games", "sound", "fonts", "mail", "database", "science")
+_OTHER_SECTIONS = ("video", "admin")
 _COLUMNS = (
     "accuracy",
     "macro F1",
@@ -51,6 +57,7 @@ def main() -> None:
     """Measure and print Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a folder of real chat rows")
+    parser.add_argument("--debian", action="store_true", help="measure on descriptions of Debian's packages, too")
     parser.add_argument("--home", type=Path, help="home folder with the base model")
     arguments = parser.parse_args()
     core = CoreSettings.load(resolve_home(arguments.home))
@@ -67,6 +74,9 @@ def main() -> None:
     if arguments.data:
         print("\nreal prompts:\n")
         _print_table(_real(arguments.data, embeddings))
+    if arguments.debian:
+        print("\nsections of Debian's packages:\n")
+        _print_table(_debian(embeddings))
     _print_times(model, [row["text"] for row in rows], embeddings)
 
 
@@ -106,6 +116,39 @@ def _real(folder: Path, embeddings: TokenEmbeddings | None) -> dict[str, Evaluat
     ]
     model = train_router(prompts, read_background(), embeddings)
     return {"three domains": _measure(model, [*inside, *outside], embeddings)}
+
+
+def _debian(embeddings: TokenEmbeddings | None) -> dict[str, Evaluation]:
+    """Three draws of 150 training and 150 other descriptions a section; 120 of two other sections belong nowhere."""
+    found = _read_sections()
+    results = {}
+    for seed in range(3):
+        chance = np.random.default_rng(seed)
+        drawn = {name: [found[name][place] for place in chance.permutation(len(found[name]))] for name in sorted(found)}
+        prompts = {name: drawn[name][:_NUM_PROMPTS] for name in _SECTIONS}
+        rows: Labelled = [
+            {"text": text, "alias": name} for name in _SECTIONS for text in drawn[name][_NUM_PROMPTS : 2 * _NUM_PROMPTS]
+        ]
+        rows += [{"text": text, "alias": None} for name in _OTHER_SECTIONS for text in drawn[name][:60]]
+        model = train_router(prompts, read_background(), embeddings)
+        results[f"six sections, draw {seed + 1}"] = _measure(model, rows, embeddings)
+    return results
+
+
+def _read_sections() -> dict[str, list[str]]:
+    """The descriptions of each section, one a source package: those of one source are alike."""
+    listing = subprocess.run(["apt-cache", "dumpavail"], check=True, capture_output=True, text=True).stdout
+    sections: dict[str, dict[str, str]] = {name: {} for name in (*_SECTIONS, *_OTHER_SECTIONS)}
+    for entry in listing.split("\n\n"):
+        fields: dict[str, str] = dict(
+            re.findall(r"^(Package|Source|Section|Description(?:-en)?): (.*)$", entry, re.MULTILINE)
+        )
+        section = fields.get("Section", "").rpartition("/")[2]
+        text = fields.get("Description") or fields.get("Description-en")
+        if text and section in sections:
+            source = (fields.get("Source") or fields["Package"]).partition(" ")[0]
+            sections[section].setdefault(source, text)
+    return {name: sorted(set(texts.values())) for name, texts in sections.items()}
 
 
 def _asked(path: Path) -> list[str]:

@@ -146,6 +146,7 @@ async def _running_services(
     services = join_services(registry, LitServeTransport(spec), tokenizer, core, settings, embeddings)
     app.state.services, engine = services, services.engine
     services.files.sweep()
+    await asyncio.to_thread(services.routing.read)  # the first request is routed already
     evaluator = Evaluator(services.evaluation.acting_for(EVALUATOR), interval_s=settings.experiment_interval_s)
     parts = (engine, services.pins, services.conversations, services.shadow_keeper, evaluator)
     work = [*(part.run() for part in parts), keep_router(services.routing)]

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MAX_TURNS", "Choice", "follow_turns"]
+from adapters.routing.prompts import MAX_CHARS
 
-MAX_TURNS = 6  # the latest of the user's messages; what was said before them has faded
-_KEPT = 0.6  # of what was believed before a turn
+__all__ = ["Choice", "follow_turns", "take_latest"]
+
+_MAX_TURNS = 32  # the latest of the user's messages; what was said before them has faded
+_MAX_READ = 6000  # characters of those together: what reading a conversation anew costs is bounded
+_FADES = 0.4  # of what was believed before a turn is replaced by what the turn says
+_FULL_CHARS = 40  # a shorter turn says less: "yes, please" moves nothing
 _MOVE = 0.7  # a turn that is so sure of another alias has moved the topic
 _LEAVE = 0.7  # of the threshold: where belief in the alias falls below that, nobody answers any more
 
@@ -27,22 +31,37 @@ class Choice:
     probabilities: Probabilities
 
 
-def follow_turns(turns: Sequence[Probabilities], threshold: float) -> Choice:
+def take_latest(turns: Sequence[str]) -> list[str]:
+    """The latest of the user's messages that are read, in order; blank ones say nothing."""
+    taken: list[str] = []
+    left = _MAX_READ
+    for turn in reversed(turns):
+        if turn.strip():
+            left -= min(len(turn), MAX_CHARS)
+            if left < 0 or len(taken) == _MAX_TURNS:
+                break
+            taken.append(turn)
+    return taken[::-1]
+
+
+def follow_turns(texts: Sequence[str], turns: Sequence[Probabilities], threshold: float) -> Choice:
     """Choose for a conversation, turn by turn.
 
-    Belief is the mean of the turns, the later ones weighing more. A choice stays while the belief in it holds, so that
-    "and what about the second one?" stays where the first question went; it moves only for a turn that is by itself
-    sure of another alias, and it is given up when several turns in a row belong nowhere.
+    Belief is the mean of the turns, the later ones weighing more, and short ones less. A choice stays while the belief
+    in it holds, so that "and what about the second one?" stays where the first question went; it moves only for a turn
+    that is by itself sure of another alias, and it is given up when several turns of some length belong nowhere.
 
     Args:
-        turns: For each of the user's messages in order, one or more, the probabilities `[num_aliases]`.
+        texts: The user's messages in order, one or more.
+        turns: For each of them the probabilities `[num_aliases]`.
         threshold: The least probability that makes a choice.
     """
     belief = turns[0]
     current = _best(belief, threshold)
-    for turn in turns[1:]:
+    for text, turn in zip(texts[1:], turns[1:], strict=True):
         moved = _best(turn, max(threshold, _MOVE))
-        belief = turn if moved is not None else _KEPT * belief + (1 - _KEPT) * turn
+        weight = _FADES * min(1.0, len(text) / _FULL_CHARS)
+        belief = turn if moved is not None else (1 - weight) * belief + weight * turn
         if moved is not None:
             current = moved
         elif current is None:

@@ -17,6 +17,7 @@ __all__ = ["Evaluation", "Predictor", "RiskPoint", "add_typos", "evaluate", "pre
 _NUM_BINS = 10
 _COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
 _TYPO_SEED = 7
+_BATCH = 256  # texts that are read at once: the memory that a large file takes is bounded
 _LETTERS_A_SLIP = 40  # people who type leave about 2 % of the letters wrong
 
 # From texts to the probabilities [num_texts, num_aliases], in the order of the aliases.
@@ -103,7 +104,8 @@ def predictor_of(model: RouterModel, embeddings: TokenEmbeddings | None) -> Pred
     """What a model says, in the form that is measured."""
 
     def predict(texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        return np.stack([scores.probabilities for scores in model.score(texts, embeddings)])
+        parts = [texts[start : start + _BATCH] for start in range(0, len(texts), _BATCH)]
+        return np.stack([scores.probabilities for part in parts for scores in model.score(part, embeddings)])
 
     return predict
 
@@ -159,8 +161,9 @@ def _auc(inside: npt.NDArray[np.float32], outside: npt.NDArray[np.float32]) -> f
     """How often a text with an alias has more confidence than one without; ties count half."""
     if not len(outside):
         return None
-    above = (inside[:, None] > outside[None, :]).mean()
-    return float(above + (inside[:, None] == outside[None, :]).mean() / 2)
+    ordered = np.sort(outside)
+    below, not_above = (np.searchsorted(ordered, inside, side=side) for side in ("left", "right"))
+    return float((below + not_above).mean() / (2 * len(outside)))
 
 
 def _risk_coverage(confidence: npt.NDArray[np.float32], is_right: npt.NDArray[np.bool_]) -> tuple[RiskPoint, ...]:

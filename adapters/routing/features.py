@@ -6,70 +6,88 @@ would be several times as slow and large as one of numbers.
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy import sparse
 
-__all__ = ["MAX_CHARS", "Grams", "Vectors", "Vocabulary", "count_grams", "learn_vocabulary", "normalise"]
+from adapters.routing.prompts import MAX_CHARS, clip
 
-MAX_CHARS = 1200  # of a text, from its beginning and its end: what one choice may cost is bounded
+__all__ = ["Grams", "Vectors", "Vocabulary", "count_grams", "hash_words", "learn_vocabulary", "normalise"]
+
 _CHAR_SIZES = (3, 4, 5)
 _MIN_DOCUMENTS = 2  # an n-gram of one text alone tells nothing of its domain
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _URL = re.compile(r"\b(?:https?://|www\.)\S{1,500}")
 _NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
-_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?|[^\w\s]")
+# Vowel signs and joiners are no letters for `re`, but without them a word of Hindi or Thai falls into pieces.
+_SIGNS = "\u200c\u200d" + "".join(chr(c) for c in range(0x300, 0x10000) if unicodedata.category(chr(c)) in {"Mn", "Mc"})
+_WORD = re.compile(rf"[\w{_SIGNS}]+(?:'[\w{_SIGNS}]+)?|[^\w\s]")
 
 IdArray = npt.NDArray[np.uint64]
+OwnerArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
 
 def normalise(text: str) -> str:
     """The text without what says nothing of its topic: case, kinds of space and quotes, which number, which address."""
-    if len(text) > MAX_CHARS:
-        text = f"{text[: MAX_CHARS // 2]} {text[-MAX_CHARS // 2 :]}"
-    text = text.encode("utf-8", "ignore").decode()  # half a surrogate pair has no bytes to hash
+    text = clip(text).encode("utf-8", "ignore").decode()  # half a surrogate pair has no bytes to hash
     text = unicodedata.normalize("NFKC", text)[: 2 * MAX_CHARS].casefold().replace("\u2019", "'")
     text = _NUMBER.sub("0", _URL.sub(" url ", text))
-    return " ".join(_WORD.findall(text))
+    return " ".join(_WORD.findall(text.replace("_", " ")))
 
 
 @dataclass(frozen=True, slots=True)
 class Grams:
-    """The distinct n-grams of one text, by kind: hashes in ascending order, and how often each occurs."""
+    """The n-grams of some texts, by kind: hashes, and to which of the texts each belongs; as often as they occur."""
 
-    words: tuple[IdArray, FloatArray]
-    chars: tuple[IdArray, FloatArray]
+    words: tuple[IdArray, OwnerArray]
+    chars: tuple[IdArray, OwnerArray]
+    num_texts: int
 
 
-def count_grams(text: str) -> Grams:
-    """Words, pairs of words and characters within words of a text that `normalise` made."""
-    words = text.split(" ") if text else []
-    hashes = np.array([zlib.crc32(word.encode()) for word in words], dtype=np.uint64)
+def count_grams(texts: Sequence[str]) -> Grams:
+    """Words, pairs of words and characters within words of texts that `normalise` made; all texts at once."""
+    split = [text.split() for text in texts]
+    owners = np.repeat(np.arange(len(split)), [*map(len, split)])
+    hashes = hash_words([word for words in split for word in words]).astype(np.uint64)
     pairs = _mix(hashes[:-1] * _MULTIPLIER + hashes[1:], 2)
-    return Grams(_count(np.concatenate([_mix(hashes, 1), pairs])), _count(_char_hashes(text)))
+    is_pair = owners[:-1] == owners[1:]
+    words = np.concatenate([_mix(hashes, 1), pairs[is_pair]]), np.concatenate([owners, owners[1:][is_pair]])
+    return Grams(words, _char_hashes(texts), len(texts))
 
 
-def _char_hashes(text: str) -> IdArray:
-    """Hashes of the characters in windows of several sizes; a space may stand at a window's end, not within."""
-    codes = np.array([*map(ord, f" {text} ")], dtype=np.uint64)
+def hash_words(words: Sequence[str]) -> npt.NDArray[np.int64]:
+    """A number for each word, the same in every process."""
+    return np.array([zlib.crc32(word.encode()) for word in words], dtype=np.int64)
+
+
+def _char_hashes(texts: Sequence[str]) -> tuple[IdArray, OwnerArray]:
+    """Hashes of the characters in windows of several sizes; a space may stand at a window's end, not within.
+
+    So no window reaches over the two spaces between one text and the next.
+    """
+    whole = "".join(f" {text} " for text in texts)
+    codes = np.frombuffer(whole.encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
+    owners = np.repeat(np.arange(len(texts)), [len(text) + 2 for text in texts])
     spaces = np.cumsum(codes == ord(" "))
-    found = []
-    for size in _CHAR_SIZES:
-        num_windows = len(codes) - size + 1
-        if num_windows <= 0:
-            continue
-        rolled = codes[:num_windows]
-        for offset in range(1, size):
-            rolled = rolled * _MULTIPLIER + codes[offset : offset + num_windows]
-        within = spaces[size - 2 : size - 2 + num_windows] - spaces[:num_windows]
-        found.append(_mix(rolled[within == 0], size + 10))
-    return np.concatenate(found) if found else np.empty(0, dtype=np.uint64)
+    found, found_owners = [], []
+    rolled = codes
+    for size in range(2, max(_CHAR_SIZES) + 1):
+        num_windows = max(0, len(codes) - size + 1)
+        rolled = rolled[:num_windows] * _MULTIPLIER + codes[size - 1 :]
+        if size in _CHAR_SIZES:
+            is_within = spaces[size - 2 : size - 2 + num_windows] == spaces[:num_windows]
+            found.append(_mix(rolled[is_within], size + 10))
+            found_owners.append(owners[:num_windows][is_within])
+    return np.concatenate(found), np.concatenate(found_owners)
 
 
 def _mix(values: IdArray, kind: int) -> IdArray:
@@ -79,18 +97,23 @@ def _mix(values: IdArray, kind: int) -> IdArray:
     return mixed ^ (mixed >> np.uint64(32))
 
 
-def _count(hashes: IdArray) -> tuple[IdArray, FloatArray]:
-    ids, counts = np.unique(hashes, return_counts=True)
-    return ids, counts.astype(np.float32)
-
-
 @dataclass(frozen=True, slots=True)
 class Vectors:
     """Sparse vectors of length 1, or 0 where nothing of a text is known: row i holds `starts[i]` to `starts[i + 1]`."""
 
-    columns: npt.NDArray[np.int32]
+    columns: OwnerArray
     values: FloatArray
-    starts: npt.NDArray[np.int64]
+    starts: OwnerArray
+
+    def times(self, matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The product with a dense matrix, `[num_texts, its columns]`; for a few texts faster than scipy's."""
+        parts = [slice(begin, end) for begin, end in itertools.pairwise(self.starts)]
+        return np.stack([self.values[part] @ matrix[self.columns[part]] for part in parts])
+
+    def to_matrix(self, num_columns: int) -> Any:
+        """The vectors as a sparse matrix of scipy's, `[num_texts, num_columns]`."""
+        parts = (self.values, self.columns.astype(np.int32), self.starts)
+        return sparse.csr_matrix(parts, shape=(len(self.starts) - 1, num_columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,36 +123,38 @@ class Vocabulary:
     ids: IdArray
     weights: FloatArray
 
-    def vectorise(self, texts: Sequence[Grams]) -> Vectors:
+    def vectorise(self, grams: Grams) -> Vectors:
         """Weighted vectors: (1 + log count) times the inverse document frequency."""
-        columns, values = [], []
-        starts = np.zeros(len(texts) + 1, dtype=np.int64)
-        for number, grams in enumerate(texts):
-            parts = [self._part(*grams.words), self._part(*grams.chars)]
-            norm = np.sqrt(sum(float(part @ part) > 0 for _, part in parts) or 1)
-            for places, part in parts:
-                columns.append(places)
-                length = np.sqrt(float(part @ part))
-                values.append(part / (length * norm) if length else part)
-            starts[number + 1] = starts[number] + sum(len(places) for places, _ in parts)
-        return Vectors(
-            np.concatenate(columns).astype(np.int32) if columns else np.empty(0, np.int32),
-            np.concatenate(values).astype(np.float32) if values else np.empty(0, np.float32),
-            starts,
-        )
+        parts = [self._part(*kind, grams.num_texts) for kind in (grams.words, grams.chars)]
+        squares = [np.bincount(owners, values * values, grams.num_texts) for owners, _, values in parts]
+        num_kinds = np.maximum(1, sum((own > 0).astype(int) for own in squares))
+        owners, columns = (np.concatenate([part[number] for part in parts]) for number in (0, 1))
+        scaled = [part / np.sqrt(own * num_kinds)[at] for (at, _, part), own in zip(parts, squares, strict=True)]
+        values = np.concatenate(scaled)
+        order = np.argsort(owners, kind="stable")
+        starts = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=grams.num_texts))])
+        return Vectors(columns[order], values[order].astype(np.float32), starts)
 
-    def _part(self, ids: IdArray, counts: FloatArray) -> tuple[npt.NDArray[np.int64], FloatArray]:
-        places = np.searchsorted(self.ids, ids)
-        places[places == len(self.ids)] = 0
-        is_known = self.ids[places] == ids if len(self.ids) else np.zeros(len(ids), dtype=bool)
-        places = places[is_known]
-        return places, (1 + np.log(counts[is_known])) * self.weights[places]
+    def _part(self, ids: IdArray, owners: OwnerArray, num_texts: int) -> tuple[OwnerArray, OwnerArray, FloatArray]:
+        """Of the n-grams that are known: text, column and weight."""
+        if not len(self.ids):
+            nothing = np.empty(0, dtype=np.int64)
+            return nothing, nothing, np.empty(0, dtype=np.float32)
+        places = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        is_known = self.ids[places] == ids
+        keys, counts = np.unique(owners[is_known] * len(self.ids) + places[is_known], return_counts=True)
+        texts, columns = np.divmod(keys, len(self.ids))
+        return texts, columns, ((1 + np.log(counts)) * self.weights[columns]).astype(np.float32)
 
 
-def learn_vocabulary(texts: Sequence[Grams]) -> Vocabulary:
+def learn_vocabulary(grams: Grams) -> Vocabulary:
     """The n-grams that at least two texts have, weighted by how few have them: log((1 + n) / (1 + df)) + 1."""
-    found = [part for grams in texts for part in (grams.words[0], grams.chars[0])]
-    ids, frequencies = np.unique(np.concatenate(found), return_counts=True)
+    ids, owners = (np.concatenate(both) for both in zip(grams.words, grams.chars, strict=True))
+    order = np.lexsort((owners, ids))
+    ids, owners = ids[order], owners[order]
+    is_first = np.ones(len(ids), dtype=bool)
+    is_first[1:] = (ids[1:] != ids[:-1]) | (owners[1:] != owners[:-1])
+    ids, frequencies = np.unique(ids[is_first], return_counts=True)
     is_kept = frequencies >= _MIN_DOCUMENTS
-    weights = np.log((1 + len(texts)) / (1 + frequencies[is_kept])) + 1
+    weights = np.log((1 + grams.num_texts) / (1 + frequencies[is_kept])) + 1
     return Vocabulary(ids[is_kept], weights.astype(np.float32))

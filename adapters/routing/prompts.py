@@ -13,8 +13,11 @@ from adapters.chat_rows import ChatRow, Row, TextRow
 from adapters.errors import DataError
 
 __all__ = [
+    "MAX_CHARS",
     "MAX_KEPT",
     "MIN_ALIASES",
+    "clip",
+    "group_alike",
     "group_labelled",
     "hash_prompts",
     "prompts_of",
@@ -24,8 +27,10 @@ __all__ = [
 ]
 
 MAX_KEPT = 300
+MAX_CHARS = 1200  # of a text that are kept and read: what one choice may cost is bounded
 MIN_ALIASES = 2  # fewer leave nothing to choose between
-_MAX_CHARS = 1200
+_ALIKE_SHARE = 0.4  # data that has grown to twice its size still shares about half of its sample with what it was
+_END_CHARS = MAX_CHARS // 2
 _BACKGROUND = Path(__file__).with_name("background.jsonl")
 _MAX_LINES = 1_000_000
 _MAX_LINE_BYTES = 1 << 20
@@ -37,15 +42,36 @@ def prompts_of(rows: Iterable[Row]) -> list[str]:
     return sample_prompts(prompt for prompt in found if prompt)
 
 
+def clip(text: str) -> str:
+    """The beginning and the end of a long text, 1,200 characters in all: a question may stand at either."""
+    return text if len(text) <= MAX_CHARS else f"{text[: MAX_CHARS - _END_CHARS - 1]} {text[-_END_CHARS:]}"
+
+
 def sample_prompts(prompts: Iterable[str]) -> list[str]:
-    """At most 300 different prompts, each cut at 1,200 characters, chosen and ordered by their hashes."""
-    different = {prompt.strip()[:_MAX_CHARS] for prompt in prompts} - {""}
+    """At most 300 different prompts, of long ones the beginning and the end, chosen and ordered by their hashes."""
+    different = {clip(prompt.strip()) for prompt in prompts} - {""}
     return sorted(different, key=lambda prompt: hashlib.sha256(prompt.encode("utf-8", "replace")).digest())[:MAX_KEPT]
 
 
 def hash_prompts(prompts: Sequence[str]) -> str:
     """SHA-256 over prompts in their order, in hex."""
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+
+
+def group_alike(prompts: Mapping[str, Sequence[str]]) -> list[tuple[str, ...]]:
+    """The aliases by what they are asked: whoever shares much of its prompts with another stands behind it.
+
+    Two versions of one data set under two names are such: no text could be told to belong to one of them.
+
+    Returns:
+        Groups in the order of their first aliases, the aliases in the order in which they were given.
+    """
+    groups: dict[str, list[str]] = {}
+    sets = {alias: set(own) for alias, own in prompts.items()}
+    for alias, own in sets.items():
+        alike = (first for first in groups if _are_alike(own, sets[first]))
+        groups.setdefault(next(alike, alias), []).append(alias)
+    return [tuple(group) for group in groups.values()]
 
 
 @cache
@@ -80,14 +106,15 @@ def group_labelled(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
     """The texts of each alias in these rows, in the order of the aliases' names.
 
     Raises:
-        DataError: there are fewer than two aliases.
+        DataError: there are fewer than two aliases with different texts.
     """
     groups: dict[str, list[str]] = {}
     for row in rows:
         if row["alias"] is not None:
             groups.setdefault(row["alias"], []).append(row["text"])
-    if len(groups) < MIN_ALIASES:
-        raise DataError([f"expected texts of {MIN_ALIASES} aliases or more, found {', '.join(groups) or 'none'}"])
+    if len(group_alike(groups)) < MIN_ALIASES:
+        found = ", ".join(groups) or "none"
+        raise DataError([f"expected texts of {MIN_ALIASES} aliases or more, not the same for each, found {found}"])
     return dict(sorted(groups.items()))
 
 
@@ -106,6 +133,10 @@ def _read_line(line: bytes) -> tuple[dict[str, Any], str]:
     if not is_text or not isinstance(row["alias"], str | None):
         return {}, "expected text in text and paraphrase, a name or null in alias"
     return dict(row), ""
+
+
+def _are_alike(one: set[str], other: set[str]) -> bool:
+    return len(one & other) >= _ALIKE_SHARE * min(len(one), len(other))
 
 
 def _prompt_of(row: Row) -> str:

@@ -1,67 +1,49 @@
-"""The router as a service: keeps itself trained from what aliases point to, and says where a request belongs.
+"""The router as a service: says where a request belongs and why, and takes orders about prompts, routers and rules.
 
-What it routes by is a snapshot that `reconcile` reads from the database; a request costs no query for it.
+What it routes by is a snapshot that `following` reads from the database; a request costs it one query, for the aliases
+that exist.
 """
 
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy.orm import Session
 
 from adapters.audit import record_act
 from adapters.errors import ConflictError
 from adapters.records import BASE_MODEL_NAME, Actor, parse_model_name
 from adapters.registry import Registry, find_version
-from adapters.routing.conversation import MAX_TURNS, follow_turns
+from adapters.routing.conversation import follow_turns, take_latest
 from adapters.routing.embeddings import TokenEmbeddings
+from adapters.routing.evaluation import Predictor, predictor_of
+from adapters.routing.following import RouterFollower, Snapshot
 from adapters.routing.model import RouterModel
-from adapters.routing.prompts import MIN_ALIASES, read_background
+from adapters.routing.prompts import read_background
 from adapters.routing.rules import Asked, RoutingRule, find_rule
 from adapters.routing.store import (
     RouterVersion,
-    Sources,
-    add_router,
+    count_prompts,
     drop_prompts,
     keep_prompts,
     list_routers,
     load_prompts,
-    load_router,
     load_rules,
-    load_sources,
     move_back,
-    present_move,
-    read_sources,
-    rules_number,
     save_rules,
 )
 
-__all__ = ["DEFAULT_THRESHOLD", "Decision", "NearPrompt", "RoutingService", "Snapshot"]
+__all__ = ["DEFAULT_THRESHOLD", "Decision", "NearPrompt", "RoutingService"]
 
 DEFAULT_THRESHOLD = 0.5
-_MAX_TRAINED = 3000  # prompts in one router: the time to train grows with their cube
 _MAX_REMEMBERED = 4096  # turns; by their hashes, their texts are not kept
 _NUM_SHOWN = 5  # training prompts that an explanation names
-_NOT_READY = "no router was trained yet"
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What requests are routed by: rules, and a model, or the reason why there is none."""
-
-    rules: tuple[RoutingRule, ...] = ()
-    rules_number: int = 0
-    number: int | None = None
-    model: RouterModel | None = None
-    reason: str | None = _NOT_READY
-    move_id: int | None = None
-    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,30 +94,31 @@ class RoutingService:
         self._registry = registry
         self._embeddings = embeddings
         self._threshold = threshold
-        self._background = read_background() if background is None else background
-        self._state = _State()
+        texts = read_background() if background is None else background
+        self._follower = RouterFollower(registry.database, embeddings, texts)
+        self._remembered: dict[tuple[int | None, bytes], npt.NDArray[np.float32]] = {}
 
     def acting_for(self, actor: Actor) -> RoutingService:
         """The same service on somebody's behalf: nobody is routed to an alias that they may not see."""
-        view = RoutingService(
-            self._registry.acting_for(actor), self._embeddings, threshold=self._threshold, background=self._background
-        )
-        view._state = self._state
+        view = copy(self)
+        view._registry = self._registry.acting_for(actor)
         return view
 
     @property
     def snapshot(self) -> Snapshot:
         """What requests are routed by at present."""
-        return self._state.snapshot
+        return self._follower.snapshot
+
+    def read(self) -> None:
+        """Take over which router and rules count. Trains nothing."""
+        self._follower.read()
 
     def reconcile(self) -> None:
         """Train if aliases, versions or prompts are others than when the present router was made; then read it.
 
         Takes seconds where there is something to train; two processes that do so at once make one router.
         """
-        with self._state.lock:
-            self._train()
-            self._read()
+        self._follower.reconcile()
 
     def route(
         self, turns: Sequence[str], *, metadata: Mapping[str, str] | None = None, key: str | None = None
@@ -158,19 +141,25 @@ class RoutingService:
         """Whether an alias of this name, or the base model, may exist for whoever the service acts for."""
         return self._registry.can_see(name)
 
+    def can_route(self) -> bool:
+        """Whether there is a rule or a router that could choose an alias for whoever the service acts for."""
+        snapshot = self.snapshot
+        known = () if snapshot.model is None else chain.from_iterable(snapshot.model.groups)
+        return bool(self._may_fire(snapshot.rules)) or not self._registry.names().isdisjoint(known)
+
     def nearest(self, text: str) -> list[NearPrompt]:
         """The training prompts that are most like a text, of the aliases that whoever asks may see."""
         snapshot = self.snapshot
         if snapshot.model is None:
             return []
-        near = snapshot.model.nearest(text, 10 * _NUM_SHOWN)
-        visible = [found for found in near if self._registry.can_see(found.alias)][:_NUM_SHOWN]
+        visible = frozenset(filter(self._registry.can_see, snapshot.model.aliases))
+        near = snapshot.model.nearest(text, _NUM_SHOWN, among=visible)
         with self._registry.database.read() as session:
-            kept = {alias: load_prompts(session, snapshot.versions[alias]) for alias in {f.alias for f in visible}}
+            kept = {alias: load_prompts(session, snapshot.prompts[alias]) for alias in {found.alias for found in near}}
         return [
             NearPrompt(found.alias, kept[found.alias][found.position], found.similarity)
-            for found in visible
-            if found.position < len(kept[found.alias])
+            for found in near
+            if kept[found.alias]  # not forgotten, nor replaced, since the router was made
         ]
 
     def keep_prompts(self, name: str, prompts: Sequence[str]) -> int:
@@ -182,12 +171,14 @@ class RoutingService:
         with self._registry.database.write() as session:
             found = find_version(session, parse_model_name(name))
             keep_prompts(session, found.version.digest, prompts)
-            num_kept = len(load_prompts(session, found.version.digest))
+            num_kept = count_prompts(session, found.version.digest)
             record_act(session, "set_prompts", found.label, num_prompts=num_kept)
             return num_kept
 
     def forget_prompts(self, name: str) -> None:
-        """Delete the prompts that are kept of a version; the next training makes a router that does not know it.
+        """Delete the prompts that are kept of a version, and the routers that were made from them.
+
+        Who has read such a router goes by it until the next training, which `reconcile` finds due.
 
         Raises:
             NotFoundError: no such version.
@@ -209,8 +200,8 @@ class RoutingService:
             ConflictError: there is none.
         """
         with self._registry.database.write() as session:
-            number = move_back(session, self._sources(session))
-        self._read()
+            number = move_back(session, self._follower.sources(session))
+        self.read()
         return number
 
     def rules(self) -> tuple[RoutingRule, ...]:
@@ -222,50 +213,51 @@ class RoutingService:
         """Replace all rules."""
         with self._registry.database.write() as session:
             save_rules(session, rules)
-        self._read()
+        self.read()
 
-    def predict(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """The probabilities `[num_texts, num_aliases]` of the present router.
+    def predictor(self) -> tuple[Predictor, tuple[str, ...]]:
+        """What the present router says of texts, to be measured, and its aliases.
 
         Raises:
             ConflictError: there is none; says why.
         """
-        model = self.snapshot.model
-        if model is None:
-            raise ConflictError(f"there is no router to ask: {self.snapshot.reason}")
-        return np.stack([scores.probabilities for scores in model.score(texts, self._embeddings)])
+        snapshot = self.snapshot
+        if snapshot.model is None:
+            raise ConflictError(f"there is no router to measure: {snapshot.reason}")
+        return predictor_of(snapshot.model, self._embeddings), snapshot.model.aliases
 
     def _choose(self, snapshot: Snapshot, turns: Sequence[str]) -> Decision:
-        said = [turn for turn in turns if turn.strip()][-MAX_TURNS:]
+        said = take_latest(turns)
         if snapshot.model is None or not said:
             reason = snapshot.reason if snapshot.model is None else "the user has said nothing"
-            return self._abstain(snapshot, None, {}, reason or _NOT_READY)
-        aliases = snapshot.model.aliases
+            return self._abstain(snapshot, None, {}, reason)
         names = self._registry.names()
+        answering = [_first_of(group, names) for group in snapshot.model.groups]
         # Another alias's share is not given to those that may be used: what belongs there belongs nowhere here.
-        may_answer = np.array([alias in names for alias in aliases], dtype=np.float32)
-        scores = [self._score(snapshot, turn) * may_answer for turn in said]
-        choice = follow_turns(scores, self._threshold)
-        shown = {alias: float(p) for alias, p in zip(aliases, choice.probabilities, strict=True) if alias in names}
-        if choice.index is None:
+        may_answer = np.array([alias is not None for alias in answering], dtype=np.float32)
+        scores = [probabilities * may_answer for probabilities in self._score(snapshot, snapshot.model, said)]
+        choice = follow_turns(said, scores, self._threshold)
+        shown = {alias: float(p) for alias, p in zip(answering, choice.probabilities, strict=True) if alias}
+        alias = None if choice.index is None else answering[choice.index]
+        if alias is None:
             reason = f"no alias has a probability of {self._threshold:g} or more"
             return self._abstain(snapshot, choice.confidence, shown, reason)
-        alias = aliases[choice.index]
         reason = f"{alias!r} has the probability {choice.confidence:.2f}"
         return Decision(alias, "router", choice.confidence, self._threshold, None, snapshot.number, shown, reason)
 
-    def _score(self, snapshot: Snapshot, text: str) -> npt.NDArray[np.float32]:
-        """The probabilities of one turn. A conversation comes again with every request, so they are remembered."""
-        assert snapshot.model is not None, "whoever asks has looked"
-        remembered = self._state.remembered
-        key = (snapshot.move_id, hashlib.sha256(text.encode("utf-8", "replace")).digest())
-        if (found := remembered.get(key)) is None:
-            (scores,) = snapshot.model.score([text], self._embeddings)
-            found = scores.probabilities
-            if len(remembered) >= _MAX_REMEMBERED:
-                remembered.clear()
-            remembered[key] = found
-        return found
+    def _score(self, snapshot: Snapshot, model: RouterModel, texts: Sequence[str]) -> list[npt.NDArray[np.float32]]:
+        """The probabilities of each turn. A conversation comes again with every request, so they are remembered."""
+        keys = [(snapshot.move_id, hashlib.sha256(text.encode("utf-8", "replace")).digest()) for text in texts]
+        found = {key: self._remembered.get(key) for key in keys}
+        unknown = {key: text for key, text in zip(keys, texts, strict=True) if found[key] is None}
+        if unknown:
+            scores = model.score([*unknown.values()], self._embeddings)
+            scored = dict(zip(unknown, (score.probabilities for score in scores), strict=True))
+            if len(self._remembered) + len(scored) > _MAX_REMEMBERED:
+                self._remembered.clear()
+            self._remembered.update(scored)
+            found |= scored
+        return [probabilities for key in keys if (probabilities := found[key]) is not None]
 
     def _abstain(
         self, snapshot: Snapshot, confidence: float | None, shown: Mapping[str, float], reason: str
@@ -281,65 +273,6 @@ class RoutingService:
             if rule.alias in names or (rule.alias == BASE_MODEL_NAME and self._registry.can_see(BASE_MODEL_NAME))
         ]
 
-    def _sources(self, session: Session) -> Sources:
-        return read_sources(session, None if self._embeddings is None else self._embeddings.identity)
 
-    def _train(self) -> None:
-        """Train what there is to be trained from, unless another process has done so meanwhile."""
-        with self._registry.database.read() as session:
-            sources = self._sources(session)
-            if not _is_stale(session, sources):
-                return
-            prompts = {
-                alias: load_prompts(session, digest)[: _MAX_TRAINED // len(sources.versions)]
-                for alias, (digest, _) in sources.versions.items()
-            }
-        content, reason = None, None
-        if len(prompts) < MIN_ALIASES:
-            found = ", ".join(prompts) or "none"
-            reason = f"a router takes two aliases with training prompts or more, found {found}"
-        else:
-            # scikit-learn takes a second to import, and most processes train nothing.
-            from adapters.routing.training import train_router
-
-            content = train_router(prompts, self._background, self._embeddings).to_bytes()
-        with self._registry.database.write() as session:
-            if self._sources(session) == sources and _is_stale(session, sources):
-                add_router(session, sources, content, reason)
-
-    def _read(self) -> None:
-        """Take over which router counts, and the rules."""
-        known = self._state.snapshot
-        with self._registry.database.read() as session:
-            number = rules_number(session)
-            rules = known.rules if number == known.rules_number else load_rules(session)
-            known = replace(known, rules=rules, rules_number=number)
-            move = present_move(session)
-            if move is None or move.id == known.move_id:
-                self._state.snapshot = known
-                return
-            known = replace(known, number=None, model=None, reason=move.reason, move_id=move.id, versions={})
-            if move.number is None:
-                self._state.snapshot = known
-                return
-            content, sources = load_router(session, move.number), load_sources(session, move.number)
-        model = RouterModel.from_bytes(content)
-        own = None if self._embeddings is None else self._embeddings.identity
-        if model.meaning is not None and model.meaning.source != own:
-            self._state.snapshot = replace(known, reason="the router was trained with another base model")
-            return
-        self._state.snapshot = replace(known, number=move.number, model=model, versions=sources)
-
-
-@dataclass
-class _State:
-    """What views on behalf of different actors share. Whoever holds the lock trains."""
-
-    snapshot: Snapshot = field(default_factory=Snapshot)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    remembered: dict[tuple[int | None, bytes], npt.NDArray[np.float32]] = field(default_factory=dict)
-
-
-def _is_stale(session: Session, sources: Sources) -> bool:
-    present = present_move(session)
-    return present is None or present.sources_sha256 != sources.sha256
+def _first_of(group: Sequence[str], names: frozenset[str]) -> str | None:
+    return next((alias for alias in group if alias in names), None)

@@ -7,16 +7,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import ColumnElement, delete, func, select, update
 from sqlalchemy.orm import Session, defer
 
 from adapters.audit import record_act
 from adapters.errors import ConflictError, IntegrityError
+from adapters.routing import ROUTER_FORMAT
 from adapters.routing.prompts import hash_prompts, sample_prompts
 from adapters.routing.rules import RoutingRule, parse_rules
 from adapters.tables import (
+    AliasChangeRow,
     AliasRow,
     AliasVersionRow,
     RouterMoveRow,
@@ -28,9 +30,11 @@ from adapters.tables import (
 )
 
 __all__ = [
+    "KeptPrompts",
     "RouterVersion",
     "Sources",
     "add_router",
+    "count_prompts",
     "drop_prompts",
     "keep_prompts",
     "list_routers",
@@ -48,16 +52,24 @@ __all__ = [
 _NUM_CONTENTS_KEPT = 20  # of the newest routers; older ones can't be rolled back to
 
 
+class KeptPrompts(NamedTuple):
+    """Which prompts are meant: the digest of their version, and their hash, since they can be replaced."""
+
+    digest: str
+    sha256: str
+
+
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What a router can be trained from: for each alias with prompts, its version's digest and their hash."""
+    """What a router can be trained from: the prompts of each alias that has any, the oldest alias first."""
 
-    versions: Mapping[str, tuple[str, str]]
+    versions: Mapping[str, KeptPrompts]
     embeddings: str | None  # which they are, if the base model's are used
 
     def to_json(self) -> dict[str, Any]:
-        """The form that is stored and hashed."""
-        return {"versions": {alias: list(pair) for alias, pair in self.versions.items()}, "embeddings": self.embeddings}
+        """The form that is stored and hashed. A program with another format trains a router of its own."""
+        versions = {alias: list(kept) for alias, kept in self.versions.items()}
+        return {"versions": versions, "embeddings": self.embeddings, "format": ROUTER_FORMAT}
 
     @property
     def sha256(self) -> str:
@@ -84,35 +96,51 @@ def keep_prompts(session: Session, digest: str, prompts: Sequence[str]) -> None:
         return
     row = session.get(RoutingPromptsRow, digest)
     if row is None:
-        row = RoutingPromptsRow(digest=digest, prompts=kept, sha256=hash_prompts(kept), kept_at=utc_now())
+        row = RoutingPromptsRow(digest=digest)
         session.add(row)
     row.prompts, row.sha256, row.kept_at = kept, hash_prompts(kept), utc_now()
     session.flush()
 
 
 def drop_prompts(session: Session, digest: str) -> None:
-    """Forget what was kept of a version."""
+    """Forget what was kept of a version, and every router that was made from it: a router holds its prompts' words."""
     session.execute(delete(RoutingPromptsRow).where(RoutingPromptsRow.digest == digest))
+    statement = select(RouterRow.number, RouterRow.sources).where(RouterRow.content.is_not(None))
+    made_from_it = [
+        number
+        for number, sources in session.execute(statement)
+        if digest in {kept.digest for kept in _kept_in(sources).values()}
+    ]
+    _drop_contents(session, RouterRow.number.in_(made_from_it))
 
 
-def load_prompts(session: Session, digest: str) -> list[str]:
-    """The kept prompts of a version; empty if none are."""
+def load_prompts(session: Session, kept: KeptPrompts) -> list[str]:
+    """Prompts of a version; empty if none are kept, or others than those that are meant."""
+    row = session.get(RoutingPromptsRow, kept.digest)
+    return list(row.prompts) if row is not None and row.sha256 == kept.sha256 else []
+
+
+def count_prompts(session: Session, digest: str) -> int:
+    """How many prompts are kept of a version."""
     row = session.get(RoutingPromptsRow, digest)
-    return [] if row is None else list(row.prompts)
+    return 0 if row is None else len(row.prompts)
 
 
 def read_sources(session: Session, embeddings: str | None) -> Sources:
     """The versions that aliases point to and that prompts are kept of, reward models left out."""
     points_to = (AliasVersionRow.alias == AliasRow.name) & (AliasVersionRow.number == AliasRow.number)
+    first_moves = select(AliasChangeRow.alias, func.min(AliasChangeRow.id).label("id")).group_by(AliasChangeRow.alias)
+    ages = first_moves.subquery()
     statement = (
         select(AliasRow.name, VersionRow, RoutingPromptsRow.sha256)
         .join(AliasVersionRow, points_to)
         .join(VersionRow, VersionRow.digest == AliasVersionRow.digest)
         .join(RoutingPromptsRow, RoutingPromptsRow.digest == VersionRow.digest)
-        .order_by(AliasRow.name)
+        .outerjoin(ages, ages.c.alias == AliasRow.name)
+        .order_by(ages.c.id, AliasRow.name)
     )
     found = session.execute(statement).all()
-    versions = {name: (row.digest, sha256) for name, row, sha256 in found if row.kind == "chat"}
+    versions = {name: KeptPrompts(row.digest, sha256) for name, row, sha256 in found if row.kind == "chat"}
     return Sources(versions, embeddings)
 
 
@@ -134,7 +162,7 @@ def add_router(session: Session, sources: Sources, content: bytes | None, reason
         session.add(row)
         session.flush()
         number = row.number
-        _drop_old_contents(session, number)
+        _drop_contents(session, RouterRow.number <= number - _NUM_CONTENTS_KEPT)
     _add_move(session, "train", number, sources.sha256, reason)
 
 
@@ -152,9 +180,9 @@ def load_router(session: Session, number: int) -> bytes:
     return row.content
 
 
-def load_sources(session: Session, number: int) -> dict[str, str]:
-    """The digests of the versions that a router was trained from, by alias."""
-    return _versions_of(session.get_one(RouterRow, number))
+def load_sources(session: Session, number: int) -> dict[str, KeptPrompts]:
+    """What a router was trained from, by alias."""
+    return _kept_in(session.get_one(RouterRow, number).sources)
 
 
 def list_routers(session: Session, *, limit: int) -> list[RouterVersion]:
@@ -176,21 +204,21 @@ def list_routers(session: Session, *, limit: int) -> list[RouterVersion]:
 
 
 def move_back(session: Session, sources: Sources) -> int:
-    """Make the router before the present one count; repeated calls go further back.
+    """Make the router count that did before the present one; repeated calls go further back.
+
+    Those that are not kept any more, or were made with another base model or another format, are passed over.
 
     Raises:
-        ConflictError: there is none, or it is not kept any more.
+        ConflictError: there is none.
     """
-    present = present_move(session)
-    before = select(RouterRow).order_by(RouterRow.number.desc()).limit(1)
-    if present is not None and present.number is not None:
-        before = before.where(RouterRow.number < present.number)
-    row = session.scalars(before).first() if present is not None else None
-    if row is None or row.content is None:
-        raise ConflictError("there is no earlier router to roll back to")
-    _add_move(session, "rollback", row.number, sources.sha256, None)
-    record_act(session, "rollback_router", f"router {row.number}", versions=row.sources["versions"])
-    return row.number
+    for number in reversed(_trail(session)[:-1]):
+        row = None if number is None else session.get_one(RouterRow, number, options=[defer(RouterRow.content)])
+        if row is None or not _can_be_restored(session, row.number) or not _is_alike(row.sources, sources):
+            continue
+        _add_move(session, "rollback", row.number, sources.sha256, None)
+        record_act(session, "rollback_router", f"router {row.number}", versions=row.sources["versions"])
+        return row.number
+    raise ConflictError("there is no earlier router to roll back to")
 
 
 def rules_number(session: Session) -> int:
@@ -211,8 +239,37 @@ def save_rules(session: Session, rules: Sequence[RoutingRule]) -> None:
     record_act(session, "set_routing_rules", "routing rules", names=[rule.name for rule in rules])
 
 
+def _trail(session: Session) -> list[int | None]:
+    """The routers that counted and were not rolled back from; the last is the present. None where there was none."""
+    trail: list[int | None] = []
+    for action, number in session.execute(
+        select(RouterMoveRow.action, RouterMoveRow.number).order_by(RouterMoveRow.id)
+    ):
+        if action == "rollback":
+            while trail and trail[-1] != number:
+                trail.pop()
+        else:
+            trail.append(number)
+    return trail
+
+
+def _can_be_restored(session: Session, number: int) -> bool:
+    is_kept = select(RouterRow.content.is_not(None)).where(RouterRow.number == number)
+    return bool(session.scalar(is_kept))
+
+
+def _is_alike(made_from: Mapping[str, Any], sources: Sources) -> bool:
+    """Whether a router can be used by whoever would train from these sources."""
+    present = sources.to_json()
+    return all(made_from.get(name) == present[name] for name in ("embeddings", "format"))
+
+
+def _kept_in(sources: Mapping[str, Any]) -> dict[str, KeptPrompts]:
+    return {alias: KeptPrompts(*pair) for alias, pair in sources["versions"].items()}
+
+
 def _versions_of(row: RouterRow) -> dict[str, str]:
-    return {alias: pair[0] for alias, pair in row.sources["versions"].items()}
+    return {alias: kept.digest for alias, kept in _kept_in(row.sources).items()}
 
 
 def _add_move(session: Session, action: str, number: int | None, sources_sha256: str, reason: str | None) -> None:
@@ -228,7 +285,5 @@ def _add_move(session: Session, action: str, number: int | None, sources_sha256:
     session.flush()
 
 
-def _drop_old_contents(session: Session, number: int) -> None:
-    least = select(func.max(RouterRow.number)).scalar_subquery() - _NUM_CONTENTS_KEPT
-    for row in session.scalars(select(RouterRow).where(RouterRow.number <= least, RouterRow.content.is_not(None))):
-        row.content = None
+def _drop_contents(session: Session, which: ColumnElement[bool]) -> None:
+    session.execute(update(RouterRow).where(which, RouterRow.content.is_not(None)).values(content=None))

@@ -7,6 +7,7 @@ prompts and for whole aliases alike: so calibration on unseen texts costs no fur
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,21 +19,23 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from adapters.routing.embeddings import TokenEmbeddings
-from adapters.routing.features import count_grams, learn_vocabulary, normalise
-from adapters.routing.model import Calibration, Meaning, RouterModel, gate_inputs, to_matrix
-from adapters.routing.prompts import MIN_ALIASES
+from adapters.routing.features import count_grams, hash_words, learn_vocabulary, normalise
+from adapters.routing.model import Calibration, Meaning, RouterModel, gate_inputs
+from adapters.routing.prompts import MIN_ALIASES, group_alike
+from adapters.routing.spelling import Speller, correct_spelling
 from adapters.routing.templates import find_templates, strip_templates
 
 __all__ = ["train_router"]
 
 _PENALTY = 2.0
 _BIAS = 0.3  # what all texts have in common, in the kernel
-_MEANING = 0.5  # the weight of embeddings in the kernel, beside n-grams
-_NUM_SHARED = 1  # direction that all texts share, taken away. Source: Mu and Viswanath, arXiv 1702.01417, algorithm 1
-_LEAST_TOKEN_WEIGHT = 0.05
+_MEANING = 1.0  # the weight of embeddings in the kernel, beside n-grams
+_NUM_SHARED = 1  # direction that all texts share, of which most is taken away
+_LEAST_WORD_WEIGHT = 0.05
 _GATE_INVERSE_PENALTY = 1.0
 _OUT_SHARE = 0.25  # of requests are assumed to belong to no alias: what probabilities are calibrated for
 _LEFT_OUT_SHARE = 0.5  # of those are like an alias that was left out, the others like general texts
+_BATCH = 256  # texts whose words are counted at once
 
 Array = npt.NDArray[np.float64]
 
@@ -43,8 +46,8 @@ def train_router(
     """Train a router, on one core: the others are for those who wait for answers.
 
     Args:
-        prompts: For each alias, in the order of the model's classes, some of what it was trained on; two aliases or
-            more, with one prompt or more each.
+        prompts: For each alias, the oldest first, some of what it was trained on: one prompt or more. Of aliases that
+            share most of them (`group_alike`) the first stands for all; there must be two groups or more.
         background: Texts of no domain.
         embeddings: The base model's; None to do without.
     """
@@ -55,19 +58,22 @@ def train_router(
 def _train(
     prompts: Mapping[str, Sequence[str]], background: Sequence[str], embeddings: TokenEmbeddings | None
 ) -> RouterModel:
-    assert len(prompts) >= MIN_ALIASES, "there is nothing to choose between"
-    aliases = tuple(prompts)
+    groups = tuple(group_alike(prompts))
+    assert len(groups) >= MIN_ALIASES, "there is nothing to choose between"
+    aliases = [first for first, *_ in groups]
     normalised = [[normalise(text) for text in prompts[alias]] for alias in aliases]
     starts, ends = _all_templates(normalised)
     own = [strip_templates(text, starts, ends) for texts in normalised for text in texts]
-    texts = own + [strip_templates(normalise(text), starts, ends) for text in background]
+    speller = _learn_words([text for texts in normalised for text in texts])
+    spellers = [speller] if embeddings is None else [speller, embeddings.speller]
+    general = [correct_spelling(normalise(text), spellers) for text in background]
+    texts = own + [strip_templates(text, starts, ends) for text in general]
     sizes = [*map(len, normalised), len(background)]
     classes = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
 
-    grams = [count_grams(text) for text in texts]
     # What only general texts hold stays unknown: it says nothing about any alias.
-    vocabulary = learn_vocabulary(grams[: len(own)])
-    matrix = to_matrix(vocabulary.vectorise(grams), len(vocabulary.ids))
+    vocabulary = learn_vocabulary(count_grams(own))
+    matrix = vocabulary.vectorise(count_grams(texts)).to_matrix(len(vocabulary.ids))
     kernel = (matrix @ matrix.T).toarray().astype(np.float64) + _BIAS
     meaning, vectors = None, None
     if embeddings is not None:
@@ -75,9 +81,10 @@ def _train(
         kernel += _MEANING * (vectors @ vectors.T)
     fit = _solve(kernel, classes, len(aliases))
     return RouterModel(
-        aliases=aliases,
+        groups=groups,
         starts=starts,
         ends=ends,
+        speller=speller,
         vocabulary=vocabulary,
         coefficients=np.ascontiguousarray(matrix.T @ fit.duals, dtype=np.float32),
         intercepts=(_BIAS * fit.duals.sum(axis=0)).astype(np.float32),
@@ -102,19 +109,25 @@ def _longest_first(template: str) -> tuple[int, str]:
     return -len(template), template
 
 
+def _learn_words(texts: Sequence[str]) -> Speller:
+    """The words of some texts; those of many come first."""
+    counts = Counter(word for text in texts for word in set(text.split()))
+    return Speller(sorted(counts, key=lambda word: (-counts[word], word)))
+
+
 def _learn_meaning(texts: Sequence[str], embeddings: TokenEmbeddings) -> tuple[Meaning, npt.NDArray[np.float32]]:
-    """How tokens are weighted and what all texts share; and the vectors of these texts."""
-    found = [embeddings.tokens(text) for text in texts]
-    tokens, frequencies = np.unique(np.concatenate([np.unique(own) for own in found]), return_counts=True)
-    most = frequencies.max(initial=0)
-    weights = np.log((1 + most) / (1 + frequencies)) + _LEAST_TOKEN_WEIGHT
-    default = float(np.log(1 + most) + _LEAST_TOKEN_WEIGHT)
+    """How words are weighted and what all texts share; and the vectors of these texts."""
+    hashed = [np.unique(hash_words(text.split())) for text in texts]
+    words, frequencies = np.unique(np.concatenate(hashed), return_counts=True)
+    weights = np.log((1 + len(texts)) / (1 + frequencies)) + _LEAST_WORD_WEIGHT
+    default = float(np.log(1 + len(texts)) + _LEAST_WORD_WEIGHT)
     nothing = np.zeros(embeddings.size, dtype=np.float32)
-    plain = Meaning(embeddings.identity, tokens, weights.astype(np.float32), default, nothing, nothing[None, :][:0])
-    totals = np.stack([plain.total(embeddings, own) for own in found])
+    plain = Meaning(embeddings.identity, words, weights.astype(np.float32), default, nothing, nothing[None, :][:0])
+    parts = [texts[start : start + _BATCH] for start in range(0, len(texts), _BATCH)]
+    totals = np.concatenate([plain.totals(part, embeddings) for part in parts])
     mean = totals.mean(axis=0)
     shared = np.linalg.svd(totals - mean, full_matrices=False)[2][:_NUM_SHARED]
-    meaning = Meaning(embeddings.identity, tokens, plain.weights, default, mean, np.ascontiguousarray(shared))
+    meaning = Meaning(embeddings.identity, words, plain.weights, default, mean, np.ascontiguousarray(shared))
     return meaning, meaning.project(totals)
 
 

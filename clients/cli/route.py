@@ -81,7 +81,7 @@ def evaluate(
             threshold=threshold,
         )
     except ValueError as error:
-        raise InvalidInputError(f"{file}: {error}: {', '.join(aliases)}") from None
+        raise InvalidInputError(f"{file}: {error}: {', '.join(sorted(aliases))}") from None
     if json:
         print_json(result)
     else:
@@ -164,11 +164,12 @@ def learn(
     from adapters.routing.service import RoutingService
 
     found, problems = [], []
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-        if line.strip():
-            row, wrong = parse_row(line)
-            found += [row] if row is not None else []
-            problems += [f"{file}:{number}: {problem}" for problem in wrong]
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                row, wrong = parse_row(line)
+                found += [row] if row is not None else []
+                problems += [f"{file}:{number}: {problem}" for problem in wrong]
     if problems or not found:
         raise DataError(problems[:20] or [f"{file} holds no rows"], num_more=max(0, len(problems) - 20))
     num_kept = RoutingService(open_registry(home), None).keep_prompts(name, prompts_of(found))
@@ -212,7 +213,6 @@ def _open(home: Path | None, base: str | None) -> RoutingService:
 def _predictor(train: Path | None, home: Path | None, base: str | None) -> tuple[Predictor, tuple[str, ...], float]:
     """What is measured: the present router, or one that is trained from a file for it and forgotten."""
     from adapters.base_files import pull_base
-    from adapters.errors import ConflictError
     from adapters.routing.embeddings import open_embeddings
     from adapters.routing.evaluation import predictor_of
     from adapters.routing.prompts import group_labelled, read_background, read_labelled
@@ -221,10 +221,7 @@ def _predictor(train: Path | None, home: Path | None, base: str | None) -> tuple
     core = load_core(home, base=base)
     threshold = ServeSettings.load(core.home).route_threshold
     if train is None:
-        service = _open(home, base)
-        if (model := service.snapshot.model) is None:
-            raise ConflictError(f"there is no router to measure: {service.snapshot.reason}")
-        return service.predict, model.aliases, threshold
+        return *_open(home, base).predictor(), threshold
     from adapters.routing.training import train_router
 
     embeddings = open_embeddings(pull_base(core.base, core.home))

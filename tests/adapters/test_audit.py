@@ -85,12 +85,12 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
     publish_text(registry, "lawful", alias="law", prompts=LEGAL)
     routing = RoutingService(registry, None, background=NOTHING)
     routing.reconcile()
-    registry.remove("law")
     publish_text(registry, "played", alias="music", prompts=MUSIC)
     routing.reconcile()
     routing.keep_prompts("music", MUSIC)
     routing.set_rules(())
     routing.rollback()
+    registry.remove("law")
     acts = _acts(registry)
     assert [
         ("publish", "legal@v1"),
@@ -122,11 +122,11 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
         ("stop_shadow", shadow.id),
         ("publish", "cooking@v1"),
         ("publish", "law@v1"),
-        ("remove", "law"),
         ("publish", "music@v1"),
         ("set_prompts", "music@v1"),
         ("set_routing_rules", "routing rules"),
         ("rollback_router", "router 1"),
+        ("remove", "law"),
     ] == acts
     assert set(get_args(AuditAction)) == {action for action, _ in acts}
 

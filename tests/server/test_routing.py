@@ -157,6 +157,37 @@ def test_promoted_version_is_routed_to_when_the_server_goes_on(routed: Site) -> 
     assert ("music@v1", "router") == _told(on_site(routed, scenario))
 
 
+def _listed(site: Site, key: str | None = None) -> list[str]:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return [model["id"] for model in on_site(site, lambda http: http.get("/v1/models", headers=headers)).json()["data"]]
+
+
+def test_auto_is_listed_when_something_can_be_routed(site: Site) -> None:
+    """By a rule or by what was learned; programs let their users choose among what the list holds."""
+    site.publish("legal", FIRST, prompts=PROMPTS["legal"])
+    site.services.routing.reconcile()
+    assert "auto" not in _listed(site)
+    site.services.routing.set_rules(parse_rules({"rules": [{"alias": "absent", "matches": "."}]}))
+    assert "auto" not in _listed(site)
+    site.services.routing.set_rules(parse_rules({"rules": [{"alias": "legal", "matches": "."}]}))
+    assert ["base", "tiny", "auto", "legal", "legal@v1"] == _listed(site)
+    site.services.routing.set_rules(())
+    site.publish("cooking", SECOND, prompts=PROMPTS["cooking"])
+    site.services.routing.reconcile()
+    assert "auto" in _listed(site)
+    found = on_site(site, lambda http: http.get("/v1/models/auto")).json()
+    assert ("auto", None) == (found["id"], found["parent"])
+
+
+def test_auto_is_listed_for_a_key_when_it_may_use_what_can_be_chosen(routed: Site) -> None:
+    """An alias that the router knows; not for a key of another alias alone."""
+    routed.publish("private", THIRD)
+    _, cook = routed.keys.create("cook", scopes=["chat"], aliases=["cooking"])
+    _, other = routed.keys.create("other", scopes=["chat"], aliases=["private", "base"])
+    assert ["auto", "cooking", "cooking@v1"] == _listed(routed, cook)
+    assert "auto" not in _listed(routed, other)
+
+
 # POST /v1/route ------------------------------------------------------------------------------------------------------
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from adapters.errors import ConflictError, IntegrityError
+from adapters.errors import ConflictError
 from adapters.experiments import ExperimentService
 from adapters.records import Actor
 from adapters.registry import Registry
+from adapters.routing import training
+from adapters.routing.embeddings import TokenEmbeddings, open_embeddings
 from adapters.routing.rules import parse_rules
 from adapters.routing.service import RoutingService
 from adapters.tables import RouterRow
@@ -39,6 +42,14 @@ def trained(registry: Registry, service: RoutingService) -> RoutingService:
         publish_text(registry, f"{alias} one", alias=alias, prompts=prompts)
     service.reconcile()
     return service
+
+
+@pytest.fixture
+def tiny_embeddings(tiny_folders: dict[str, Path]) -> TokenEmbeddings:
+    """Those of a tiny base model."""
+    found = open_embeddings(tiny_folders["llama"])
+    assert found is not None
+    return found
 
 
 def _chosen(service: RoutingService, *turns: str) -> tuple[str, str]:
@@ -181,12 +192,108 @@ def test_earlier_router_counts_until_an_alias_moves_when_rolled_back(
     assert 3 == other.snapshot.number
 
 
-def test_damaged_router_is_refused_when_read(registry: Registry, trained: RoutingService) -> None:
-    """By its hash, as everything that is stored."""
+def test_earlier_router_is_that_which_counted_when_rolled_back_twice(
+    registry: Registry, trained: RoutingService
+) -> None:
+    """A router that was rolled back from is not gone back to."""
+    publish_text(registry, "legal two", alias="legal", prompts=MUSIC)
+    trained.reconcile()
+    assert 1 == trained.rollback()
+    publish_text(registry, "cooking two", alias="cooking", prompts=COOKING[:4])
+    trained.reconcile()
+    assert 3 == trained.snapshot.number
+    assert 1 == trained.rollback()
+
+
+@pytest.mark.parametrize("content", [b"other", None])
+def test_router_is_trained_anew_when_what_is_stored_is_of_no_use(
+    content: bytes | None, registry: Registry, trained: RoutingService
+) -> None:
+    """Damaged, which its hash tells, or gone: whoever only reads abstains and says why, the next training mends it."""
     with registry.database.write() as session:
-        session.get_one(RouterRow, 1).content = b"other"
-    with pytest.raises(IntegrityError, match="router 1 is damaged"):
-        RoutingService(registry, None, background=NOTHING).reconcile()
+        session.get_one(RouterRow, 1).content = content
+    other = RoutingService(registry, None, background=NOTHING)
+    other.read()
+    assert "router 1 is " in other.route([ABOUT_LEASE]).reason
+    other.reconcile()
+    assert ("legal", "router") == _chosen(other, ABOUT_LEASE)
+    assert 2 == other.snapshot.number
+    trained.reconcile()
+    assert 2 == trained.snapshot.number
+
+
+def test_rules_and_rollbacks_are_followed_when_training_fails(
+    registry: Registry, trained: RoutingService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What can't be trained must not keep a process from what its operator orders."""
+    other = RoutingService(registry, None, background=NOTHING)
+    other.reconcile()
+    publish_text(registry, "legal two", alias="legal", prompts=MUSIC)
+
+    def fail(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(training, "train_router", fail)
+    trained.set_rules(parse_rules(_rules({"alias": "music", "matches": "."})))
+    with pytest.raises(MemoryError):
+        other.reconcile()
+    assert ("music", "rule") == _chosen(other, ABOUT_LEASE)
+
+
+def test_two_servers_train_once_each_when_their_base_models_differ(
+    registry: Registry, trained: RoutingService, tiny_embeddings: TokenEmbeddings
+) -> None:
+    """Else they would train in turn for ever; the one that came first abstains and says why."""
+    other = RoutingService(registry, tiny_embeddings, background=NOTHING)
+    for process in (other, trained, other, trained):
+        process.reconcile()
+    assert 2 == len(trained.history(limit=9))
+    assert ("legal", "router") == _chosen(other, ABOUT_LEASE)
+    assert "another base model" in trained.route([ABOUT_LEASE]).reason
+    with pytest.raises(ConflictError, match="no earlier router"):
+        other.rollback()
+
+
+def test_older_alias_is_chosen_when_another_has_its_prompts(registry: Registry, trained: RoutingService) -> None:
+    """A second alias of the same data takes nothing from what is in use; whoever may use it alone gets it."""
+    publish_text(registry, "again", alias="a-legal", prompts=LEGAL)
+    trained.reconcile()
+    assert ("legal", "router") == _chosen(trained, ABOUT_LEASE)
+    limited = trained.acting_for(Actor("key-1", aliases=frozenset({"a-legal", "base"})))
+    assert ("a-legal", "router") == _chosen(limited, ABOUT_LEASE)
+    assert {"a-legal"} == set(limited.route([ABOUT_LEASE]).probabilities)
+    registry.remove("legal")
+    assert ("a-legal", "router") == _chosen(trained, ABOUT_LEASE)
+
+
+def test_nothing_is_trained_when_all_aliases_share_their_prompts(registry: Registry, service: RoutingService) -> None:
+    """There is nothing to choose between, and that is said."""
+    for alias in ("one", "two"):
+        publish_text(registry, alias, alias=alias, prompts=LEGAL)
+    service.reconcile()
+    assert "one, two share theirs" in service.route([ABOUT_LEASE]).reason
+
+
+def test_forgotten_prompts_are_in_no_router_when_asked_for(registry: Registry, trained: RoutingService) -> None:
+    """A stored router holds words of its prompts: it goes with them, and nobody can roll back to it."""
+    trained.forget_prompts("music")
+    with registry.database.read() as session:
+        assert session.get_one(RouterRow, 1).content is None
+    assert [] == [near for near in trained.nearest(MUSIC[0]) if near.alias == "music"]
+    trained.reconcile()
+    assert ("legal", "router") == _chosen(trained, ABOUT_LEASE)
+    with pytest.raises(ConflictError, match="no earlier router"):
+        trained.rollback()
+
+
+def test_nearest_prompts_are_left_out_when_others_have_taken_their_place(
+    registry: Registry, trained: RoutingService
+) -> None:
+    """The router knows places, and in those stand other texts; what shares no word is not near."""
+    assert "legal" in {near.alias for near in trained.nearest(LEGAL[0])}
+    trained.keep_prompts("legal", MUSIC)
+    assert "legal" not in {near.alias for near in trained.nearest(LEGAL[0])}
+    assert [] == trained.nearest("qqqq")
 
 
 # Rules and keys ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from adapters.errors import IntegrityError
 from adapters.routing.embeddings import TokenEmbeddings, open_embeddings
@@ -88,6 +89,66 @@ def test_damaged_router_is_refused_when_loaded(content: bytes) -> None:
         RouterModel.from_bytes(content)
 
 
+def test_scores_are_the_same_when_texts_are_read_together(model: RouterModel, tiny_embeddings: TokenEmbeddings) -> None:
+    """Alone or with others, empty ones among them; up to rounding."""
+    texts = [ABOUT_LEASE, "", ABOUT_BREAD, "?!"]
+    for router, embeddings in ((model, None), (train_router(PROMPTS, NOTHING, tiny_embeddings), tiny_embeddings)):
+        alone = [router.score([text], embeddings)[0].probabilities for text in texts]
+        together = [scores.probabilities for scores in router.score(texts, embeddings)]
+        assert np.allclose(alone, together, atol=1e-6)
+
+
+def test_choice_stays_the_same_when_a_letter_is_wrong(model: RouterModel) -> None:
+    """A word that nobody knows is read as the training prompts' word that it is one slip away from."""
+    right, slipped = model.score([ABOUT_LEASE, "the lanldord ends the leasse of a tennant without notce"])
+    assert right.probabilities.tolist() == slipped.probabilities.tolist()
+
+
+def test_other_aliases_are_found_when_two_share_their_prompts() -> None:
+    """The older of the two stands for both; neither takes anything from the certainty about the others."""
+    model = train_router({**PROMPTS, "legal-next": [*PROMPTS["legal"], "one more about a lease"]}, NOTHING)
+    assert [("cooking",), ("legal", "legal-next"), ("music",)] == sorted(model.groups)
+    plain = train_router(PROMPTS, NOTHING)
+    for text in (ABOUT_LEASE, ABOUT_BREAD):
+        assert plain.score([text])[0].probabilities.tolist() == model.score([text])[0].probabilities.tolist()
+
+
+def test_large_alias_takes_nothing_over_when_another_has_few_prompts() -> None:
+    """Three prompts are enough to be found by, and no reason to be chosen for everything."""
+    model = train_router({**PROMPTS, "legal": PROMPTS["legal"][:3]}, NOTHING)
+    for text, expected in (("may my landlord end my lease early", "legal"), (ABOUT_BREAD, "cooking")):
+        assert expected == model.aliases[int(model.score([text])[0].probabilities.argmax())]
+
+
+CHINESE = {
+    "legal": [
+        "房东可以不退押金吗",
+        "租房合同提前解约怎么办",
+        "房东要涨租金合法吗",
+        "合同没有签字有效吗",
+        "租客拖欠租金怎么办",
+    ],
+    "cooking": ["面包要烤多长时间", "汤里放多少盐", "蛋糕为什么会塌", "怎么做番茄鸡蛋汤", "烤箱应该多少度"],
+}
+
+
+def test_aliases_are_told_apart_when_the_script_has_no_spaces() -> None:
+    """By parts of what looks like one long word."""
+    model = train_router(CHINESE, [])
+    for text, expected in (("房东不退租房押金", "legal"), ("烤面包烤箱多少度", "cooking")):
+        assert expected == model.aliases[int(model.score([text])[0].probabilities.argmax())]
+
+
+@pytest.mark.parametrize(
+    "text", ["x" * 1_000_000, "\u0130\ufdfa" * 100_000, "a " * 500_000, "\ud800" * 99, "e\u0301" * 99_999]
+)
+def test_any_text_is_scored_when_somebody_means_harm(text: str, model: RouterModel) -> None:
+    """Long, growing under normalisation, without meaning or without bytes: finite, and nobody's."""
+    (scores,) = model.score([text])
+    assert np.isfinite(scores.probabilities).all()
+    assert scores.probabilities.max() < 0.5
+
+
 def test_one_prompt_an_alias_is_enough_when_trained() -> None:
     """The least there can be trains, and without general texts, too."""
     model = train_router({"a": ["alpha beta"], "b": ["gamma delta"]}, [])
@@ -107,14 +168,18 @@ def tiny_embeddings(tiny_folders: dict[str, Path]) -> TokenEmbeddings:
 def test_embeddings_are_those_of_the_model_when_read_from_its_file(
     tiny_folders: dict[str, Path], tiny_embeddings: TokenEmbeddings
 ) -> None:
-    """Row by row, but for one shift and scale of each dimension."""
+    """The sum over a word's tokens, each dimension shifted and scaled, of length 1."""
     from safetensors.numpy import load_file
 
     table = load_file(tiny_folders["llama"] / "model.safetensors")["model.embed_tokens.weight"].astype(np.float32)
-    rows = tiny_embeddings.rows(np.arange(len(table), dtype=np.int64))
-    assert rows.mean(axis=0) == pytest.approx(np.zeros(table.shape[1]), abs=1e-3)
-    corr = [np.corrcoef(rows[:, column], table[:, column])[0, 1] for column in range(table.shape[1])]
-    assert corr == pytest.approx([1.0] * table.shape[1], abs=1e-5)
+    tokenizer = Tokenizer.from_file(str(tiny_folders["llama"] / "tokenizer.json"))
+    words = ["landlord", "bread", "zyzzyva"]
+    scaled = (table - table.mean(axis=0)) / table.std(axis=0)
+    for word, row in zip(words, tiny_embeddings.rows(words), strict=True):
+        tokens = tokenizer.encode(" " + word, add_special_tokens=False).ids
+        expected = scaled[tokens].sum(axis=0)
+        assert row == pytest.approx(expected / np.linalg.norm(expected), abs=1e-3)
+    assert (0, table.shape[1]) == tiny_embeddings.rows([]).shape
 
 
 def test_there_are_no_embeddings_when_a_folder_has_none(tmp_path: Path) -> None:
