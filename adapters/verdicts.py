@@ -52,7 +52,8 @@ class Comparison:
     """One metric of a treatment against the control.
 
     The interval is of treatment minus control: in the metric's own unit, or with the scale `ratio` as a relative
-    change (0.1 is a tenth more). A share is one of 0 to 1.
+    change (0.1 is a tenth more). A share is one of 0 to 1. `variance_removed` is the share of the users' differences
+    that what they did before the experiment foretold, and that the interval is free of; None where it was not used.
     """
 
     metric: str
@@ -61,6 +62,7 @@ class Comparison:
     treatment: Side
     control: Side
     interval: Interval | None
+    variance_removed: float | None = None
 
     @property
     def gain(self) -> tuple[float, float] | None:

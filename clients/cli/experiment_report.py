@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from clients.cli.effect_plot import EffectPoint, draw_effect, draw_effects_svg
-from clients.cli.options import HomeOption, JsonOption, open_registry
+from clients.cli.options import HomeOption, JsonOption, open_evaluation
 from clients.cli.output import console, format_moment, print_json, print_table
 
 if TYPE_CHECKING:
@@ -45,9 +45,7 @@ def show(
     json: JsonOption = False,
 ) -> None:
     """What came of an experiment: the verdict and why, the effect over time, guardrails and counts."""
-    from adapters.experiment_evaluation import ExperimentEvaluation
-
-    report = ExperimentEvaluation(open_registry(home)).report(name)
+    report = open_evaluation(home).report(name)
     if plot is not None:
         _write_plot(report, plot)
     if json:
