@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.evidence import Comparison, Guard, Side, Treatment, guard_state, outcome_of
 from adapters.experiment_metrics import can_be_missing, is_share_metric, num_outcomes_of, scale_of
 from adapters.outcomes import UnitOutcomes
 from adapters.records import Arm, Experiment, Guardrail, Metric
@@ -27,7 +28,6 @@ from adapters.statistics import (
     difference_sequence,
     mean_sequence,
 )
-from adapters.verdicts import Comparison, Guard, Side, Treatment, guard_state, outcome_of
 
 __all__ = ["StageComparisons", "guard_confidence", "stage_confidence"]
 
@@ -124,7 +124,7 @@ class StageComparisons:
     def smallest_effect(self) -> float | None:
         """On the scale that the metric is compared on: of a ratio, a share of the control's mean."""
         metric, smallest = self.experiment.metric, self.experiment.smallest_effect
-        if metric is None or smallest is None or scale_of(metric.name) != "ratio":
+        if metric is None or smallest is None or scale_of(metric.name, metric.kind) != "ratio":
             return smallest
         mean = self.primary_column(self.control, metric).side().mean
         return smallest / mean if mean else None

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from adapters.audit import record_act
 from adapters.errors import ConflictError, HotswapError, InvalidInputError
+from adapters.evidence import Verdict
 from adapters.experiment_acts import conclude
 from adapters.experiment_report import ExperimentReport, better_shares, make_report
 from adapters.experiment_rows import (
@@ -34,7 +35,6 @@ from adapters.records import Actor, Experiment
 from adapters.registry import Registry
 from adapters.settled_values import Outcomes, plan_sample
 from adapters.tables import DecisionRow, ExperimentRow, ExposureRow, FeedbackRow, utc_now
-from adapters.verdicts import Verdict
 
 __all__ = ["EVALUATOR", "REALLOCATION_EVERY", "ExperimentEvaluation"]
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from adapters.evidence import Scale
 from adapters.outcomes import AnsweredRequest, UnitOutcomes
 from adapters.records import BUILT_IN_METRICS, Direction, MetricKind
-from adapters.verdicts import Scale
 
 __all__ = [
     "BuiltInMetric",
@@ -55,16 +55,18 @@ def built_in(metric: str) -> BuiltInMetric | None:
     return _BUILT_IN.get(metric)
 
 
-def scale_of(metric: str) -> Scale:
-    """How its differences are read: a share, a ratio (for what is heavy-tailed), or a plain number."""
+def scale_of(metric: str, kind: MetricKind) -> Scale:
+    """How its differences are read: a share, a ratio (for what is heavy-tailed), or a plain number.
+
+    By the plan's kind; of a built-in one by what it is.
+    """
     known = _BUILT_IN.get(metric)
-    return "number" if known is None else known.scale
+    return kind if known is None else known.scale
 
 
 def is_share_metric(metric: str, kind: MetricKind) -> bool:
-    """Whether a metric's values lie between 0 and 1: by the plan, or, of a built-in one, by what it is."""
-    known = _BUILT_IN.get(metric)
-    return kind == "share" if known is None else known.scale == "share"
+    """Whether a metric's values lie between 0 and 1."""
+    return scale_of(metric, kind) == "share"
 
 
 def first_value(unit: UnitOutcomes, metric: str) -> tuple[float, datetime] | None:

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
 
+from adapters.evidence import Evidence, Scale, Split, Treatment, Verdict
 from adapters.experiment_comparisons import StageComparisons, guard_confidence
-from adapters.experiment_metrics import built_in, num_outcomes_of, scale_of
+from adapters.experiment_metrics import built_in, num_outcomes_of
 from adapters.outcomes import UnitOutcomes
 from adapters.records import BUILT_IN_METRICS, Arm, Decision, Experiment, Metric
 from adapters.settled_values import Outcomes, first_outcomes, means_so_far
 from adapters.statistics import Interval, sample_ratio, thompson_weights
-from adapters.verdicts import Evidence, Scale, Split, Treatment, Verdict, judge
+from adapters.verdicts import judge
 
 __all__ = [
     "LEAST_SHARE",
@@ -131,6 +132,7 @@ def make_report(
         is_early=stage.is_early,
         closes_at=None if stage.sample is None else stage.sample.closes_at,
         over=_over(experiment, now, is_judged=is_judged),
+        has_started=experiment.state != "draft",
         accepts_feedback_gap=any(d.action == "accept_feedback" and d.stage == experiment.stage for d in decisions),
     )
     names = _metric_names(experiment, outcomes) if in_full else []
@@ -234,7 +236,7 @@ def _metric(stage: StageComparisons, arm: Arm, treatment: Treatment | None, name
     return MetricReport(
         metric=name,
         role=role,
-        scale=scale_of(name),
+        scale=column.scale,
         num_outcomes=sum(num_outcomes_of(unit, name) for unit in units),
         num_units=side.num_units,
         num_missing=side.num_missing,

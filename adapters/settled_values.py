@@ -15,11 +15,11 @@ from datetime import datetime, timedelta
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.evidence import Scale, Side
 from adapters.experiment_metrics import analysed_value, first_value, is_share_metric, mean_value, scale_of
 from adapters.outcomes import UnitOutcomes
 from adapters.records import Metric
 from adapters.statistics import MIN_UNITS
-from adapters.verdicts import Scale, Side
 
 __all__ = ["Column", "FixedSample", "Outcomes", "first_outcomes", "means_so_far", "plan_sample"]
 
@@ -71,7 +71,11 @@ class FixedSample:
         values = _values([value for _, value in known], metric)
         earlier = None if before is None else np.array([before[unit.unit] for unit, _ in known], dtype=float)
         return Column(
-            scale_of(metric.name), values, [unit.first_at for unit, _ in known], len(there) - len(known), earlier
+            scale_of(metric.name, metric.kind),
+            values,
+            [unit.first_at for unit, _ in known],
+            len(there) - len(known),
+            earlier,
         )
 
     def values_before(
@@ -126,13 +130,13 @@ def first_outcomes(units: Sequence[UnitOutcomes], metric: Metric, *, now: dateti
     ]
     found.sort(key=lambda item: item[1])
     values = _values([value for value, _ in found], metric)
-    return Column(scale_of(metric.name), values, [at for _, at in found], len(units) - len(found))
+    return Column(scale_of(metric.name, metric.kind), values, [at for _, at in found], len(units) - len(found))
 
 
 def means_so_far(units: Sequence[UnitOutcomes], metric: Metric) -> Column:
     """Each unit's mean so far, which goes on changing: to be shown, not to be compared."""
     found = [value for unit in units if (value := mean_value(unit, metric.name)) is not None]
-    return Column(scale_of(metric.name), _values(found, metric), [], len(units) - len(found))
+    return Column(scale_of(metric.name, metric.kind), _values(found, metric), [], len(units) - len(found))
 
 
 def _values(found: Sequence[float], metric: Metric) -> NDArray[np.float64]:

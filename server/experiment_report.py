@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from adapters.evidence import Comparison, Guard, Treatment
 from adapters.experiment_report import ArmReport, ExperimentReport, MetricReport
 from adapters.statistics import Interval
-from adapters.verdicts import Comparison, Guard, Treatment
 
 __all__ = ["ReportObject", "report_object"]
 

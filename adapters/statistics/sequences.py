@@ -62,8 +62,10 @@ def difference_sequence(
         asymptotic = _asymptotic(first, second, _part(confidence, 1 - EXACT_PART), planned_units)
         exact_confidence = _part(confidence, EXACT_PART)
         bets = Bets.planned(confidence=exact_confidence, planned_units=planned_units, treatment_share=treatment_share)
-        ends = share_bounds(treatment, control, bets, confidence=exact_confidence, within=asymptotic)
-        low, high = min(ends), max(ends)  # should they contradict each other, all that is between them
+        low, high = share_bounds(treatment, control, bets, confidence=exact_confidence, within=asymptotic)
+        if low > high:  # they contradict each other, as where users change in time: what either of them holds
+            exact = share_bounds(treatment, control, bets, confidence=exact_confidence)
+            low, high = max(min(asymptotic[0], exact[0]), -1.0), min(max(asymptotic[1], exact[1]), 1.0)
     if (math.isinf(low) and math.isinf(high)) or (low, high) == (-1.0, 1.0):
         return None
     return Interval(first.mean - second.mean, low, high, confidence)

@@ -85,7 +85,7 @@ def test_show_says_what_to_do_and_why_when_a_treatment_wins(home: Home, tmp_path
         "600 users",
         "holds",
         "Users are split 300 to 300, 50 to 50 was meant: as it should be.",
-        "solved is known of 100.0% of a user's requests",
+        "solved is known of so many of a user's answers: 100 % in A, 100 % in B; no difference is shown.",
         "however often you look",
     ):
         assert words in shown, words
@@ -108,7 +108,7 @@ def test_show_says_what_is_wrong_when_a_guardrail_or_the_split_is(home: Home) ->
     add_users(home.registry, experiment, "B", [YES] * 300)
     shown = home.text("show", experiment.id)
     assert "Users are split 60 to 360, where 50 to 50 was meant" in shown
-    assert "not by chance: see the verdict" in shown
+    assert "not by chance, see the verdict" in shown
 
 
 def test_show_draws_no_effect_when_there_is_none_to_draw(home: Home, tmp_path: Path) -> None:
