@@ -390,7 +390,7 @@ def test_fixed_sample_is_not_adjusted_when_most_of_its_users_are_new(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:
     """What is known of few would say little, and be told as if it said much."""
-    experiment = start(analysis="fixed", planned_units=100, guardrails=())
+    experiment = start(analysis="fixed", planned_units=200, guardrails=())
     win(registry, experiment, 100)
     age(registry, timedelta(days=8))
     found = evaluation.report(experiment.id).treatments[0].primary
