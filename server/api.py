@@ -333,10 +333,8 @@ def _watch_children(stopping: threading.Event) -> None:
             lost.discard("inference-worker")
         if lost and not stopping.is_set():
             _log.critical("process_lost", names=sorted(lost))
-            for child in (children := mp.active_children()):
+            for child in mp.active_children():
                 child.kill()
-            for child in children:
-                child.join()
             os._exit(1)
 
 

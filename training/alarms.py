@@ -10,7 +10,7 @@ from typing import Literal
 
 __all__ = ["Alarm", "AlarmKind", "EvaluationPoint", "StepPoint", "find_alarms"]
 
-AlarmKind = Literal["not_a_number", "diverging", "gradient", "no_learning", "overfitting"]
+AlarmKind = Literal["not_a_number", "diverging", "gradient", "no_learning", "overfitting", "forgetting"]
 
 _WINDOW = 10  # steps whose mean loss stands for a moment of the run: single batches scatter too much
 _DIVERGED_FACTOR = 1.5
@@ -33,11 +33,12 @@ class StepPoint:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationPoint:
-    """The validation loss and accuracy after a step."""
+    """The validation loss and accuracy after a step, and by how much the loss on general text has risen (nats)."""
 
     step: int
     loss: float
     accuracy: float | None = None
+    forgetting: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,9 @@ class Alarm:
     is_fatal: bool = False
 
 
-def find_alarms(steps: Sequence[StepPoint], evaluations: Sequence[EvaluationPoint]) -> list[Alarm]:
+def find_alarms(
+    steps: Sequence[StepPoint], evaluations: Sequence[EvaluationPoint], *, max_forgetting: float = math.inf
+) -> list[Alarm]:
     """What is wrong as of the last step. The same alarm is found again at later steps for as long as it holds."""
     if not steps:
         return []
@@ -59,6 +62,7 @@ def find_alarms(steps: Sequence[StepPoint], evaluations: Sequence[EvaluationPoin
         lambda: _check_gradient(steps),
         lambda: _check_learning(steps),
         lambda: _check_overfitting(steps, evaluations),
+        lambda: _check_forgetting(evaluations, max_forgetting),
     )
     return [alarm for check in checks if (alarm := check()) is not None]
 
@@ -128,9 +132,21 @@ def _check_overfitting(steps: Sequence[StepPoint], evaluations: Sequence[Evaluat
         return None
     message = (
         f"the validation loss rose from {best.loss:.3f} (step {best.step}) to {later[-1].loss:.3f} while the training "
-        f"loss fell: the model learns the rows by heart; the state of step {best.step} is kept"
+        "loss fell: the model learns the rows by heart; train for fewer epochs, or set patience"
     )
     return Alarm("overfitting", message)
+
+
+def _check_forgetting(evaluations: Sequence[EvaluationPoint], max_forgetting: float) -> Alarm | None:
+    rise = evaluations[-1].forgetting if evaluations else None
+    if rise is None or rise <= max_forgetting:
+        return None
+    message = (
+        f"the loss on general text is {rise:.2f} nats a token above the base model's at step {evaluations[-1].step}, "
+        f"{max_forgetting:g} is allowed (gate_forgetting): the model forgets what it knew; lower learning_rate, train "
+        "for fewer epochs, or mix everyday conversations into the rows"
+    )
+    return Alarm("forgetting", message)
 
 
 def _mean_loss(steps: Sequence[StepPoint]) -> float:

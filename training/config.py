@@ -139,7 +139,7 @@ class TrainSettings(SettingsSection):
     )
     gate_confidence: float = Field(0.95, ge=0.5, le=0.999, description="Confidence of that, one-sided.")
     gate_forgetting: float = Field(
-        0.2, ge=0, le=100, description="Highest rise of the loss on general text, in nats a token."
+        1.0, ge=0, le=100, description="Highest rise of the loss on general text, in nats a token."
     )
     gate_samples: int = Field(8, ge=0, le=100, description="Answers that the gate reads; 0 reads none.")
     gate_sample_tokens: int = Field(256, ge=1, le=4096, description="Longest of them in tokens.")

@@ -12,16 +12,14 @@ from adapters.manifest import Manifest
 from adapters.records import NumberedVersion
 from adapters.registry import Registry
 from training.evaluation import Yardstick
+from training.forgetting import Forgetting
 from training.gate import Evidence, Present
-from training.general_text import general_loss_path, read_number, render_general_text, write_number
-from training.losses import Evaluation, evaluate
+from training.losses import Evaluation
 from training.methods import TrainingRun
 from training.sampling import LONGER_THAN_REFERENCE, Sample, SamplePrompt, sample_answers
 from training.start import StoredVersion, read_version
 
 __all__ = ["PresentVersion", "find_present", "gather_evidence"]
-
-_GENERAL_BATCH = 32  # beginnings of 32 tokens: large, since each batch of a 4-bit base unpacks all its weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +74,8 @@ def gather_evidence(
 
 
 def _measure_general(run: TrainingRun[Any]) -> tuple[float, float]:
-    """The loss on general text with the adapter, and without: of the base model it is measured once a home."""
-    rows = render_general_text(run.base.tokenizer)
-    options = {"batch_size": _GENERAL_BATCH, "pad_token_id": run.base.tokenizer.pad_token_id}
-    adapted = evaluate(run.base.model, rows, **options).loss
-    known = general_loss_path(run.settings.home, run.base)
-    if (loss := read_number(known)) is None:
-        with run.model.disable_adapter():
-            loss = evaluate(run.base.model, rows, **options).loss
-        write_number(known, loss)
-    return adapted, loss
+    forgetting = Forgetting(run)
+    return forgetting.measure(), forgetting.base_loss
 
 
 def _sample(run: TrainingRun[Any], prompts: Sequence[SamplePrompt]) -> list[Sample]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ __all__ = ["STATE_FILE", "Best", "Ended", "RunListener", "Watch", "WatchPlan"]
 STATE_FILE = "watch.safetensors"
 _WEIGHTS, _EVALUATION = "weights/", "evaluation/"
 _STATE = "state"
+_FORGETTING = "forgetting"
+_ALWAYS_RAISED: tuple[AlarmKind, ...] = ("not_a_number", "forgetting")
 _ARRAYS = ("losses", "weights", "num_right", "scores")
 
 
@@ -41,11 +44,16 @@ class RunListener(Protocol):
 class WatchPlan:
     """What is done when. Without `measure` there are no validation rows, and the last state is the best.
 
+    `forgetting` says at each validation by how many nats a token the loss on general text has risen over the base
+    model's; a state with more than `max_forgetting` is the best only while there is no other.
+
     `eval_steps` None validates wherever a checkpoint is due, or would be: at the end of each epoch, unless told
     otherwise. `patience` None never ends a run early. `has_alarms` False is for losses that need not fall.
     """
 
     measure: Callable[[], Evaluation] | None = None
+    forgetting: Callable[[], float] | None = None
+    max_forgetting: float = math.inf
     sample: Callable[[], Sequence[Sample]] | None = None
     eval_steps: int | None = None
     patience: int | None = None
@@ -54,7 +62,7 @@ class WatchPlan:
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The state with the lowest validation loss so far; of equal ones the first."""
+    """The state with the lowest validation loss so far, of those that forget too much only if all do; or the first."""
 
     step: int
     evaluation: Evaluation
@@ -128,9 +136,11 @@ class Watch:
         if self._plan.measure is None:
             return None
         evaluation = self._plan.measure()
+        if self._plan.forgetting is not None:
+            evaluation = replace(evaluation, extra={**evaluation.extra, _FORGETTING: self._plan.forgetting()})
         loss, accuracy = evaluation.loss, evaluation.accuracy
         self._log.note("evaluation", metrics.step, {"valid_loss": loss, "valid_accuracy": accuracy, **evaluation.extra})
-        self._evaluations.append(EvaluationPoint(metrics.step, loss, accuracy))
+        self._evaluations.append(EvaluationPoint(metrics.step, loss, accuracy, evaluation.extra.get(_FORGETTING)))
         self._listener.on_evaluation(metrics, evaluation)
         self._raise_alarms(metrics.step)
         self._keep_if_best(metrics, evaluation)
@@ -181,7 +191,7 @@ class Watch:
             self.ended_at = Ended(state["ended_at"], state["num_tokens"])
 
     def _keep_if_best(self, metrics: StepMetrics, evaluation: Evaluation) -> None:
-        if self.best is None or evaluation.loss < self.best.evaluation.loss:
+        if self.best is None or self._rank(evaluation) < self._rank(self.best.evaluation):
             weights = {name: parameter.detach().cpu().clone() for name, parameter in _trainable(self._model)}
             self.best = Best(metrics.step, evaluation, weights)
             self._num_since_best = 0
@@ -189,6 +199,10 @@ class Watch:
         self._num_since_best += 1
         if self._plan.patience is not None and self._num_since_best >= self._plan.patience:
             self.ended_at = Ended(metrics.step, metrics.num_tokens)
+
+    def _rank(self, evaluation: Evaluation) -> tuple[bool, float]:
+        keeps = evaluation.extra.get(_FORGETTING, 0.0) <= self._plan.max_forgetting
+        return not keeps, evaluation.loss
 
     def _sample(self, step: int) -> None:
         for sample in self._plan.sample() if self._plan.sample else ():
@@ -204,8 +218,8 @@ class Watch:
             )
 
     def _raise_alarms(self, step: int) -> None:
-        for alarm in find_alarms(self._steps, self._evaluations):
-            if alarm.kind in self._raised or not (alarm.kind == "not_a_number" or self._plan.has_alarms):
+        for alarm in find_alarms(self._steps, self._evaluations, max_forgetting=self._plan.max_forgetting):
+            if alarm.kind in self._raised or not (alarm.kind in _ALWAYS_RAISED or self._plan.has_alarms):
                 continue
             self._raised.add(alarm.kind)
             self._log.note("alarm", step, {"alarm": alarm.kind, "message": alarm.message})
@@ -222,6 +236,8 @@ def _read_history(log: RunLog) -> tuple[list[StepPoint], list[EvaluationPoint], 
     lines: list[dict[str, Any]] = log.lines()
     steps = [StepPoint(x["step"], x["train_loss"], x["gradient_norm"]) for x in lines if x["kind"] == "step"]
     evaluations = [
-        EvaluationPoint(x["step"], x["valid_loss"], x["valid_accuracy"]) for x in lines if x["kind"] == "evaluation"
+        EvaluationPoint(x["step"], x["valid_loss"], x["valid_accuracy"], x.get(_FORGETTING))
+        for x in lines
+        if x["kind"] == "evaluation"
     ]
     return steps, evaluations, {x["alarm"] for x in lines if x["kind"] == "alarm"}

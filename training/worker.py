@@ -26,6 +26,7 @@ from adapters.registry import Registry
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
 from training.config import TrainSettings
+from training.forgetting import Forgetting
 from training.formats import ReadOptions
 from training.giving_way import Gate, install_gate, share_from_environment
 from training.liger import check_liger
@@ -325,9 +326,12 @@ def _plan(run: TrainingRun[Any], data: RenderedData, validate: Callable[[], Eval
         max_tokens=settings.sample_tokens,
         batch_size=settings.batch_size,
     )
+    speaks = run.head is None
     return WatchPlan(
         measure=validate,
-        sample=sample if data.sampled and run.head is None else None,
+        forgetting=Forgetting(run).rise if speaks else None,
+        max_forgetting=settings.gate_forgetting,
+        sample=sample if data.sampled and speaks else None,
         eval_steps=settings.eval_steps,
         patience=settings.patience,
         has_alarms=run.score is None,  # the loss of rloo and grpo need not fall

@@ -69,12 +69,22 @@ def test_alarm_warns_when_nothing_is_learned() -> None:
 
 
 def test_alarm_warns_when_validation_rises_while_training_falls() -> None:
-    """Two validations above the best, by more than a fiftieth; it says which state is kept."""
+    """Two validations above the best, by more than a fiftieth; it says which state was the best."""
     steps = _steps(_falling(40))
     (alarm,) = find_alarms(steps, _evaluations(2.0, 1.5, 1.6, 1.7))
     assert (alarm.kind, alarm.is_fatal) == ("overfitting", False)
     assert "rose from 1.500 (step 20) to 1.700" in alarm.message
-    assert "the state of step 20 is kept" in alarm.message
     assert find_alarms(steps, _evaluations(2.0, 1.5, 1.6)) == []
     assert find_alarms(steps, _evaluations(2.0, 1.5, 1.6, 1.51)) == []
     assert find_alarms(_steps([*_falling(20), *[2.0] * 20]), _evaluations(2.0, 1.5, 1.6, 1.7)) == []
+
+
+def test_alarm_warns_when_the_model_forgets() -> None:
+    """As of the last validation, by more than is allowed; where nothing was measured nothing is said."""
+    steps, points = _steps(_falling(20)), [EvaluationPoint(10, 2.0, None, 0.1), EvaluationPoint(20, 1.5, None, 0.31)]
+    (alarm,) = find_alarms(steps, points, max_forgetting=0.3)
+    assert (alarm.kind, alarm.is_fatal) == ("forgetting", False)
+    assert "0.31 nats a token above the base model's at step 20, 0.3 is allowed" in alarm.message
+    assert find_alarms(steps, points, max_forgetting=0.31) == []
+    assert find_alarms(steps, points[:1], max_forgetting=0.3) == []
+    assert find_alarms(steps, _evaluations(2.0, 1.5), max_forgetting=0.0) == []

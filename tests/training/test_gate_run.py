@@ -255,6 +255,20 @@ def test_best_state_is_published_when_the_last_one_is_worse(home: Home) -> None:
     assert found.loss < losses[result.num_steps] - 0.01
 
 
+def test_state_that_forgets_is_passed_over_when_another_remembers(home: Home) -> None:
+    """The limit lies between what two validations of one run found: the state below it is published, and passes."""
+    free = home.run(LEARNABLE, max_steps=6, eval_steps=3, promote="never", learning_rate=0.1)
+    points = [x for x in read_lines(free.folder / METRICS_FILE) if x["kind"] == "evaluation"]
+    forgets, keeps = sorted(points, key=lambda x: x["valid_loss"])
+    assert keeps["forgetting"] < forgets["forgetting"]
+    limit = (keeps["forgetting"] + forgets["forgetting"]) / 2
+    held = home.run(LEARNABLE, max_steps=6, eval_steps=3, learning_rate=0.1, gate_forgetting=limit)
+    (check,) = [check for check in held.gate.checks if check.name == "forgetting"]
+    assert (free.best_step, held.best_step, check.outcome) == (forgets["step"], keeps["step"], "passed")
+    assert check.figures["rise"] == pytest.approx(keeps["forgetting"], abs=1e-3)
+    assert "alarm" in [line["kind"] for line in read_lines(held.folder / METRICS_FILE)]
+
+
 def test_run_leaves_its_files_when_it_is_done(home: Home) -> None:
     """Metrics of every step, validations, the gate's word, answers of every validation, and curves."""
     result = home.run(LEARNABLE, sample_prompts=2, sample_tokens=4)

@@ -99,6 +99,30 @@ def test_last_state_is_left_when_nothing_was_validated(tmp_path: Path) -> None:
     assert not (tmp_path / STATE_FILE).exists()
 
 
+def test_state_that_forgets_is_the_best_only_while_there_is_no_other(tmp_path: Path) -> None:
+    """A lower validation loss does not make up for it; the alarm is raised once, and a resumed run decides alike."""
+    losses, listener = Losses(3.0, 2.0, 1.0, 2.5), Listener()
+    rises = iter([0.5, 0.1, 0.4, 0.2])
+    watch = _watch(losses, tmp_path, listener, forgetting=lambda: next(rises), max_forgetting=0.2, patience=2)
+    kept = []
+    for step in (1, 2, 3):
+        watch.evaluate(_metrics(step))
+        assert watch.best is not None
+        kept.append(watch.best.step)
+    assert [1, 2, 2] == kept
+    assert [] == listener.warnings  # alarms look at the steps, and there were none
+    watch.on_step(_metrics(3))
+    watch.on_step(_metrics(4))
+    assert [True] == ["forgets what it knew" in message for message in listener.warnings]
+    watch.save(tmp_path)
+    resumed = _watch(losses, tmp_path / "resumed", forgetting=lambda: 0.2, max_forgetting=0.2, patience=2)
+    resumed.load(tmp_path)
+    resumed.evaluate(_metrics(4))
+    assert resumed.best is not None
+    assert (2, {"margin": 0.5, "forgetting": 0.1}) == (resumed.best.step, dict(resumed.best.evaluation.extra))
+    assert resumed.ended_at is not None
+
+
 @pytest.mark.parametrize(
     ("eval_steps", "scheduled", "expected"), [(None, {4, 8}, [4, 8, 9]), (3, {4, 8}, [3, 6, 9]), (5, set(), [5, 9])]
 )
