@@ -12,8 +12,8 @@ from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Fiel
 
 from adapters.assignment import RESERVED_SALTS
 from adapters.errors import InvalidInputError
-from adapters.experiment_metrics import built_in
-from adapters.records import BUILT_IN_METRICS, AnalysisPlan, Guardrail, Metric, MetricKind
+from adapters.experiment_metrics import is_share_metric
+from adapters.records import BUILT_IN_METRICS, AnalysisPlan, Guardrail, Metric
 
 __all__ = [
     "ALIAS_PATTERN",
@@ -29,7 +29,6 @@ __all__ = [
     "check_salt",
     "check_times",
     "check_traffic",
-    "is_share_metric",
     "parse_arm",
     "parse_weight",
 ]
@@ -262,12 +261,6 @@ def _check_guardrail(plan: AnalysisPlan, guardrail: Guardrail) -> None:
             "expected one kind",
             param="guardrails",
         )
-
-
-def is_share_metric(metric: str, kind: MetricKind) -> bool:
-    """Whether a metric's values lie between 0 and 1: by the plan, or, of a built-in one, by what it is."""
-    known = built_in(metric)
-    return kind == "share" if known is None else known.scale == "share"
 
 
 def check_salt(salt: str) -> None:

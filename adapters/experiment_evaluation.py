@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from adapters.audit import record_act
 from adapters.errors import ConflictError, HotswapError, InvalidInputError
+from adapters.evidence import Verdict
 from adapters.experiment_acts import conclude
 from adapters.experiment_report import ExperimentReport, better_shares, make_report
 from adapters.experiment_rows import (
@@ -28,12 +29,12 @@ from adapters.experiment_rows import (
     to_experiment,
 )
 from adapters.experiments import ExperimentService
-from adapters.exposures import FEEDBACK_WINDOW, read_outcomes
+from adapters.exposures import FEEDBACK_WINDOW
+from adapters.outcomes import read_history, read_outcomes
 from adapters.records import Actor, Experiment
 from adapters.registry import Registry
-from adapters.settled_values import read_settled
+from adapters.settled_values import Outcomes, plan_sample
 from adapters.tables import DecisionRow, ExperimentRow, ExposureRow, FeedbackRow, utc_now
-from adapters.verdicts import Verdict
 
 __all__ = ["EVALUATOR", "REALLOCATION_EVERY", "ExperimentEvaluation"]
 
@@ -45,17 +46,19 @@ _STAGE_BEGINS = ("start", "change_weights", "undo")
 _LEAST_SHIFT = 5.0  # percent: less is not worth a stage
 
 
+_Reports = tuple[int, float | None, datetime | None]  # number, sum of the values, the latest
+
+
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """What an experiment had at a look; where two are equal, reading it again would say the same."""
 
+    state: str
     stage: int
     hour: int
     num_decisions: int
     num_exposures: int
-    num_reports: int
-    sum_reports: float | None
-    latest_report: datetime | None
+    reports: _Reports
 
 
 class ExperimentEvaluation:
@@ -91,10 +94,11 @@ class ExperimentEvaluation:
         with self.registry.database.read() as session:
             statement = select(ExperimentRow.id).where(ExperimentRow.state == "running")
             running = list(session.scalars(statement.order_by(ExperimentRow.created_at, ExperimentRow.id)))
+            reports = _count_reports(session) if running else (0, None, None)
         self._seen = {name: seen for name, seen in self._seen.items() if name in running}
         for experiment_id in running:
             try:
-                self._evaluate_if_new(experiment_id)
+                self._evaluate_if_new(experiment_id, reports)
             except HotswapError as error:
                 _log.warning("experiment_not_evaluated", experiment=experiment_id, reason=str(error))
             except Exception:  # the boundary between experiments: numbers of one must not stop the watch over all
@@ -105,7 +109,8 @@ class ExperimentEvaluation:
 
         One that has ended at its time is judged and acted on like one that runs, and then its end is written down: what
         came in the last moments, or while no process was there to look, counts. Should this process die before, the
-        next evaluation does it.
+        next evaluation does it. A fixed sample whose units were there before the end is waited for: its end is written
+        once it is judged.
 
         Raises:
             NotFoundError: there is none.
@@ -128,14 +133,14 @@ class ExperimentEvaluation:
             if experiment.state == "running":
                 raise
             _log.warning("experiment_not_decided", experiment=experiment.id, reason=str(error))
-        if experiment.state == "stopped":
+        if experiment.state == "stopped" and not report.is_closing:
             with self.registry.database.write() as session:
                 settle_row(session, session.get_one(ExperimentRow, experiment.id), utc_now())
 
-    def _evaluate_if_new(self, experiment_id: str) -> None:
+    def _evaluate_if_new(self, experiment_id: str, reports: _Reports) -> None:
         """The mark is made before the reading: what comes between them is read twice rather than never."""
         with self.registry.database.read() as session:
-            seen = _look(session, experiment_id, utc_now())
+            seen = _look(session, experiment_id, utc_now(), reports)
         if seen is not None and seen == self._seen.get(experiment_id):
             return
         self.evaluate(experiment_id)
@@ -247,7 +252,7 @@ class ExperimentEvaluation:
             return
         with self.registry.database.read() as session:
             outcomes = read_outcomes(session, experiment.id, experiment.stage)
-        shares = better_shares(experiment, outcomes)
+        shares = better_shares(experiment, outcomes, now=utc_now(), window=self._feedback_window)
         if max(abs(shares[arm.name] - arm.weight) for arm in experiment.arms) < _LEAST_SHIFT:
             return
         ExperimentService(self.registry.database).change_weights(
@@ -263,40 +268,52 @@ class ExperimentEvaluation:
             row = find_open_row(session, name, now)
             experiment = to_experiment(session, row, now)
             outcomes = read_outcomes(session, row.id, row.stage)
-            settled = read_settled(session, experiment, now=now, window=self._feedback_window)
+            history = read_history(session, experiment) if self._is_judged(experiment, outcomes, now) else []
             decisions = load_decisions(session, row.id)
-        return make_report(experiment, outcomes, now=now, decisions=decisions, settled=settled, in_full=in_full)
+        return make_report(
+            experiment,
+            outcomes,
+            now=now,
+            window=self._feedback_window,
+            decisions=decisions,
+            history=history,
+            in_full=in_full,
+        )
+
+    def _is_judged(self, experiment: Experiment, outcomes: Outcomes, now: datetime) -> bool:
+        """Whether it has a fixed sample that is closed: then, and only then, what its users did before is needed."""
+        if experiment.analysis != "fixed" or experiment.metric is None or experiment.planned_units is None:
+            return False
+        sample = plan_sample(outcomes, experiment.planned_units, self._feedback_window)
+        return sample is not None and sample.closes_at <= now
 
 
-def _look(session: Session, experiment_id: str, now: datetime) -> _Seen | None:
-    """By what it shows whether an experiment has anything new; None if its verdict may be another by time alone.
+def _look(session: Session, experiment_id: str, now: datetime, reports: _Reports) -> _Seen | None:
+    """By what it shows whether an experiment has anything new; None if weights may follow its arms by time alone.
 
-    Counts and sums over the index and over what was reported, which take a part of the time that reading it does. A
-    report that replaces another one may, with a second one, leave all of them as they were: it is read within the hour.
+    Counts over an index, and what is known of all reports together, which take a small part of the time that reading
+    takes. What they don't show is read within the hour: two replaced reports that leave the sum as it was, feedback
+    that can't come any more.
     """
     row = session.get(ExperimentRow, experiment_id)
-    if row is None or state_of(row, now) != "running":
-        return None
-    experiment = to_experiment(session, row, now)
-    by_time = experiment.metric is not None and experiment.metric.name == "feedback_rate"
-    if by_time or experiment.analysis == "fixed" or experiment.allocation == "thompson":
+    if row is None or row.plan.get("allocation") == "thompson":
         return None
     of_stage = ExposureRow.experiment_id == row.id, ExposureRow.stage == row.stage
-    reports = (
-        select(func.count(), func.sum(FeedbackRow.value), func.max(FeedbackRow.reported_at))
-        .join(ExposureRow, FeedbackRow.response_id == ExposureRow.response_id)
-        .where(*of_stage)
-    )
-    num_reports, total, latest = session.execute(reports).one()
     return _Seen(
+        state=state_of(row, now),
         stage=row.stage,
         hour=int(now.timestamp()) // 3600,
         num_decisions=session.scalar(select(func.count()).where(DecisionRow.experiment_id == row.id)) or 0,
         num_exposures=session.scalar(select(func.count()).where(*of_stage)) or 0,
-        num_reports=num_reports,
-        sum_reports=total,
-        latest_report=latest,
+        reports=reports,
     )
+
+
+def _count_reports(session: Session) -> _Reports:
+    """What tells whether anything was reported, on whatever answer: finding out on which takes far longer."""
+    counted = select(func.count(), func.sum(FeedbackRow.value), func.max(FeedbackRow.reported_at))
+    number, total, latest = session.execute(counted).one()
+    return number, total, latest
 
 
 def _wanted_act(report: ExperimentReport) -> _Act | None:

@@ -37,7 +37,8 @@ from adapters.experiment_rows import (
     to_experiment,
 )
 from adapters.experiment_stages import find_pinned, find_room, next_arms, started_rows
-from adapters.exposures import FEEDBACK_WINDOW, add_exposure, add_feedback, read_outcomes
+from adapters.exposures import FEEDBACK_WINDOW, add_exposure, add_feedback
+from adapters.outcomes import UnitOutcomes, read_outcomes
 from adapters.paging import unknown_place
 from adapters.records import (
     Actor,
@@ -48,7 +49,6 @@ from adapters.records import (
     ExperimentState,
     Exposure,
     Feedback,
-    UnitOutcomes,
 )
 from adapters.tables import AliasRow, ExperimentRow, utc_now
 

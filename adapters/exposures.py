@@ -1,30 +1,28 @@
-"""Exposures and feedback: one row for each request that was bound to what answers it, and what came of it by unit.
+"""Writes exposures and feedback: a row for each request that was bound to what answers it, and for what is said of it.
 
-Functions over a session, so that whoever writes or reads them decides what else is in the transaction.
+Functions over a session, so that whoever writes decides what else is in the transaction. `outcomes` reads them.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Sequence
+from datetime import timedelta
 
-from sqlalchemy import ColumnElement, Select, case, func, select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from adapters.database import actor_of
 from adapters.errors import ConflictError, FeedbackTooLateError, NotFoundError
 from adapters.experiment_config import check_feedback_name, check_feedback_value
 from adapters.experiment_rows import load_plan
-from adapters.records import Exposure, Feedback, UnitOutcomes
+from adapters.records import Exposure, Feedback
 from adapters.tables import ExposureRow, FeedbackRow, utc_now
 
-__all__ = ["FEEDBACK_WINDOW", "MAX_FEEDBACK_NAMES", "add_exposure", "add_feedback", "in_stage", "read_outcomes"]
+__all__ = ["FEEDBACK_WINDOW", "MAX_FEEDBACK_NAMES", "add_exposure", "add_feedback"]
 
 FEEDBACK_WINDOW = timedelta(days=7)
 MAX_FEEDBACK_NAMES = 32  # of one response
 _MAX_ERROR_CHARS = 500
-_Conditions = tuple[ColumnElement[bool], ...]
 
 
 def add_exposure(session: Session, exposure: Exposure, feedback: Sequence[Feedback] = ()) -> None:
@@ -98,95 +96,3 @@ def _feedback_row(feedback: Feedback) -> FeedbackRow:
         comment=feedback.comment,
         reported_at=utc_now(),
     )
-
-
-def read_outcomes(
-    session: Session, experiment_id: str, stage: int, *, until: datetime | None = None, first_only: bool = False
-) -> dict[str, list[UnitOutcomes]]:
-    """By arm what came of each unit in one stage, the earliest exposed first; arms without units are not there.
-
-    Three grouped queries, whatever the number of metrics: over exposures, over responses with feedback, and over
-    feedback by metric. Forced exposures are left out, and if so asked those after a moment, and all but each unit's
-    first.
-    """
-    wanted = in_stage(experiment_id, stage)
-    if until is not None:
-        wanted += (ExposureRow.served_at <= until,)
-    if first_only:
-        wanted += (ExposureRow.response_id.in_(_first_responses(wanted)),)
-    feedback = _feedback_by_unit(session, wanted)
-    num_with_feedback = _responses_with_feedback(session, wanted)
-    outcomes: dict[str, list[UnitOutcomes]] = defaultdict(list)
-    first_at = func.min(ExposureRow.served_at)
-    statement = (
-        select(
-            ExposureRow.arm,
-            ExposureRow.unit,
-            first_at,
-            func.count(),
-            func.count(ExposureRow.error),
-            func.sum(case((ExposureRow.finish_reason == "length", 1), else_=0)),
-            func.count(ExposureRow.ttft_ms),
-            func.coalesce(func.sum(ExposureRow.ttft_ms), 0.0),
-            func.sum(ExposureRow.total_ms),
-            func.sum(ExposureRow.completion_tokens),
-        )
-        .where(*wanted)
-        .group_by(ExposureRow.arm, ExposureRow.unit)
-        .order_by(first_at, ExposureRow.unit)
-    )
-    for arm, unit, first, exposures, errors, length, with_ttft, ttft_ms, total_ms, tokens in session.execute(statement):
-        key = (arm or "", unit)
-        outcomes[arm or ""].append(
-            UnitOutcomes(
-                unit=unit,
-                first_at=first,
-                num_exposures=exposures,
-                num_errors=errors,
-                num_length=length,
-                num_ttft=with_ttft,
-                sum_ttft_ms=ttft_ms,
-                sum_total_ms=total_ms,
-                sum_completion_tokens=tokens,
-                num_with_feedback=num_with_feedback.get(key, 0),
-                feedback=feedback.get(key, {}),
-            )
-        )
-    return dict(outcomes)
-
-
-def in_stage(experiment_id: str, stage: int) -> tuple[ColumnElement[bool], ...]:
-    """What selects the exposures that count in a stage."""
-    return (ExposureRow.experiment_id == experiment_id, ExposureRow.stage == stage, ExposureRow.forced.is_(False))
-
-
-def _first_responses(wanted: _Conditions) -> Select[tuple[str]]:
-    """The id of each unit's first response."""
-    order = ExposureRow.served_at, ExposureRow.response_id
-    place = func.row_number().over(partition_by=(ExposureRow.arm, ExposureRow.unit), order_by=order)
-    placed = select(ExposureRow.response_id, place.label("n")).where(*wanted).subquery()
-    return select(placed.c.response_id).where(placed.c.n == 1)
-
-
-def _responses_with_feedback(session: Session, wanted: _Conditions) -> dict[tuple[str, str], int]:
-    statement = (
-        select(ExposureRow.arm, ExposureRow.unit, func.count(ExposureRow.response_id.distinct()))
-        .join(FeedbackRow, FeedbackRow.response_id == ExposureRow.response_id)
-        .where(*wanted)
-        .group_by(ExposureRow.arm, ExposureRow.unit)
-    )
-    return {(arm or "", unit): count for arm, unit, count in session.execute(statement)}
-
-
-def _feedback_by_unit(session: Session, wanted: _Conditions) -> dict[tuple[str, str], Mapping[str, tuple[float, int]]]:
-    """By arm and unit, and then by metric: the mean value and how many responses have one."""
-    statement = (
-        select(ExposureRow.arm, ExposureRow.unit, FeedbackRow.metric, func.avg(FeedbackRow.value), func.count())
-        .join(FeedbackRow, FeedbackRow.response_id == ExposureRow.response_id)
-        .where(*wanted)
-        .group_by(ExposureRow.arm, ExposureRow.unit, FeedbackRow.metric)
-    )
-    found: dict[tuple[str, str], dict[str, tuple[float, int]]] = defaultdict(dict)
-    for arm, unit, metric, mean, count in session.execute(statement):
-        found[(arm or "", unit)][metric] = (float(mean), count)
-    return dict(found)

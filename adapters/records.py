@@ -50,7 +50,6 @@ __all__ = [
     "StoredFile",
     "Stretch",
     "Unit",
-    "UnitOutcomes",
     "UnitSource",
     "VersionKind",
     "check_alias_name",
@@ -292,27 +291,6 @@ class Unit:
 
     key: str
     source: UnitSource
-
-
-@dataclass(frozen=True, slots=True)
-class UnitOutcomes:
-    """What came of one unit's requests in one arm and stage.
-
-    Sums are over its exposures; `num_ttft` of them have a first token. `feedback` has by metric the mean of what was
-    reported and how many of its responses have it.
-    """
-
-    unit: str
-    first_at: datetime
-    num_exposures: int
-    num_errors: int
-    num_length: int
-    num_ttft: int
-    sum_ttft_ms: float
-    sum_total_ms: float
-    sum_completion_tokens: int
-    num_with_feedback: int
-    feedback: Mapping[str, tuple[float, int]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,116 +1,145 @@
-"""The primary metric's values: one number for each unit, taken at a moment after which it stays what it is.
+"""What is compared: one number for each unit, taken at a moment after which it stays what it is.
 
-A sequence holds for numbers that don't change once they are counted, an interval for one look at one moment. What
-guardrails and everything else are read from, all that has come so far, is in `exposures`.
+A sequence holds for numbers that don't change once they are counted, an interval for one look at one moment. A user's
+mean so far is neither: it is shown beside them, and decides nothing.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import func, select
-from sqlalchemy.orm import Session
+import numpy as np
+from numpy.typing import NDArray
 
-from adapters.experiment_metrics import value_of
-from adapters.exposures import in_stage, read_outcomes
-from adapters.records import BUILT_IN_METRICS, Experiment, UnitOutcomes
-from adapters.tables import ExposureRow, FeedbackRow
+from adapters.evidence import Scale, Side
+from adapters.experiment_metrics import analysed_value, first_value, is_share_metric, mean_value, scale_of
+from adapters.outcomes import UnitOutcomes
+from adapters.records import Metric
+from adapters.statistics import MIN_UNITS
 
-__all__ = ["Settled", "SettledValue", "read_settled"]
+__all__ = ["Column", "FixedSample", "Outcomes", "first_outcomes", "means_so_far", "plan_sample"]
 
-
-@dataclass(frozen=True, slots=True)
-class SettledValue:
-    """One unit's number, and the moment from which on it is known."""
-
-    value: float
-    at: datetime
+Outcomes = Mapping[str, Sequence[UnitOutcomes]]  # by arm, in the order of the units' first exposures
+_LEAST_KNOWN = 0.5  # of a sample's units: the part of which something must be known from before, for an adjustment
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
-    """The primary metric's numbers by arm, in the order in which they became known.
+class Column:
+    """One metric of one arm: the values of the units that have one, in the order in which they were known, and when.
 
-    `values` is None while a plan with a fixed sample waits: for its units, or, when these are there, for `closes_at`.
-    Once it is judged `num_units` says by arm how many units it has, with and without a number.
+    `before` has in the same order what the same units' values were before the experiment, where that is used.
     """
 
-    values: Mapping[str, Sequence[SettledValue]] | None
-    closes_at: datetime | None = None
-    num_units: Mapping[str, int] | None = None
+    scale: Scale
+    values: NDArray[np.float64]
+    arrivals: list[datetime]
+    num_missing: int
+    before: NDArray[np.float64] | None = None
+
+    def side(self) -> Side:
+        """Number and mean, of a ratio's logarithms the geometric one."""
+        mean = float(self.values.mean()) if len(self.values) else None
+        if mean is not None and self.scale == "ratio":
+            mean = math.exp(mean)
+        return Side(len(self.values), self.num_missing, mean)
+
+    def until(self, moment: datetime) -> Column:
+        """The units that were known by then. Those without a value are not counted."""
+        count = bisect_right(self.arrivals, moment)
+        return Column(self.scale, self.values[:count], self.arrivals[:count], 0)
 
 
-def read_settled(session: Session, experiment: Experiment, *, now: datetime, window: timedelta) -> Settled:
-    """Read the numbers of the experiment's present stage.
+@dataclass(frozen=True, slots=True)
+class FixedSample:
+    """The units of a plan that looks once: those that came until the last of the planned ones did, at `last`.
 
-    With `analysis` sequential a unit's number is that of its first outcome: of what clients report the value that was
-    reported first, of what exposures give that of the first one (with `feedback_rate` once its window is over). Later
-    ones change nothing.
+    At `closes_at` no feedback on their answers is taken any more: whoever reads them then, or later, reads the same.
+    """
 
-    With `analysis` fixed it is the mean over the unit's requests up to the moment at which the last planned unit came,
-    once no feedback on them is taken any more: whoever reads it, then or later, reads the same.
+    last: datetime
+    closes_at: datetime
+
+    def column(self, units: Sequence[UnitOutcomes], metric: Metric, before: Mapping[str, float] | None) -> Column:
+        """One arm's means over the requests up to the cut; `before` are the units' values of before, if they count."""
+        there = [unit for unit in units if unit.first_at <= self.last]
+        found = [(unit, mean_value(unit, metric.name, until=self.last)) for unit in there]
+        known = [(unit, value) for unit, value in found if value is not None]
+        values = _values([value for _, value in known], metric)
+        earlier = None if before is None else np.array([before[unit.unit] for unit, _ in known], dtype=float)
+        return Column(
+            scale_of(metric.name, metric.kind),
+            values,
+            [unit.first_at for unit, _ in known],
+            len(there) - len(known),
+            earlier,
+        )
+
+    def values_before(
+        self, outcomes: Outcomes, history: Sequence[UnitOutcomes], metric: Metric
+    ) -> dict[str, float] | None:
+        """By unit what its value was before the experiment, the mean of the others' where it had none.
+
+        None where too little is known for an adjustment, which the units' outcomes have no part in: where less than
+        half of the sample's units, or fewer than `MIN_UNITS`, have a value from before, or all have the same.
+        """
+        units = {unit.unit for arm in outcomes.values() for unit in arm if unit.first_at <= self.last}
+        found: dict[str, list[float]] = {}
+        for unit in history:
+            if unit.unit in units and (value := mean_value(unit, metric.name)) is not None:
+                found.setdefault(unit.unit, []).append(value)
+        known = {unit: analysed_value(math.fsum(values) / len(values), metric.name) for unit, values in found.items()}
+        if len(known) < max(MIN_UNITS, _LEAST_KNOWN * len(units)) or len(set(known.values())) < 2:
+            return None
+        usual = math.fsum(known.values()) / len(known)
+        return {unit: known.get(unit, usual) for unit in units}
+
+
+def plan_sample(outcomes: Outcomes, planned_units: int, window: timedelta) -> FixedSample | None:
+    """The sample of a plan with so many units; None until they are there.
 
     Args:
-        session: The transaction.
-        experiment: As it is now.
+        outcomes: Of the present stage.
+        planned_units: In all arms together.
+        window: How long feedback on an answer is taken.
+    """
+    arrivals = sorted(unit.first_at for units in outcomes.values() for unit in units)
+    if len(arrivals) < planned_units:
+        return None
+    last = arrivals[planned_units - 1]
+    return FixedSample(last, last + window)
+
+
+def first_outcomes(units: Sequence[UnitOutcomes], metric: Metric, *, now: datetime, window: timedelta) -> Column:
+    """Each unit's first outcome, in the order in which they were known, not of the units.
+
+    What is reported late is behind what was counted before it. A `feedback_rate` is known once the window is over.
+
+    Args:
+        units: Of one arm, in the order of their coming.
+        metric: What is compared.
         now: The moment of reading.
         window: How long feedback on an answer is taken.
     """
-    if experiment.metric is None:
-        return Settled({})
-    if experiment.analysis == "fixed":
-        return _read_fixed(session, experiment, experiment.metric.name, now, window)
-    if experiment.metric.name in BUILT_IN_METRICS:
-        until = now - window if experiment.metric.name == "feedback_rate" else None
-        outcomes = read_outcomes(session, experiment.id, experiment.stage, until=until, first_only=True)
-        return Settled(_values(outcomes, experiment.metric.name))
-    return Settled(_first_reports(session, experiment, experiment.metric.name))
+    closed = now - window if metric.name == "feedback_rate" else now
+    found = [
+        value for unit in units if unit.first_at <= closed and (value := first_value(unit, metric.name)) is not None
+    ]
+    found.sort(key=lambda item: item[1])
+    values = _values([value for value, _ in found], metric)
+    return Column(scale_of(metric.name, metric.kind), values, [at for _, at in found], len(units) - len(found))
 
 
-def _read_fixed(session: Session, experiment: Experiment, metric: str, now: datetime, window: timedelta) -> Settled:
-    assert experiment.planned_units is not None  # a fixed plan has it
-    first_at = func.min(ExposureRow.served_at)
-    arrivals = (
-        select(first_at)
-        .where(*in_stage(experiment.id, experiment.stage))
-        .group_by(ExposureRow.arm, ExposureRow.unit)
-        .order_by(first_at)
-        .offset(experiment.planned_units - 1)
-        .limit(1)
-    )
-    last = session.scalar(arrivals)
-    if last is None:
-        return Settled(None)
-    closes_at = last + window
-    if now < closes_at:
-        return Settled(None, closes_at)
-    outcomes = read_outcomes(session, experiment.id, experiment.stage, until=last)
-    return Settled(_values(outcomes, metric), closes_at, {arm: len(units) for arm, units in outcomes.items()})
+def means_so_far(units: Sequence[UnitOutcomes], metric: Metric) -> Column:
+    """Each unit's mean so far, which goes on changing: to be shown, not to be compared."""
+    found = [value for unit in units if (value := mean_value(unit, metric.name)) is not None]
+    return Column(scale_of(metric.name, metric.kind), _values(found, metric), [], len(units) - len(found))
 
 
-def _values(outcomes: Mapping[str, Sequence[UnitOutcomes]], metric: str) -> dict[str, list[SettledValue]]:
-    return {
-        arm: [SettledValue(value, unit.first_at) for unit in units if (value := value_of(unit, metric)) is not None]
-        for arm, units in outcomes.items()
-    }
-
-
-def _first_reports(session: Session, experiment: Experiment, metric: str) -> dict[str, list[SettledValue]]:
-    """In the order of the reports, not of the units: what comes late is behind what was counted before it."""
-    order = FeedbackRow.reported_at, FeedbackRow.response_id
-    place = func.row_number().over(partition_by=(ExposureRow.arm, ExposureRow.unit), order_by=order)
-    reports = (
-        select(ExposureRow.arm, FeedbackRow.value, FeedbackRow.reported_at, FeedbackRow.response_id, place.label("n"))
-        .join(FeedbackRow, FeedbackRow.response_id == ExposureRow.response_id)
-        .where(*in_stage(experiment.id, experiment.stage), FeedbackRow.metric == metric)
-        .subquery()
-    )
-    columns = reports.c
-    statement = select(columns.arm, columns.value, columns.reported_at).where(columns.n == 1)
-    found: dict[str, list[SettledValue]] = defaultdict(list)
-    for arm, value, at in session.execute(statement.order_by(columns.reported_at, columns.response_id)):
-        found[arm].append(SettledValue(value, at))
-    return dict(found)
+def _values(found: Sequence[float], metric: Metric) -> NDArray[np.float64]:
+    """As they are compared. A share outside of 0 to 1, taken while its answer was still streamed, is the nearer end."""
+    values = np.array([analysed_value(value, metric.name) for value in found], dtype=float)
+    return np.clip(values, 0, 1) if is_share_metric(metric.name, metric.kind) else values

@@ -37,7 +37,7 @@ __all__ = [
 
 _Array = NDArray[np.float64]
 _Flags = NDArray[np.bool_]
-Value = Literal["first", "mean", "ratio"]
+Value = Literal["first", "mean"]
 Draw = Callable[[np.random.Generator, tuple[int, int]], _Array]
 
 
@@ -181,50 +181,32 @@ def returning_units(
         shape: Runs and requests.
         new_share: Probability that a request is of a unit that is new; otherwise it is of any earlier one.
         concentration: Of the Beta distribution of the units' own rates: small means that units differ much.
-        value: A unit's "first" outcome, which never changes; its "mean" so far; or the arm's "ratio" of outcomes to
-            requests, by `ratio_values`.
+        value: A unit's "first" outcome, which never changes, or its "mean" so far.
     """
     runs, requests = shape
     rates = generator.beta(0.3 * concentration, 0.7 * concentration, size=shape)
     arms = assign(generator, shape).astype(int)
     totals, counts, rows = np.zeros(shape), np.zeros(shape), np.arange(runs)
     num_units = np.zeros(runs, dtype=np.int64)
-    changes = np.zeros((len(_POWERS), 2, runs, requests))  # of the sums over units, by arm
+    changes = np.zeros((4, 2, runs, requests))  # of the sums over units, by arm
     for step in range(requests):
         is_new = (generator.random(runs) < new_share) | (num_units == 0)
         unit = np.where(is_new, num_units, np.floor(generator.random(runs) * np.maximum(num_units, 1)).astype(np.int64))
         num_units += is_new
         outcome = generator.random(runs) < rates[rows, unit]
-        before = _products(value, totals[rows, unit], counts[rows, unit])
+        before = _powers(totals[rows, unit], counts[rows, unit])
         counts_here = is_new if value == "first" else np.ones(runs, dtype=bool)
         totals[rows, unit] += outcome * counts_here
         counts[rows, unit] += counts_here
-        changes[:, arms[rows, unit], rows, step] = _products(value, totals[rows, unit], counts[rows, unit]) - before
+        changes[:, arms[rows, unit], rows, step] = _powers(totals[rows, unit], counts[rows, unit]) - before
     sums = np.cumsum(changes, axis=-1)
-    return Looks(_ratio_moments(sums[:, 1]), _ratio_moments(sums[:, 0]))
+    return Looks(_moments(*sums[:, 1]), _moments(*sums[:, 0]))
 
 
-# Of a unit's total and count, in the sums over units of which the moments of its value are made.
-_POWERS = ((0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (0, 2), (3, 0), (2, 1), (1, 2), (0, 3))
-
-
-def _products(value: Value, totals: _Array, counts: _Array) -> _Array:
-    """[powers, runs] what a unit adds to the sums; nothing before its first request."""
-    seen = counts > 0
-    if value != "ratio":  # a unit counts once, whatever its requests
-        totals, counts = totals / np.maximum(counts, 1), seen.astype(float)
-    return np.stack([seen * totals**first * counts**second for first, second in _POWERS])
-
-
-def _ratio_moments(sums: _Array) -> ArmMoments:
-    """The moments of `ratio_values`, from the sums of `_POWERS`; with counts of 1 those of the totals."""
-    units, total, count, squares, product, count_squares, *cubes = sums
-    safe = np.maximum(units, 1)
-    ratio, size = total / np.maximum(count, 1), np.maximum(count, 1) / safe
-    square = (squares - 2 * ratio * product + ratio**2 * count_squares) / size**2
-    cube = (cubes[0] - 3 * ratio * cubes[1] + 3 * ratio**2 * cubes[2] - ratio**3 * cubes[3]) / size**3
-    square = np.where(square < 1e-9, 0.0, square)  # what is left by rounding
-    return ArmMoments(units, ratio, square / np.maximum(units - 1, 1), cube / safe)
+def _powers(totals: _Array, counts: _Array) -> _Array:
+    """[4, runs] what a unit adds to the number of units and to the sums of values, squares and cubes."""
+    values = totals / np.maximum(counts, 1)
+    return np.stack([counts > 0, values, values**2, values**3])
 
 
 def _moments(count: _Array, total: _Array, squares: _Array, cubes: _Array) -> ArmMoments:

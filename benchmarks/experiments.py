@@ -25,6 +25,7 @@ from adapters.statistics.planning import required_units
 from benchmarks import experiment_runs as runs_of
 from benchmarks.conditions import describe_host, format_conditions
 from benchmarks.experiment_runs import METRICS, Looks, Metric, Plan, Value
+from benchmarks.experiment_verdicts import ENDINGS, SITUATIONS, Situation, run_situation
 
 __all__ = ["SECTIONS", "Study", "build_studies", "format_study", "main", "run_chunk", "run_studies"]
 
@@ -32,8 +33,7 @@ _CHUNK = 250
 _SRM_ALPHA = 0.01
 _VALUES: dict[Value, str] = {
     "first": "the first outcome",
-    "ratio": "outcomes per request (`ratio_values`)",
-    "mean": "**not covered**: the user's mean so far",
+    "mean": "**not used**: the user's mean so far",
 }
 
 Outcomes = dict[str, NDArray[np.float64]]
@@ -42,6 +42,7 @@ Measure = Callable[[np.random.Generator, int], Outcomes]
 SECTIONS = {
     "errors": "No difference, a look after every unit: experiments in which zero was ever excluded",
     "returning": "Units that come back, no difference, a look after every request: the same",
+    "verdicts": "No difference, users come back, a whole report 40 times: experiments that ever had such a verdict",
     "coverage": "A true difference, a look after every unit: experiments in which it was ever excluded",
     "power": "A true difference: how often it is found, and after how many units",
     "mismatch": f"Sample ratio, planned 50/50, alarm at {_SRM_ALPHA:.0%}, 20,000 units, a look after every unit",
@@ -51,11 +52,15 @@ SECTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """One row of the table: its section, its name and what makes a number per run from random numbers."""
+    """One row of the table: its section, its name and what makes a number per run from random numbers.
+
+    A chunk of runs is what a process does at once: fewer where a run takes long.
+    """
 
     section: str
     name: str
     measure: Measure
+    chunk: int = _CHUNK
 
 
 def build_studies(units: int) -> list[Study]:
@@ -73,6 +78,11 @@ def build_studies(units: int) -> list[Study]:
         ):
             measure = partial(_returning, units, value, concentration, new_share)
             studies.append(Study("returning", f"{what}; {who}", measure))
+    looks, asked = 40, max(units // 40, 1)
+    studies += [
+        Study("verdicts", situation.name, partial(_verdicts, situation, looks, asked), chunk=10)
+        for situation in SITUATIONS
+    ]
     for metric, effect in ((METRICS[0], 0.1), (METRICS[1], 0.05), (METRICS[3], 0.2), (METRICS[4], 0.5)):
         studies.append(Study("coverage", f"{metric.name}, {effect:+g}", partial(_misses, metric, units, plan, effect)))
     for metric, effect, deviation in ((Metric("binary, 0.4", rate=0.4), 0.1, None), (METRICS[3], 0.2, 1.0)):
@@ -101,8 +111,9 @@ def run_studies(
         workers: Processes.
     """
     with multiprocessing.get_context("fork").Pool(workers, _keep_studies, (studies,)) as pool:
-        sizes = [_CHUNK] * (num_runs // _CHUNK) + [num_runs % _CHUNK] * (num_runs % _CHUNK > 0)
         for number, (place, study) in enumerate(studies):
+            whole, rest = divmod(num_runs, study.chunk)
+            sizes = [study.chunk] * whole + [rest] * (rest > 0)
             tasks = [(number, (seed, place, chunk), size) for chunk, size in enumerate(sizes)]
             parts = pool.starmap(_run_kept, tasks, chunksize=1)
             yield study, {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
@@ -160,6 +171,13 @@ def _returning(
     looks = runs_of.returning_units(generator, shape, new_share=new_share, concentration=concentration, value=value)
     plan = Plan(units * new_share)  # half of those that will come
     return _rates(sequence=runs_of.find_exclusions(looks, 0.0, plan), peeking=runs_of.find_peeks(looks, 0.0))
+
+
+def _verdicts(
+    situation: Situation, num_looks: int, requests_a_look: int, generator: np.random.Generator, num_runs: int
+) -> Outcomes:
+    found = run_situation(situation, generator, num_runs, num_looks=num_looks, requests_a_look=requests_a_look)
+    return {ending: found[ending] for ending in ENDINGS}
 
 
 def _power(

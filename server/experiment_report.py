@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from adapters.evidence import Comparison, Guard, Treatment
 from adapters.experiment_report import ArmReport, ExperimentReport, MetricReport
 from adapters.statistics import Interval
-from adapters.verdicts import Comparison, Guard, Treatment
 
 __all__ = ["ReportObject", "report_object"]
 
@@ -27,7 +27,10 @@ class IntervalObject(BaseModel):
 
 
 class MetricObject(BaseModel):
-    """One metric in one arm; the mean is over users, with the scale `ratio` a geometric one."""
+    """One metric in one arm; the mean is over users, with the scale `ratio` a geometric one.
+
+    Of the plan's metrics each user's first outcome counts; of others all answers, without an interval.
+    """
 
     metric: str
     role: Literal["primary", "guardrail", "other"] = Field(description="`other` takes no part in the verdict.")
@@ -62,6 +65,10 @@ class ComparisonObject(BaseModel):
     direction: _Direction = Field(description="In which direction it gets better.")
     scale: _Scale
     difference: IntervalObject | None = Field(description="Null while there is too little data.")
+    variance_removed: float | None = Field(
+        None,
+        description="How much of users' differences their past explains, where a fixed sample was adjusted by it.",
+    )
 
 
 class GuardrailObject(ComparisonObject):
@@ -118,7 +125,9 @@ class EffectObject(BaseModel):
 class ReportObject(BaseModel):
     """What came of an experiment's present stage."""
 
-    confidence: float = Field(description="Of every interval here; the more arms and stages, the higher.")
+    confidence: float = Field(
+        description="Of the primary metric's intervals; guardrails share its error. It rises with arms and stages."
+    )
     verdict: VerdictObject
     report: list[ArmReportObject] = Field(description="By arm, the control first.")
     treatments: list[TreatmentObject]
@@ -193,6 +202,7 @@ def _compared(comparison: Comparison) -> dict[str, Any]:
         "direction": comparison.direction,
         "scale": comparison.scale,
         "difference": _interval(comparison.interval),
+        "variance_removed": comparison.variance_removed,
     }
 
 

@@ -5,12 +5,11 @@ number means and when it does not hold.
 """
 
 from adapters.statistics.arms import adjusted_confidence, holm_rejections, thompson_weights
-from adapters.statistics.covariates import AdjustedValues, adjust_for_covariate, cuped_interval
+from adapters.statistics.covariates import AdjustedValues, adjust_for_covariate
 from adapters.statistics.intervals import Interval, MeanEstimate, difference_interval, mean_interval
 from adapters.statistics.mixtures import MIN_UNITS
 from adapters.statistics.planning import duration_days, reached_power, required_units
 from adapters.statistics.preferences import Rating, bradley_terry
-from adapters.statistics.ratios import ratio_values
 from adapters.statistics.sample_ratio import SampleRatio, sample_ratio
 from adapters.statistics.sequences import (
     DEFAULT_PLANNED_UNITS,
@@ -30,7 +29,6 @@ __all__ = [
     "adjust_for_covariate",
     "adjusted_confidence",
     "bradley_terry",
-    "cuped_interval",
     "difference_interval",
     "difference_p_value",
     "difference_sequence",
@@ -38,7 +36,6 @@ __all__ = [
     "holm_rejections",
     "mean_interval",
     "mean_sequence",
-    "ratio_values",
     "reached_power",
     "required_units",
     "sample_ratio",

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adapters.statistics.intervals import Interval, difference_interval
-
-__all__ = ["AdjustedValues", "adjust_for_covariate", "cuped_interval"]
+__all__ = ["AdjustedValues", "adjust_for_covariate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +57,3 @@ def adjust_for_covariate(
     left = sum(float(((side - slope * past) ** 2).sum()) for side, past in centred)
     total = sum(float(side @ side) for side, _ in centred)
     return AdjustedValues(first.tolist(), second.tolist(), slope, 1 - left / total if total > 0 else 0.0)
-
-
-def cuped_interval(
-    treatment: Sequence[float],
-    control: Sequence[float],
-    treatment_before: Sequence[float],
-    control_before: Sequence[float],
-    *,
-    confidence: float = 0.95,
-) -> Interval | None:
-    """`difference_interval` of values adjusted for a covariate: for one look planned in advance. None as there."""
-    adjusted = adjust_for_covariate(treatment, control, treatment_before, control_before)
-    return difference_interval(adjusted.treatment, adjusted.control, confidence=confidence)

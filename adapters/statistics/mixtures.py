@@ -41,7 +41,7 @@ class ArmMoments:
     third: Any
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> ArmMoments:
+    def of(cls, values: Sequence[float] | _Array) -> ArmMoments:
         """The moments of one value per unit, at least one; a single unit has variance 0."""
         array = np.asarray(values, dtype=float)
         centred = array - array.mean()

@@ -8,8 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from adapters.statistics.betting import Bets, mean_share_bounds, share_bounds, share_p_value
-from adapters.statistics.intervals import Interval, all_binary
+from adapters.statistics.intervals import Interval
 from adapters.statistics.mixtures import ArmMoments, difference_bounds, difference_evidence, mean_bounds
 
 __all__ = ["DEFAULT_PLANNED_UNITS", "EXACT_PART", "difference_p_value", "difference_sequence", "mean_sequence"]
@@ -19,10 +22,12 @@ DEFAULT_PLANNED_UNITS = 10_000
 # one's. What holds for both holds with the sum, so that the narrower may be taken at every look.
 EXACT_PART = 0.2
 
+Values = Sequence[float] | NDArray[np.float64]
+
 
 def difference_sequence(
-    treatment: Sequence[float],
-    control: Sequence[float],
+    treatment: Values,
+    control: Values,
     *,
     confidence: float = 0.95,
     planned_units: float = DEFAULT_PLANNED_UNITS,
@@ -47,8 +52,9 @@ def difference_sequence(
     Raises:
         ValueError: is_share is given as true and a value lies outside 0 to 1.
     """
-    if not treatment or not control:
+    if not len(treatment) or not len(control):
         return None
+    treatment, control = np.asarray(treatment, dtype=float), np.asarray(control, dtype=float)
     first, second = ArmMoments.of(treatment), ArmMoments.of(control)
     if not _are_shares(treatment, control, is_share):
         low, high = _asymptotic(first, second, confidence, planned_units)
@@ -56,17 +62,18 @@ def difference_sequence(
         asymptotic = _asymptotic(first, second, _part(confidence, 1 - EXACT_PART), planned_units)
         exact_confidence = _part(confidence, EXACT_PART)
         bets = Bets.planned(confidence=exact_confidence, planned_units=planned_units, treatment_share=treatment_share)
-        exact = share_bounds(treatment, control, bets, confidence=exact_confidence)
-        ends = max(asymptotic[0], exact[0]), min(asymptotic[1], exact[1])
-        low, high = min(ends), max(ends)  # should they contradict each other, all that is between them
+        low, high = share_bounds(treatment, control, bets, confidence=exact_confidence, within=asymptotic)
+        if low > high:  # they contradict each other, as where users change in time: what either of them holds
+            exact = share_bounds(treatment, control, bets, confidence=exact_confidence)
+            low, high = max(min(asymptotic[0], exact[0]), -1.0), min(max(asymptotic[1], exact[1]), 1.0)
     if (math.isinf(low) and math.isinf(high)) or (low, high) == (-1.0, 1.0):
         return None
     return Interval(first.mean - second.mean, low, high, confidence)
 
 
 def difference_p_value(
-    treatment: Sequence[float],
-    control: Sequence[float],
+    treatment: Values,
+    control: Values,
     *,
     confidence: float = 0.95,
     planned_units: float = DEFAULT_PLANNED_UNITS,
@@ -77,8 +84,9 @@ def difference_p_value(
 
     It is at most 1 - confidence where `difference_sequence` with the same arguments excludes zero, and only there.
     """
-    if not treatment or not control:
+    if not len(treatment) or not len(control):
         return 1.0
+    treatment, control = np.asarray(treatment, dtype=float), np.asarray(control, dtype=float)
     first, second = ArmMoments.of(treatment), ArmMoments.of(control)
     if not _are_shares(treatment, control, is_share):
         return _asymptotic_p_value(first, second, confidence, planned_units)
@@ -90,29 +98,34 @@ def difference_p_value(
 
 
 def mean_sequence(
-    values: Sequence[float], *, confidence: float = 0.95, planned_units: float = DEFAULT_PLANNED_UNITS
+    values: Values, *, confidence: float = 0.95, planned_units: float = DEFAULT_PLANNED_UNITS
 ) -> Interval | None:
     """Interval for the mean of one value per unit that holds at every look at once with probability `confidence`.
 
     Exact where all values are 0 or 1, otherwise asymptotic. None where nothing is excluded yet, as in
     `difference_sequence`; `planned_units` are those of this arm.
     """
-    if not values:
+    if not len(values):
         return None
+    values = np.asarray(values, dtype=float)
     moments = ArmMoments.of(values)
-    if all_binary(values):
-        bounds = mean_share_bounds(round(sum(values)), len(values), confidence=confidence, planned_units=planned_units)
+    if _are_binary(values):
+        bounds = mean_share_bounds(round(values.sum()), len(values), confidence=confidence, planned_units=planned_units)
         return None if bounds == (0.0, 1.0) else Interval(moments.mean, *bounds, confidence)
     low, high = (float(end) for end in mean_bounds(moments, confidence=confidence, planned_units=planned_units))
     return Interval(moments.mean, low, high, confidence) if math.isfinite(low) else None
 
 
-def _are_shares(treatment: Sequence[float], control: Sequence[float], is_share: bool | None) -> bool:
+def _are_shares(treatment: NDArray[np.float64], control: NDArray[np.float64], is_share: bool | None) -> bool:
     if is_share is None:
-        return all_binary(treatment, control)
-    if is_share and not all(0 <= value <= 1 for side in (treatment, control) for value in side):
+        return _are_binary(treatment) and _are_binary(control)
+    if is_share and not all(((side >= 0) & (side <= 1)).all() for side in (treatment, control)):
         raise ValueError("expected shares, which lie between 0 and 1, found a value outside")
     return is_share
+
+
+def _are_binary(values: NDArray[np.float64]) -> bool:
+    return bool(((values == 0) | (values == 1)).all())
 
 
 def _part(confidence: float, part: float) -> float:

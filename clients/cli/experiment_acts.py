@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clients.cli.options import HomeOption, JsonOption, open_registry
+from clients.cli.options import HomeOption, JsonOption, open_evaluation
 from clients.cli.output import console, print_json
 
 if TYPE_CHECKING:
-    from adapters.experiment_evaluation import ExperimentEvaluation
     from adapters.records import Experiment
 
 __all__ = ["accept", "promote", "rollback"]
@@ -32,14 +30,14 @@ def promote(
     json: JsonOption = False,
 ) -> None:
     """End an experiment: its alias answers with a treatment's version from here on."""
-    _tell(_open(home).promote(name, arm, reason=reason), json=json)
+    _tell(open_evaluation(home).promote(name, arm, reason=reason), json=json)
 
 
 def rollback(
     name: _NameArgument, reason: _ReasonOption = None, home: HomeOption = None, json: JsonOption = False
 ) -> None:
     """End an experiment: its alias answers with the control's version from here on."""
-    _tell(_open(home).roll_back(name, reason=reason), json=json)
+    _tell(open_evaluation(home).roll_back(name, reason=reason), json=json)
 
 
 def accept(
@@ -52,17 +50,11 @@ def accept(
 ) -> None:
     """Let arms differ in how often outcomes are known: it no longer holds a promotion back in this stage."""
     if split:
-        _open(home).accept_split(name, reason)
+        open_evaluation(home).accept_split(name, reason)
         console.print(f"{name}: arms are compared though users were not split as was meant", soft_wrap=True)
         return
-    _open(home).accept_feedback(name, reason)
+    open_evaluation(home).accept_feedback(name, reason)
     console.print(f"{name}: outcomes may be known more often in one arm than in another", soft_wrap=True)
-
-
-def _open(home: Path | None) -> ExperimentEvaluation:
-    from adapters.experiment_evaluation import ExperimentEvaluation
-
-    return ExperimentEvaluation(open_registry(home))
 
 
 def _tell(experiment: Experiment, *, json: bool) -> None:

@@ -10,13 +10,12 @@ import typer
 from rich.markup import escape
 
 from clients.cli.effect_plot import EffectPoint, draw_effect, draw_effects_svg
-from clients.cli.options import HomeOption, JsonOption, open_registry
+from clients.cli.options import HomeOption, JsonOption, open_evaluation
 from clients.cli.output import console, format_moment, print_json, print_table
 
 if TYPE_CHECKING:
+    from adapters.evidence import Comparison, Guard, Treatment
     from adapters.experiment_report import ExperimentReport, MetricReport
-    from adapters.records import Experiment
-    from adapters.verdicts import Guard, Treatment, Verdict
 
 __all__ = ["power", "show"]
 
@@ -34,6 +33,7 @@ _GUARD_STATES = {
     "no_data": "too little data",
 }
 _MAX_DECISIONS = 8
+_UNITS = {"share": " in points", "ratio": " in %", "number": ""}
 
 
 def show(
@@ -45,9 +45,7 @@ def show(
     json: JsonOption = False,
 ) -> None:
     """What came of an experiment: the verdict and why, the effect over time, guardrails and counts."""
-    from adapters.experiment_evaluation import ExperimentEvaluation
-
-    report = ExperimentEvaluation(open_registry(home)).report(name)
+    report = open_evaluation(home).report(name)
     if plot is not None:
         _write_plot(report, plot)
     if json:
@@ -124,13 +122,22 @@ def _write_plot(report: ExperimentReport, path: Path) -> None:
             "analysis, and a few users with outcomes in each arm"
         )
     control = report.experiment.arms[0].name
-    title = f"{report.experiment.metric.name}: difference to {control} by users, {_percent(report.confidence)} interval"
+    unit = _UNITS[report.treatments[0].primary.scale] if report.treatments[0].primary else ""
+    title = (
+        f"{report.experiment.metric.name}: difference to {control}{unit} by users, {_percent(report.confidence)} sure"
+    )
     path.write_text(draw_effects_svg(effects, title=title), encoding="utf-8")
 
 
 def _points(report: ExperimentReport, arm: str) -> list[EffectPoint]:
+    """The effect over time; of shares and ratios in points and percent, as everything else tells them."""
+    primary = next(treatment.primary for treatment in report.treatments if treatment.name == arm)
+    factor = 1 if primary is None or primary.scale == "number" else 100
     return [
-        EffectPoint(point.num_units, point.interval.estimate, point.interval.low, point.interval.high)
+        EffectPoint(
+            point.num_units,
+            *(factor * end for end in (point.interval.estimate, point.interval.low, point.interval.high)),
+        )
         for point in report.history[arm]
     ]
 
@@ -143,7 +150,7 @@ def _print_report(report: ExperimentReport) -> None:
         "" if experiment.stage == 1 else f", stage {experiment.stage} (weights were changed; only this stage counts)"
     )
     console.print(f"{experiment.id} on {experiment.alias}, {experiment.state}{since}{stage}\n", soft_wrap=True)
-    _print_verdict(report.verdict, experiment)
+    _print_verdict(report)
     _print_arms(report)
     for treatment in report.treatments:
         _print_effect(report, treatment)
@@ -155,15 +162,32 @@ def _print_report(report: ExperimentReport) -> None:
     console.print(_footnote(report), style="dim")
 
 
-def _print_verdict(verdict: Verdict, experiment: Experiment) -> None:
+def _print_verdict(report: ExperimentReport) -> None:
+    verdict = report.verdict
     colour, words = _VERDICTS[verdict.kind]
     console.print(f"Verdict: {words.format(arm=verdict.arm)}", style=f"bold {colour}")
     for sentence in (verdict.sentence, *verdict.notes):
         console.print(f"  {sentence}", markup=False)
     console.print(f"  What to do: {verdict.next_step}", markup=False)
-    if experiment.state == "running" and (command := _COMMANDS.get(verdict.kind)):
-        console.print(f"    hotswap experiments {command} {experiment.id}", markup=False, soft_wrap=True)
+    if (command := _command(report)) is not None:
+        console.print(f"    hotswap experiments {command}", markup=False, soft_wrap=True)
     console.print()
+
+
+def _command(report: ExperimentReport) -> str | None:
+    """What the verdict's next step is typed as."""
+    experiment, verdict = report.experiment, report.verdict
+    if experiment.state == "draft":
+        return f"start {experiment.id}" if experiment.starts_at is None else None
+    if experiment.state != "running":
+        return None
+    if verdict.kind in _COMMANDS:
+        return f"{_COMMANDS[verdict.kind]} {experiment.id}"
+    if report.split.fired:
+        return f'accept {experiment.id} --split --reason "..."'
+    gaps = (gap for treatment in report.treatments for gap in treatment.gaps if treatment.name == verdict.arm)
+    is_accepted = any(item.action == "accept_feedback" and item.stage == experiment.stage for item in report.decisions)
+    return f'accept {experiment.id} --reason "..."' if any(map(_differs, gaps)) and not is_accepted else None
 
 
 def _print_arms(report: ExperimentReport) -> None:
@@ -179,15 +203,15 @@ def _print_arms(report: ExperimentReport) -> None:
         )
         for place, arm in enumerate(report.arms)
     ]
-    columns = ["arm", "version", "share", "users", "requests", "errors"]
+    columns = ["arm", "version", "of users", "users", "requests", "errors"]
     if report.experiment.metric:
-        columns += [report.experiment.metric.name, "of users"]
+        columns += [report.experiment.metric.name, "known of"]
     print_table(columns, rows, whole=["arm", "version"])
 
 
 def _primary_mean(metrics: Sequence[MetricReport]) -> tuple[str | None, str | None]:
     found = next((metric for metric in metrics if metric.role == "primary"), None)
-    return (None, None) if found is None else (_format_mean(found), f"{found.num_units:,}")
+    return (None, None) if found is None else (_format_mean(found), f"{found.num_units:,} users")
 
 
 def _format_mean(metric: MetricReport) -> str:
@@ -195,7 +219,7 @@ def _format_mean(metric: MetricReport) -> str:
 
 
 def _print_effect(report: ExperimentReport, treatment: Treatment) -> None:
-    from adapters.verdicts import format_interval
+    from adapters.verdict_words import format_interval
 
     if treatment.primary is None or treatment.primary.interval is None:
         return
@@ -222,7 +246,7 @@ def _print_guards(report: ExperimentReport, treatment: Treatment) -> None:
 
 
 def _guard_row(report: ExperimentReport, treatment: Treatment, guard: Guard) -> tuple[object, ...]:
-    from adapters.verdicts import format_interval, format_margin
+    from adapters.verdict_words import format_interval, format_margin
 
     means = {arm.arm.name: _mean_of(arm.metrics, guard.comparison.metric) for arm in report.arms}
     return (
@@ -243,24 +267,26 @@ def _print_split(report: ExperimentReport) -> None:
     split = report.split
     counts = " to ".join(f"{count:,}" for count in split.counts)
     weights = " to ".join(f"{weight:g}" for weight in split.weights)
-    state = "not by chance: see the verdict" if split.fired else "as it should be"
-    console.print(f"\nUsers are split {counts}, {weights} was meant: {state}.", soft_wrap=True)
+    state = "not by chance, see the verdict" if split.fired else "as it should be"
+    if sum(split.counts):
+        console.print(f"\nUsers are split {counts}, {weights} was meant: {state}.", soft_wrap=True)
 
 
 def _print_gaps(report: ExperimentReport) -> None:
-    from adapters.verdicts import format_interval
+    from adapters.verdict_words import format_interval
 
     for treatment in report.treatments:
         for gap in treatment.gaps:
             if gap.interval is None or gap.control.mean is None or gap.treatment.mean is None:
                 continue
-            differs = not gap.interval.low <= 0 <= gap.interval.high
-            judged = f"which differs: {format_interval(gap)}" if differs else "no difference is shown"
-            console.print(
-                f"{gap.metric} is known of {gap.control.mean:.1%} of a user's requests to the control and "
-                f"{gap.treatment.mean:.1%} of those to {treatment.name}: {judged}.",
-                soft_wrap=True,
-            )
+            judged = f"the arms differ, {format_interval(gap)}" if _differs(gap) else "no difference is shown"
+            sides = ((report.arms[0].arm.name, gap.control.mean), (treatment.name, gap.treatment.mean))
+            known = ", ".join(f"{mean * 100:.3g} % in {name}" for name, mean in sides)
+            console.print(f"{gap.metric} is known of so many of a user's answers: {known}; {judged}.", soft_wrap=True)
+
+
+def _differs(gap: Comparison) -> bool:
+    return gap.interval is not None and not gap.interval.low <= 0 <= gap.interval.high
 
 
 def _print_others(report: ExperimentReport) -> None:
@@ -278,16 +304,31 @@ def _print_decisions(report: ExperimentReport) -> None:
             for decision in report.decisions[-_MAX_DECISIONS:]
         ]
         console.print()
-        print_table(["decided", "what", "by", "why"], rows, whole=["decided"])
+        print_table(["when", "what was done", "by", "why"], rows, whole=["when"])
 
 
 def _footnote(report: ExperimentReport) -> str:
-    if report.experiment.analysis == "fixed":
-        return "Means are over users. The primary metric's interval holds for one look, at the planned number of users."
-    return (
-        "Means are over users: each user's outcomes are averaged first. Each interval holds with "
-        f"{_percent(report.confidence)} confidence at all looks together, however often you look."
+    experiment, sure = report.experiment, _percent(report.confidence)
+    guards = sorted(
+        {
+            guard.comparison.interval.confidence
+            for treatment in report.treatments
+            for guard in treatment.guards
+            if guard.comparison.interval is not None
+        }
     )
+    if experiment.analysis == "fixed":
+        told = (
+            "Each user counts once, with the average of all answers until then. The truth lies between the two ends "
+            f"with {sure} confidence."
+        )
+    else:
+        told = (
+            f"Each user counts once, with the first outcome. The truth lies between the two ends with {sure} "
+            "confidence, at all looks together, however often you look."
+        )
+    told += f" Of guardrails that is {_percent(guards[0])}." if guards and guards != [report.confidence] else ""
+    return f"{told} What is measured besides are averages of all answers."
 
 
 def _percent(confidence: float) -> str:

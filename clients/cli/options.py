@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from adapters.experiment_evaluation import ExperimentEvaluation
     from adapters.registry import Registry
     from adapters.settings import CoreSettings
     from training.formats import ReadOptions
@@ -24,6 +25,7 @@ __all__ = [
     "UrlOption",
     "ValidationSplitOption",
     "load_core",
+    "open_evaluation",
     "open_registry",
     "read_options",
 ]
@@ -78,6 +80,18 @@ def open_registry(home: Path | None) -> Registry:
     core = load_core(home)
     core.home.mkdir(parents=True, exist_ok=True)
     return Registry(open_database(core.resolved_database_url), ArtifactStore(core.home / "store"))
+
+
+def open_evaluation(home: Path | None) -> ExperimentEvaluation:
+    """What reads and decides experiments, as the server of this home would: feedback is taken for as long there."""
+    from datetime import timedelta
+
+    from adapters.experiment_evaluation import ExperimentEvaluation
+    from adapters.settings import resolve_home
+    from server.config import ServeSettings
+
+    days = ServeSettings.load(resolve_home(home)).feedback_days
+    return ExperimentEvaluation(open_registry(home), feedback_window=timedelta(days=days))
 
 
 def read_options(mapping: list[str] | None, split: str | None, subset: str | None, encoding: str | None) -> ReadOptions:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +9,6 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from scipy import stats
 from sqlalchemy import event
 
 from adapters.audit import AuditLog
@@ -18,57 +16,21 @@ from adapters.database import open_database
 from adapters.errors import ConflictError, IntegrityError, NotFoundError
 from adapters.experiment_acts import undo
 from adapters.experiment_evaluation import EVALUATOR, REALLOCATION_EVERY, ExperimentEvaluation
-from adapters.experiment_report import ArmReport, MetricReport, make_report, stage_confidence
+from adapters.experiment_report import better_shares
 from adapters.experiments import ExperimentService
 from adapters.exposures import FEEDBACK_WINDOW
 from adapters.manifest import ADAPTER_WEIGHTS_FILE
+from adapters.outcomes import read_outcomes
 from adapters.records import (
-    BUILT_IN_METRICS,
-    AnalysisPlan,
-    Arm,
     Decision,
     Experiment,
     Feedback,
-    Guardrail,
-    Metric,
-    UnitOutcomes,
 )
 from adapters.registry import Registry
-from adapters.settled_values import read_settled
 from adapters.store import ArtifactStore
 from adapters.tables import DecisionRow, ExperimentRow, ExposureRow, utc_now
-from tests.support.experiments import HALVES, add_users
+from tests.support.experiments import HALVES, NO, YES, Start, add_users, age, points_to, win
 from tests.support.versions import publish_text
-
-SOLVED = Metric("solved", "increase", "share")
-ERRORS = Guardrail("error_rate", "decrease", 0.02)
-YES, NO = {"solved": 1.0}, {"solved": 0.0}
-Start = Callable[..., Experiment]
-
-
-@pytest.fixture
-def start(registry: Registry) -> Start:
-    """Start an experiment on `legal`, which points to v1 of three versions."""
-    for content in ("one", "two", "three"):
-        publish_text(registry, content, promote=content == "one")
-
-    def create(arms: list[tuple[str, str, float]] = HALVES, **plan: Any) -> Experiment:
-        usual: dict[str, Any] = {"metric": SOLVED, "guardrails": (ERRORS,), "planned_units": 1000}
-        wanted = AnalysisPlan(**usual | plan)
-        return ExperimentService(registry.database).create("legal", arms, salt="s", plan=wanted)
-
-    return create
-
-
-@pytest.fixture
-def evaluation(registry: Registry) -> ExperimentEvaluation:
-    """Acts in the evaluator's name."""
-    return ExperimentEvaluation(registry).acting_for(EVALUATOR)
-
-
-def _win(registry: Registry, experiment: Experiment, num: int = 500) -> None:
-    add_users(registry, experiment, "A", [YES, NO] * (num // 2))
-    add_users(registry, experiment, "B", [YES, YES, YES, NO] * (num // 4))
 
 
 def _break(registry: Registry, experiment: Experiment) -> None:
@@ -82,18 +44,6 @@ def _decisions(registry: Registry, experiment: Experiment) -> list[Decision]:
 
 def _actions(registry: Registry, experiment: Experiment) -> list[str]:
     return [decision.action for decision in _decisions(registry, experiment)]
-
-
-def _points_to(registry: Registry) -> int:
-    return registry.alias("legal").current.number
-
-
-def _arm(evaluation: ExperimentEvaluation, experiment: Experiment, name: str) -> ArmReport:
-    return next(arm for arm in evaluation.report(experiment.id).arms if arm.arm.name == name)
-
-
-def _metric(arm: ArmReport, name: str) -> MetricReport:
-    return next(metric for metric in arm.metrics if metric.metric == name)
 
 
 def test_alias_is_back_after_one_evaluation_when_a_guardrail_is_breached(
@@ -124,7 +74,7 @@ def test_alias_goes_back_when_it_points_to_the_candidate_that_breaks(
     experiment = start(auto_rollback=True)
     _break(registry, experiment)
     evaluation.evaluate_all()
-    assert 1 == _points_to(registry)
+    assert 1 == points_to(registry)
     assert "rollback" == registry.history("legal")[-1].action
 
 
@@ -145,31 +95,17 @@ def test_others_are_evaluated_when_one_experiment_can_t_be(
     assert "decided" == ExperimentService(registry.database).get(experiment.id).state
 
 
-def test_interval_is_not_there_yet_when_times_are_too_far_apart(
-    registry: Registry, start: Start, evaluation: ExperimentEvaluation
-) -> None:
-    """Users whose times differ by hundreds of powers of ten: an exponential of the bound would be no float."""
-    experiment = start(guardrails=(Guardrail("total_ms", "decrease", 0.2, is_relative=True),))
-    for arm in ("A", "B"):
-        for ttft_ms in (1e-2, 1e300):
-            add_users(registry, experiment, arm, [YES] * 10, ttft_ms=ttft_ms)
-    report = evaluation.report(experiment.id)
-    (guard,) = report.treatments[0].guards
-    assert (None, "no_data") == (guard.comparison.interval, guard.state)
-    assert None is _metric(report.arms[0], "total_ms").interval
-
-
 def test_winner_is_promoted_once_when_that_was_asked_for(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:
     """One move of the alias, one decision, one audit line, however often it is evaluated afterwards."""
     experiment = start(auto_promote=True)
-    _win(registry, experiment)
+    win(registry, experiment)
     for _ in range(3):
         evaluation.evaluate_all()
     with pytest.raises(ConflictError, match="decided, not running"):
         _evaluate_as_of_before(evaluation, experiment)
-    assert 2 == _points_to(registry)
+    assert 2 == points_to(registry)
     assert ["start", "verdict", "promote"] == _actions(registry, experiment)
     assert 1 == sum(entry.action == "decide_experiment" for entry in AuditLog(registry.database).list(limit=100))
     assert ["publish", "promote"] == [change.action for change in registry.history("legal")]
@@ -185,7 +121,7 @@ def _evaluate_as_of_before(evaluation: ExperimentEvaluation, experiment: Experim
 def test_act_happens_once_when_processes_evaluate_at_the_same_time(registry: Registry, start: Start) -> None:
     """Four of them, each with a database of its own, as API processes have."""
     experiment = start(auto_promote=True)
-    _win(registry, experiment)
+    win(registry, experiment)
     barrier = threading.Barrier(4)
 
     def evaluate() -> None:
@@ -201,7 +137,7 @@ def test_act_happens_once_when_processes_evaluate_at_the_same_time(registry: Reg
     for thread in threads:
         thread.join()
     assert ["start", "verdict", "promote"] == _actions(registry, experiment)
-    assert 2 == _points_to(registry)
+    assert 2 == points_to(registry)
 
 
 def test_nothing_is_done_when_nobody_asked_for_it(
@@ -209,7 +145,7 @@ def test_nothing_is_done_when_nobody_asked_for_it(
 ) -> None:
     """The verdict is written down; the experiment goes on."""
     winning = start()
-    _win(registry, winning)
+    win(registry, winning)
     evaluation.evaluate_all()
     assert ["start", "verdict"] == _actions(registry, winning)
     assert "running" == ExperimentService(registry.database).get(winning.id).state
@@ -218,7 +154,7 @@ def test_nothing_is_done_when_nobody_asked_for_it(
     _break(registry, breaking)
     evaluation.evaluate_all()
     assert ["start", "verdict"] == _actions(registry, breaking)
-    assert 1 == _points_to(registry)
+    assert 1 == points_to(registry)
 
 
 def test_acts_are_undone_when_somebody_wants_them_back(
@@ -226,11 +162,11 @@ def test_acts_are_undone_when_somebody_wants_them_back(
 ) -> None:
     """The alias points where it did, and no later evaluation does it again."""
     experiment = start(auto_promote=True)
-    _win(registry, experiment)
+    win(registry, experiment)
     evaluation.evaluate_all()
     undo(registry, experiment.id)
     evaluation.evaluate_all()
-    assert (1, "undo") == (_points_to(registry), _actions(registry, experiment)[-1])
+    assert (1, "undo") == (points_to(registry), _actions(registry, experiment)[-1])
 
 
 def test_verdict_stays_when_users_report_after_the_decision(
@@ -266,12 +202,12 @@ def test_alias_stays_when_the_winner_s_files_are_damaged(
 ) -> None:
     """It is tried again at the next evaluation, and other experiments are evaluated all the same."""
     experiment = start(auto_promote=True)
-    _win(registry, experiment)
+    win(registry, experiment)
     (registry.store.folder(experiment.arms[1].digest) / ADAPTER_WEIGHTS_FILE).write_text("damaged")
     with pytest.raises(IntegrityError):
         evaluation.evaluate(experiment.id)
     evaluation.evaluate_all()
-    assert (1, ["start", "verdict"]) == (_points_to(registry), _actions(registry, experiment))
+    assert (1, ["start", "verdict"]) == (points_to(registry), _actions(registry, experiment))
 
 
 def test_row_is_written_when_the_verdict_changes_and_not_at_every_look(
@@ -284,7 +220,7 @@ def test_row_is_written_when_the_verdict_changes_and_not_at_every_look(
     for _ in range(3):
         evaluation.evaluate_all()
     assert ["start"] == _actions(registry, experiment)
-    _win(registry, experiment, 400)
+    win(registry, experiment, 400)
     for _ in range(3):
         evaluation.evaluate_all()
     add_users(registry, experiment, "B", [None] * 300, error="the model failed")
@@ -301,7 +237,7 @@ def test_outcomes_are_read_again_when_something_has_come(
     readings: list[str] = []
 
     def note(*arguments: Any) -> None:
-        readings.extend(["read"] if "min(exposures.served_at)" in arguments[2] else [])
+        readings.extend(["read"] if "exposures.total_ms" in arguments[2] else [])
 
     def read_by_evaluation() -> bool:
         readings.clear()
@@ -329,15 +265,15 @@ def test_outcomes_are_read_again_when_time_alone_may_change_the_verdict(
 ) -> None:
     """The last moments of an experiment, and files that are whole again, are no news in the database."""
     experiment = start(auto_promote=True)
-    _win(registry, experiment)
+    win(registry, experiment)
     weights = registry.store.folder(experiment.arms[1].digest) / ADAPTER_WEIGHTS_FILE
     whole = weights.read_bytes()
     weights.write_text("damaged")
     evaluation.evaluate_all()
-    assert 1 == _points_to(registry)
+    assert 1 == points_to(registry)
     weights.write_bytes(whole)
     evaluation.evaluate_all()
-    assert 2 == _points_to(registry)
+    assert 2 == points_to(registry)
     other = start()
     evaluation.evaluate_all()
     with registry.database.write() as session:
@@ -359,7 +295,7 @@ def test_wrong_split_is_remembered_when_later_users_even_it_out(
     report = evaluation.report(experiment.id)
     assert report.split.p_value is not None
     assert report.split.p_value > 0.5
-    assert (True, "inconclusive", 1) == (report.split.fired, report.verdict.kind, _points_to(registry))
+    assert (True, "inconclusive", 1) == (report.split.fired, report.verdict.kind, points_to(registry))
 
 
 def test_wrong_split_is_carried_into_later_stages_until_somebody_accepts_it(
@@ -374,11 +310,11 @@ def test_wrong_split_is_carried_into_later_stages_until_somebody_accepts_it(
     add_users(registry, experiment, "B", [YES] * 150)
     evaluation.evaluate_all()
     changed = service.change_weights("legal", [("A", None, 50.02), ("B", None, 49.98)])
-    _win(registry, changed, 800)
+    win(registry, changed, 800)
     evaluation.evaluate_all()
     split = evaluation.report("legal").split
     assert (True, (1,), ()) == (split.fired, split.stages, split.accepted)
-    assert (1, "inconclusive") == (_points_to(registry), evaluation.report("legal").verdict.kind)
+    assert (1, "inconclusive") == (points_to(registry), evaluation.report("legal").verdict.kind)
     evaluation.accept_split("legal", "a crawler, which is blocked since")
     accepted = evaluation.report("legal")
     assert (False, (1,), "promote") == (accepted.split.fired, accepted.split.accepted, accepted.verdict.kind)
@@ -390,33 +326,6 @@ def test_wrong_split_is_carried_into_later_stages_until_somebody_accepts_it(
         evaluation.accept_split("legal", "again")
 
 
-def test_false_alarms_of_the_split_are_shared_by_the_stages_when_weights_change() -> None:
-    """A p-value that fires alone does not fire as the second of many chances."""
-    moment = utc_now()
-    arms = (Arm("A", 1, "a" * 64, 50.0), Arm("B", 2, "b" * 64, 50.0))
-    first = Experiment(
-        id="exp-1", alias="legal", salt="s", arms=arms, state="running", created_at=moment, stage=1, metric=SOLVED
-    )
-    found = {
-        count: [
-            make_report(replace(first, stage=stage), _units(count, 500), now=moment, in_full=False).split
-            for stage in (1, 2)
-        ]
-        for count in range(600, 700, 2)
-    }
-    both = [(one.fired, two.fired) for one, two in found.values()]
-    assert {(False, False), (True, False), (True, True)} == set(both)
-    assert all(one.p_value <= 0.01 * 6 / math.pi**2 for one, _ in found.values() if one.fired and one.p_value)
-
-
-def _units(*counts: int) -> dict[str, list[UnitOutcomes]]:
-    """So many users in A and B, without any outcome."""
-    return {
-        arm: [UnitOutcomes(f"{arm}{n}", utc_now(), 1, 0, 0, 0, 0.0, 1.0, 1, 0, {}) for n in range(count)]
-        for arm, count in zip("AB", counts, strict=True)
-    }
-
-
 def test_difference_in_feedback_holds_back_until_somebody_accepts_it(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:
@@ -425,11 +334,11 @@ def test_difference_in_feedback_holds_back_until_somebody_accepts_it(
     add_users(registry, experiment, "A", [YES, NO] * 250)
     add_users(registry, experiment, "B", [YES, None] * 250)
     evaluation.evaluate_all()
-    assert (1, "continue") == (_points_to(registry), evaluation.report("legal").verdict.kind)
-    assert "known of fewer of B's requests" in evaluation.report("legal").verdict.sentence
+    assert (1, "continue") == (points_to(registry), evaluation.report("legal").verdict.kind)
+    assert "known of fewer of B's answers" in evaluation.report("legal").verdict.sentence
     evaluation.accept_feedback("legal", "B's button is below the fold")
     evaluation.evaluate_all()
-    assert 2 == _points_to(registry)
+    assert 2 == points_to(registry)
     assert ["start", "verdict", "accept_feedback", "verdict", "promote"] == _actions(registry, experiment)
     with pytest.raises(ConflictError, match="decided, not running"):
         evaluation.accept_feedback(experiment.id, "again")
@@ -440,7 +349,7 @@ def test_last_verdict_is_written_when_an_experiment_has_ended_at_its_time(
 ) -> None:
     """Once; the end is settled by the same evaluation, and nothing is done after it."""
     experiment = start(auto_promote=True)
-    _win(registry, experiment, 40)
+    win(registry, experiment, 40)
     with registry.database.write() as session:
         session.get_one(ExperimentRow, experiment.id).ends_at = utc_now() - timedelta(seconds=1)
     for _ in range(2):
@@ -456,15 +365,15 @@ def test_act_is_done_when_the_end_came_before_the_last_look(
     """What came in the last moments counts as much as what came before; once, however often it is evaluated."""
     registry.promote("legal@v2")
     experiment = start(auto_promote=True, auto_rollback=True)
-    (_break if outcome == "breach" else _win)(registry, experiment)
+    (_break if outcome == "breach" else win)(registry, experiment)
     ends_at = utc_now()
     with registry.database.write() as session:
         session.get_one(ExperimentRow, experiment.id).ends_at = ends_at
     for _ in range(2):
         evaluation.evaluate_all()
     found = ExperimentService(registry.database).get(experiment.id)
-    act, points_to = ("roll_back", 1) if outcome == "breach" else ("promote", 2)
-    assert ("decided", ends_at, points_to) == (found.state, found.stopped_at, _points_to(registry))
+    act, number = ("roll_back", 1) if outcome == "breach" else ("promote", 2)
+    assert ("decided", ends_at, number) == (found.state, found.stopped_at, points_to(registry))
     assert ["start", "verdict", act] == _actions(registry, experiment)
 
 
@@ -473,13 +382,13 @@ def test_end_is_written_when_the_winner_of_an_ended_experiment_can_t_be_promoted
 ) -> None:
     """Somebody has moved the alias since: the verdict stands in the log, and it is not tried for ever."""
     experiment = start(auto_promote=True)
-    _win(registry, experiment)
+    win(registry, experiment)
     with registry.database.write() as session:
         session.get_one(ExperimentRow, experiment.id).ends_at = utc_now()
     registry.promote("legal@v3")
     for _ in range(2):
         evaluation.evaluate_all()
-    assert (3, ["start", "verdict", "stop"]) == (_points_to(registry), _actions(registry, experiment))
+    assert (3, ["start", "verdict", "stop"]) == (points_to(registry), _actions(registry, experiment))
     assert "decided" == evaluation.roll_back(experiment.id).state
 
 
@@ -538,39 +447,12 @@ def test_alias_is_refused_when_it_has_several_experiments(
     assert ["start"] == _actions(registry, running)
 
 
-def test_only_the_present_stage_is_read_when_weights_were_changed(
-    registry: Registry, start: Start, evaluation: ExperimentEvaluation
-) -> None:
-    """What users of the stage before did is left out, and the interval asks for more."""
-    experiment = start()
-    _win(registry, experiment)
-    first = evaluation.report(experiment.id)
-    changed = ExperimentService(registry.database).change_weights("legal", [("A", None, 80), ("B", None, 20)])
-    report = evaluation.report(experiment.id)
-    assert ("promote", "continue", [0, 0]) == (
-        first.verdict.kind, report.verdict.kind, [arm.num_units for arm in report.arms],
-    )  # fmt: skip
-    assert [1 - 0.0304, 1 - 0.0076] == pytest.approx([first.confidence, report.confidence], abs=1e-4)
-    add_users(registry, changed, "B", [YES])
-    assert 1 == _arm(evaluation, experiment, "B").num_units
-
-
-def test_several_treatments_share_the_error_when_compared(
-    registry: Registry, start: Start, evaluation: ExperimentEvaluation
-) -> None:
-    """Two comparisons, half of it each; a first stage has 0.61 of it."""
-    experiment = start([("A", "v1", 40.0), ("B", "v2", 40.0), ("C", "v3", 20.0)])
-    report = evaluation.report(experiment.id)
-    assert 1 - 0.0152 == pytest.approx(report.confidence, abs=1e-4)
-    assert ["B", "C"] == [treatment.name for treatment in report.treatments]
-
-
 def test_weights_follow_the_better_arm_once_a_day_when_that_was_asked_for(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:
     """A new stage with most users for the winner and some for the other; not on the same day again."""
     experiment = start(allocation="thompson", planned_units=2000)
-    _win(registry, experiment, 80)
+    win(registry, experiment, 80)
     evaluation.evaluate_all()
     assert 1 == ExperimentService(registry.database).get(experiment.id).stage
     with registry.database.write() as session:
@@ -586,236 +468,6 @@ def test_weights_follow_the_better_arm_once_a_day_when_that_was_asked_for(
     assert ("change_weights", "evaluator", weights) == (decision.action, decision.by, decision.numbers["shares"])
 
 
-def _in_stage(stage: int) -> Experiment:
-    arms = (Arm("A", 1, "a" * 64, 50.0), Arm("B", 2, "b" * 64, 50.0))
-    return Experiment(
-        id="exp-1",
-        alias="legal",
-        salt="s",
-        arms=arms,
-        state="running",
-        created_at=utc_now(),
-        stage=stage,
-        metric=SOLVED,
-    )
-
-
-def test_alpha_is_kept_when_all_stages_are_added_up() -> None:
-    """Whoever changes weights again and again spends no more than the experiment's alpha; confidence stays below 1."""
-    spent = [1 - stage_confidence(_in_stage(stage)) for stage in range(1, 1001)]
-    assert 0.0499 < sum(spent) <= 0.05
-    assert 0.999 < stage_confidence(_in_stage(10**6)) < 1
-
-
-def test_fixed_sample_is_judged_once_when_no_feedback_on_it_can_come_any_more(
-    registry: Registry, start: Start, evaluation: ExperimentEvaluation
-) -> None:
-    """No interval before, whoever is there; then Newcombe's over the planned users, whatever comes later."""
-    experiment = start(analysis="fixed", planned_units=400, guardrails=(), auto_promote=True)
-    _win(registry, experiment, 160)
-    early = evaluation.report(experiment.id)
-    assert ("continue", None, {"B": ()}) == (
-        early.verdict.kind, early.treatments[0].primary and early.treatments[0].primary.interval, early.history,
-    )  # fmt: skip
-    assert None is _metric(early.arms[0], "solved").interval
-    _win(registry, experiment, 40)
-    evaluation.evaluate_all()
-    waiting = evaluation.report(experiment.id)
-    assert ("continue", 1) == (waiting.verdict.kind, _points_to(registry))
-    assert "All 400 planned users are there; the plan is to judge once" in waiting.verdict.sentence
-    _age(registry, timedelta(days=8))
-    judged = evaluation.report(experiment.id)
-    winner = add_users(registry, experiment, "B", [NO] * 50)
-    with registry.database.write() as session:
-        known = session.query(ExposureRow.unit).filter_by(arm="B").order_by(ExposureRow.served_at).limit(50).all()
-        for response, (unit,) in zip(winner, known, strict=True):
-            session.get_one(ExposureRow, response).unit = unit
-    add_users(registry, experiment, "A", [YES] * 100)
-    later = evaluation.report(experiment.id)
-    assert ("promote", "promote") == (judged.verdict.kind, later.verdict.kind)
-    assert judged.treatments[0].primary == later.treatments[0].primary
-    evaluation.evaluate_all()
-    assert 2 == _points_to(registry)
-
-
-def test_user_s_number_stays_when_it_was_counted_and_the_user_comes_back(
-    registry: Registry, start: Start, evaluation: ExperimentEvaluation
-) -> None:
-    """A sequence promises nothing for numbers that change: the first outcome counts, a guardrail watches all."""
-    experiment = start()
-    first = add_users(registry, experiment, "B", [YES] * 30)
-    add_users(registry, experiment, "A", [NO] * 30)
-    before = evaluation.report(experiment.id).treatments[0]
-    again = add_users(registry, experiment, "B", [NO] * 30, error="the model failed")
-    with registry.database.write() as session:
-        for old, new in zip(first, again, strict=True):
-            session.get_one(ExposureRow, new).unit = session.get_one(ExposureRow, old).unit
-    after = evaluation.report(experiment.id).treatments[0]
-    assert before.primary == after.primary
-    assert (0.0, 0.5) == (before.guards[0].comparison.treatment.mean, after.guards[0].comparison.treatment.mean)
-
-
-def test_late_feedback_is_counted_last_when_others_were_counted_before(
-    registry: Registry, start: Start, evaluation: ExperimentEvaluation
-) -> None:
-    """The order of what was counted stays, though the user came first; a value that is replaced keeps its place."""
-    experiment = start(guardrails=())
-    (early,) = add_users(registry, experiment, "B", [None])
-    add_users(registry, experiment, "B", [NO] * 5)
-    service = ExperimentService(registry.database)
-    service.record_feedback(Feedback(early, "solved", 0.0))
-    add_users(registry, experiment, "B", [NO] * 5)
-    service.record_feedback(Feedback(early, "solved", 1.0))
-    with registry.database.read() as session:
-        found = read_settled(session, experiment, now=utc_now(), window=FEEDBACK_WINDOW)
-    assert found.values is not None
-    assert [0.0] * 5 + [1.0] + [0.0] * 5 == [item.value for item in found.values["B"]]
-
-
-def test_method_is_the_plan_s_when_one_user_has_another_kind_of_value(
-    registry: Registry, start: Start, evaluation: ExperimentEvaluation
-) -> None:
-    """Values of 0 and 1 don't make a number a share, and one of 0.5 doesn't make a share a number."""
-    number = start(guardrails=(), metric=replace(SOLVED, kind="number"))
-    add_users(registry, number, "A", [YES] * 200)
-    add_users(registry, number, "B", [YES] * 200)
-    found = evaluation.report(number.id).treatments[0].primary
-    assert found is not None
-    assert None is found.interval  # an arm that doesn't vary has no interval but the exact one of shares
-    ExperimentService(registry.database).stop(number.id)
-    share = start(guardrails=(), metric=SOLVED)
-    add_users(registry, share, "A", [YES] * 200)
-    add_users(registry, share, "B", [YES] * 199)
-    before = evaluation.report(share.id).treatments[0].primary
-    add_users(registry, share, "B", [{"solved": 0.5}])
-    after = evaluation.report(share.id).treatments[0].primary
-    assert before is not None
-    assert after is not None
-    assert before.interval is not None
-    assert after.interval is not None
-    assert after.interval.low == pytest.approx(before.interval.low, abs=0.01)
-
-
-def test_value_outside_of_a_share_counts_as_the_nearest_when_it_came_with_the_answer(
-    registry: Registry, start: Start, evaluation: ExperimentEvaluation
-) -> None:
-    """It is stored before anything is known of its experiment; the report must not fail for it."""
-    experiment = start(guardrails=(), metric=SOLVED)
-    add_users(registry, experiment, "A", [YES] * 100)
-    add_users(registry, experiment, "B", [{"solved": 1e9}] * 100)
-    found = evaluation.report(experiment.id).treatments[0].primary
-    assert found is not None
-    assert found.interval is not None
-    assert 0 == found.interval.estimate
-
-
-def test_report_names_the_plan_s_metrics_when_clients_report_hundreds(
-    registry: Registry, start: Start, evaluation: ExperimentEvaluation
-) -> None:
-    """Fifty at most, the plan's and the built-in ones among them."""
-    experiment = start()
-    for first in range(0, 120, 30):
-        add_users(registry, experiment, "A", [{f"a{number}": 1.0 for number in range(first, first + 30)}])
-    add_users(registry, experiment, "A", [YES])
-    names = [metric.metric for metric in _arm(evaluation, experiment, "A").metrics]
-    assert (50, ["solved", "error_rate"]) == (len(names), names[:2])
-    assert set(names) >= BUILT_IN_METRICS
-
-
-@pytest.mark.parametrize(("metric", "expected"), [("error_rate", [1.0]), ("feedback_rate", []), ("ttft_ms", [])])
-def test_first_answer_is_the_number_when_the_primary_metric_is_built_in(
-    metric: str, expected: list[float], registry: Registry, start: Start
-) -> None:
-    """A feedback rate counts once no feedback can come any more; a first token that never came is missing."""
-    experiment = start(metric=Metric(metric, "decrease"), guardrails=())
-    (first,) = add_users(registry, experiment, "A", [None], error="the model failed", ttft_ms=None)
-    (second,) = add_users(registry, experiment, "A", [YES])
-    with registry.database.write() as session:
-        session.get_one(ExposureRow, second).unit = session.get_one(ExposureRow, first).unit
-        found = read_settled(session, experiment, now=utc_now(), window=FEEDBACK_WINDOW)
-        later = read_settled(session, experiment, now=utc_now() + timedelta(days=8), window=FEEDBACK_WINDOW)
-    assert found.values is not None
-    assert later.values is not None
-    assert expected == [item.value for item in found.values.get("A", ())]
-    assert ([0.0] if metric == "feedback_rate" else expected) == [item.value for item in later.values.get("A", ())]
-
-
-def _age(registry: Registry, by: timedelta) -> None:
-    """Make all that was answered older."""
-    with registry.database.write() as session:
-        for row in session.query(ExposureRow):
-            row.served_at -= by
-
-
-def test_report_takes_users_once_when_they_ask_often(
-    registry: Registry, start: Start, evaluation: ExperimentEvaluation
-) -> None:
-    """Nine good outcomes of one user and one bad one of another are 0.5, not 0.9."""
-    experiment = start(guardrails=())
-    heavy = add_users(registry, experiment, "A", [YES] * 9)
-    add_users(registry, experiment, "A", [NO])
-    with registry.database.write() as session:
-        for response in heavy:
-            session.get_one(ExposureRow, response).unit = "heavy"
-    arm = _arm(evaluation, experiment, "A")
-    solved = _metric(arm, "solved")
-    assert (10, 2, 10, 2, 0.5) == (
-        arm.num_exposures, arm.num_units, solved.num_outcomes, solved.num_units, solved.mean,
-    )  # fmt: skip
-
-
-def test_times_are_compared_by_their_logarithms_when_one_user_is_slow(
-    registry: Registry, start: Start, evaluation: ExperimentEvaluation
-) -> None:
-    """A tenth slower is found though one user waited ten times as long; a margin in ms is understood."""
-    guardrails = (Guardrail("ttft_ms", "decrease", 0.03, is_relative=True), Guardrail("total_ms", "decrease", 900.0))
-    experiment = start(guardrails=guardrails)
-    for step in range(100):
-        add_users(registry, experiment, "A", [YES] * 4, ttft_ms=100.0 + step % 5)
-        add_users(registry, experiment, "B", [YES] * 4, ttft_ms=110.0 + step % 5)
-    add_users(registry, experiment, "A", [YES], ttft_ms=1000.0)
-    report = evaluation.report(experiment.id)
-    first, second = report.treatments[0].guards
-    assert first.comparison.interval is not None
-    assert first.comparison.interval.estimate == pytest.approx(0.09, abs=0.01)
-    mean = stats.gmean([100.0 + step % 5 for step in range(100) for _ in range(4)] + [1000.0])
-    assert first.comparison.control.mean == pytest.approx(mean)
-    assert ("breached", "held") == (first.state, second.state)
-    assert 900 / (3 * mean) == pytest.approx(second.margin)
-
-
-def test_first_token_is_missed_when_answers_of_one_arm_never_come(
-    registry: Registry, start: Start, evaluation: ExperimentEvaluation
-) -> None:
-    """A guardrail on a time has no value for them, and says so: nobody is faster for not answering."""
-    experiment = start(guardrails=(Guardrail("ttft_ms", "decrease", 0.05, is_relative=True),))
-    _win(registry, experiment, 200)
-    add_users(registry, experiment, "B", [YES] * 40, ttft_ms=None)
-    add_users(registry, experiment, "A", [NO] * 40)
-    report = evaluation.report(experiment.id)
-    found = {gap.metric: gap for gap in report.treatments[0].gaps}
-    assert found["ttft_ms"].interval is not None
-    assert found["ttft_ms"].interval.high < 0
-    assert "ttft_ms is known of fewer of B's requests" in " ".join([report.verdict.sentence, *report.verdict.notes])
-
-
-def test_history_ends_with_the_present_interval_when_drawn(
-    registry: Registry, start: Start, evaluation: ExperimentEvaluation
-) -> None:
-    """It narrows as users come."""
-    experiment = start()
-    for _ in range(40):
-        add_users(registry, experiment, "A", [YES, NO])
-        add_users(registry, experiment, "B", [YES, YES])
-    report = evaluation.report(experiment.id)
-    points = report.history["B"]
-    assert report.treatments[0].primary is not None
-    assert report.treatments[0].primary.interval == points[-1].interval
-    assert (160, sorted(points, key=lambda point: point.num_units)) == (points[-1].num_units, list(points))
-    widths = [point.interval.high - point.interval.low for point in points]
-    assert widths[0] > 2 * widths[-1]
-
-
 def test_unknown_experiment_raises_when_asked_for(evaluation: ExperimentEvaluation) -> None:
     """The message holds the name."""
     for act in (evaluation.report, evaluation.evaluate):
@@ -828,9 +480,58 @@ def test_stage_that_is_over_is_left_alone_when_read_too_early(
 ) -> None:
     """A verdict on weights that somebody has changed meanwhile is neither written down nor acted on."""
     experiment = start(auto_promote=True)
-    _win(registry, experiment)
+    win(registry, experiment)
     old = evaluation.report(experiment.id)
     ExperimentService(registry.database).change_weights("legal", [("A", None, 80), ("B", None, 20)])
     monkeypatch.setattr(evaluation, "_report", lambda *_, **__: replace(old))
     evaluation.evaluate(experiment.id)
-    assert (1, ["start", "change_weights"]) == (_points_to(registry), _actions(registry, experiment))
+    assert (1, ["start", "change_weights"]) == (points_to(registry), _actions(registry, experiment))
+
+
+def test_fixed_sample_is_promoted_when_the_end_came_before_its_feedback_was_closed(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Users were there in time; the end is written once the one look is over."""
+    experiment = start(analysis="fixed", planned_units=400, guardrails=(), auto_promote=True)
+    win(registry, experiment, 200)
+    with registry.database.write() as session:
+        session.get_one(ExperimentRow, experiment.id).ends_at = utc_now()
+    for _ in range(2):
+        evaluation.evaluate_all()
+    assert ("stopped", 1, ["start"]) == (
+        ExperimentService(registry.database).get(experiment.id).state,
+        points_to(registry),
+        _actions(registry, experiment),
+    )
+    age(registry, timedelta(days=8))
+    patient = ExperimentEvaluation(registry).acting_for(EVALUATOR)
+    patient.evaluate_all()
+    assert (2, ["start", "verdict", "promote"]) == (points_to(registry), _actions(registry, experiment))
+
+
+def test_end_is_written_when_a_fixed_sample_never_comes(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Nothing is waited for that can't come."""
+    experiment = start(analysis="fixed", planned_units=400, guardrails=())
+    win(registry, experiment, 40)
+    with registry.database.write() as session:
+        session.get_one(ExperimentRow, experiment.id).ends_at = utc_now()
+    evaluation.evaluate_all()
+    assert ["start", "verdict", "stop"] == _actions(registry, experiment)
+
+
+def test_weights_follow_first_outcomes_when_users_come_back(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """What a heavy user says a hundred times weighs as much as what is said once."""
+    experiment = start(allocation="thompson", guardrails=())
+    first = {arm: add_users(registry, experiment, arm, [YES, NO] * 20) for arm in ("A", "B")}
+    again = add_users(registry, experiment, "B", [YES] * 40)
+    with registry.database.write() as session:
+        for old, new in zip(first["B"], again, strict=True):
+            session.get_one(ExposureRow, new).unit = session.get_one(ExposureRow, old).unit
+    with registry.database.read() as session:
+        outcomes = read_outcomes(session, experiment.id, 1)
+    shares = better_shares(experiment, outcomes, now=utc_now(), window=FEEDBACK_WINDOW)
+    assert {"A": 50, "B": 50} == pytest.approx(shares, abs=1)

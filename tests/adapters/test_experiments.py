@@ -21,6 +21,7 @@ from adapters.experiment_config import parse_arm, parse_weight
 from adapters.experiment_rows import find_running
 from adapters.experiments import ExperimentService
 from adapters.exposures import MAX_FEEDBACK_NAMES
+from adapters.outcomes import AnsweredRequest, UnitOutcomes
 from adapters.records import (
     BUILT_IN_METRICS,
     Actor,
@@ -31,7 +32,6 @@ from adapters.records import (
     Feedback,
     Guardrail,
     Metric,
-    UnitOutcomes,
 )
 from adapters.registry import Registry
 from adapters.tables import ExperimentRow, ExposureRow, utc_now
@@ -219,7 +219,7 @@ def test_feedback_replaces_when_the_metric_is_reported_again(experiments: Experi
     experiments.record_feedback(Feedback(response, "score", 0.75, "better"))
     experiments.record_feedback(Feedback(response, "length", 3.0))
     (unit,) = experiments.outcomes(experiment.id, 1)["A"]
-    assert {"length": (3.0, 1), "score": (0.75, 1)} == unit.feedback
+    assert {"length": [3.0], "score": [0.75]} == _reported(unit)
 
 
 def test_feedback_raises_when_the_response_is_unknown(experiments: ExperimentService) -> None:
@@ -240,7 +240,7 @@ def test_feedback_is_refused_when_it_breaks_the_kind_that_the_plan_says(experime
             experiments.record_feedback(Feedback(response, metric, 1.5))
     experiments.record_feedback(Feedback(response, "stars", 5.0))
     (unit,) = experiments.outcomes(experiment.id, 1)["A"]
-    assert {"solved": (0.5, 1), "stars": (5.0, 1)} == unit.feedback
+    assert {"solved": [0.5], "stars": [5.0]} == _reported(unit)
 
 
 def test_feedback_is_refused_when_a_response_has_too_many_metrics(experiments: ExperimentService) -> None:
@@ -253,7 +253,12 @@ def test_feedback_is_refused_when_a_response_has_too_many_metrics(experiments: E
         experiments.record_feedback(Feedback(response, "another", 1.0))
     experiments.record_feedback(Feedback(response, "m0", 0.75))
     (unit,) = experiments.outcomes(experiment.id, 1)["A"]
-    assert (MAX_FEEDBACK_NAMES, (0.75, 1)) == (len(unit.feedback), unit.feedback["m0"])
+    assert (MAX_FEEDBACK_NAMES, [0.75]) == (len(unit.reports), _reported(unit)["m0"])
+
+
+def _reported(unit: UnitOutcomes) -> dict[str, list[float]]:
+    """The values alone, by metric."""
+    return {metric: [report.value for report in reports] for metric, reports in unit.reports.items()}
 
 
 def test_users_are_ordered_by_when_they_were_bound_when_answers_end_otherwise(experiments: ExperimentService) -> None:
@@ -640,34 +645,28 @@ def test_version_is_not_deleted_when_an_arm_is_pinned_to_it(
     assert ["legal@v1"] == registry.remove("legal@v1")
 
 
-def test_outcomes_sum_up_by_unit_when_requests_differ(experiments: ExperimentService) -> None:
-    """Counts, sums and feedback of one stage; what a tester forced is left out, also of what was reported on it."""
+def test_outcomes_are_those_of_each_unit_when_requests_differ(experiments: ExperimentService) -> None:
+    """Requests and reports of one stage in their order; what a tester forced is left out, also what was said of it."""
     experiment = experiments.create("legal", HALVES)
     _expose(experiments, experiment, "A", "ann", "r1")
     _expose(experiments, experiment, "A", "ann", "r2", error="the engine died")
     _expose(experiments, experiment, "A", "bob", "r3")
     _expose(experiments, experiment, "A", "eve", "r4", forced=True)
-    for response, metric, value in (("r1", "solved", 1.0), ("r1", "stars", 4.0), ("r2", "solved", 0.0), ("r4", "x", 1)):
+    for response, metric, value in (("r2", "solved", 1.0), ("r1", "stars", 4.0), ("r1", "solved", 0.0), ("r4", "x", 1)):
         experiments.record_feedback(Feedback(response, metric, value))
     outcomes = experiments.outcomes(experiment.id, 1)
     assert ["A", "B"] == list(outcomes)
     ann, bob = outcomes["A"]
     assert [] == outcomes["B"]
-    first_at = min(row.served_at for row in _exposures(experiments) if row.unit == "ann")
-    assert ann == UnitOutcomes(
-        unit="ann",
-        first_at=first_at,
-        num_exposures=2,
-        num_errors=1,
-        num_length=0,
-        num_ttft=2,
-        sum_ttft_ms=3.0,
-        sum_total_ms=19.0,
-        sum_completion_tokens=14,
-        num_with_feedback=2,
-        feedback={"solved": (0.5, 2), "stars": (4.0, 1)},
-    )
-    assert ("bob", 1, 0, {}) == (bob.unit, bob.num_exposures, bob.num_with_feedback, bob.feedback)
+    times = {row.response_id: row.served_at for row in _exposures(experiments)}
+    assert ("ann", times["r1"]) == (ann.unit, ann.first_at)
+    assert [
+        AnsweredRequest(times["r1"], False, False, 1.5, 9.5, 7, True),
+        AnsweredRequest(times["r2"], True, False, 1.5, 9.5, 7, True),
+    ] == ann.requests
+    assert {"solved": [1.0, 0.0], "stars": [4.0]} == _reported(ann)
+    assert [times["r2"], times["r1"]] == [report.asked_at for report in ann.reports["solved"]]
+    assert ("bob", [False], {}) == (bob.unit, [request.has_feedback for request in bob.requests], bob.reports)
 
 
 def test_feedback_is_refused_when_it_comes_too_late(experiments: ExperimentService) -> None:
@@ -682,7 +681,7 @@ def test_feedback_is_refused_when_it_comes_too_late(experiments: ExperimentServi
     with pytest.raises(FeedbackTooLateError, match=r"'r1' is 24\.0 hours old; feedback is taken for 23 hours"):
         hasty.acting_for(Actor("key-1")).record_feedback(Feedback("r1", "stars", 1.0))
     (unit,) = experiments.outcomes(experiment.id, 1)["A"]
-    assert {"solved": (1.0, 1)} == unit.feedback
+    assert {"solved": [1.0]} == _reported(unit)
 
 
 @pytest.mark.parametrize("metric", sorted(BUILT_IN_METRICS))

@@ -19,18 +19,14 @@ from adapters.statistics import (
     adjust_for_covariate,
     adjusted_confidence,
     bradley_terry,
-    cuped_interval,
     difference_interval,
-    difference_sequence,
     duration_days,
     holm_rejections,
-    ratio_values,
     reached_power,
     required_units,
     sample_ratio,
     thompson_weights,
 )
-from adapters.statistics.mixtures import ArmMoments
 
 
 @pytest.mark.parametrize("power", [0.8, 0.9])
@@ -122,7 +118,7 @@ def test_cuped_equals_a_regression_when_a_covariate_is_given() -> None:
     fitted = OLS(np.concatenate(values), design).fit()
     adjusted = adjust_for_covariate(*values, *before)
     assert adjusted.slope == pytest.approx(float(fitted.params[2]))
-    found = cuped_interval(*values, *before)
+    found = difference_interval(adjusted.treatment, adjusted.control)
     assert found is not None
     assert found.estimate == pytest.approx(float(fitted.params[1]))
     low, high = fitted.conf_int()[1]
@@ -132,20 +128,22 @@ def test_cuped_equals_a_regression_when_a_covariate_is_given() -> None:
 def test_cuped_narrows_the_interval_as_much_as_it_says_when_the_covariate_foretells() -> None:
     """The width falls by the root of the variance that is left; a covariate without variation changes nothing."""
     values, before = _before_and_after(2, 0.5)
-    adjusted, plain = cuped_interval(*values, *before), difference_interval(*values)
+    found = adjust_for_covariate(*values, *before)
+    adjusted, plain = difference_interval(found.treatment, found.control), difference_interval(*values)
     assert adjusted is not None
     assert plain is not None
-    removed = adjust_for_covariate(*values, *before).variance_removed
+    removed = found.variance_removed
     assert 0.6 < removed < 0.8
     ratio = (adjusted.high - adjusted.low) / (plain.high - plain.low)
     assert ratio == pytest.approx(math.sqrt(1 - removed), rel=0.02)
-    assert plain == cuped_interval(values[0], values[1], [1.0] * 300, [1.0] * 200)
+    unchanged = adjust_for_covariate(values[0], values[1], [1.0] * 300, [1.0] * 200)
+    assert plain == difference_interval(unchanged.treatment, unchanged.control)
 
 
 def test_cuped_refuses_a_covariate_of_other_units_when_numbers_differ() -> None:
     """A value without its past can't be adjusted."""
     with pytest.raises(ValueError, match="covariate for each"):
-        cuped_interval([1.0, 2.0], [1.0], [1.0], [1.0])
+        adjust_for_covariate([1.0, 2.0], [1.0], [1.0], [1.0])
 
 
 def test_holm_rejects_what_closed_testing_rejects_when_p_values_are_given() -> None:
@@ -286,24 +284,3 @@ def test_bradley_terry_refuses_when_ratings_are_not_finite(wins: dict[tuple[str,
     """Somebody who never lost has no rating."""
     with pytest.raises(ValueError, match="expected"):
         bradley_terry(wins)
-
-
-def test_ratio_values_have_the_mean_and_variance_of_the_ratio_when_units_differ() -> None:
-    """The mean is outcomes over requests; the error of it is that of the delta method, written out here."""
-    totals, counts = [2.0, 0.0, 5.0, 1.0], [4, 1, 6, 1]
-    moments = ArmMoments.of(ratio_values(totals, counts))
-    ratio, size = 8 / 12, 3
-    expected = sum((total - ratio * count) ** 2 for total, count in zip(totals, counts, strict=True)) / 3 / size**2
-    assert (4, pytest.approx(ratio), pytest.approx(expected)) == (moments.count, moments.mean, moments.variance)
-    assert [0.5, 1.0, 0.0] == ratio_values([0.5, 1.0, 0.0], [1, 1, 1])
-    assert [] == ratio_values([], [])
-    assert (
-        difference_sequence(ratio_values([1.0, 0.0] * 20, [2, 1] * 20), [0.0, 1.0] * 20, planned_units=80) is not None
-    )
-
-
-@pytest.mark.parametrize(("totals", "counts"), [([1.0], []), ([1.0], [0])])
-def test_ratio_values_refuse_units_without_requests_when_asked(totals: list[float], counts: list[int]) -> None:
-    """A unit without a request is no unit."""
-    with pytest.raises(ValueError, match="at least 1"):
-        ratio_values(totals, counts)

@@ -280,3 +280,19 @@ def test_moments_equal_scipys_when_a_sample_is_given() -> None:
     moments = ArmMoments.of(values)
     expected = (4, np.mean(values), np.var(values, ddof=1), stats.moment(values, 3))
     assert pytest.approx(expected) == (moments.count, moments.mean, moments.variance, moments.third)
+
+
+def test_share_sequence_holds_its_estimate_when_both_methods_contradict_each_other() -> None:
+    """Users of an arm whose first half says yes and whose second half no: blocks know the first half alone."""
+    found = difference_sequence([1.0] * 100 + [0.0] * 60, [1.0] * 150 + [0.0] * 150, planned_units=1000, is_share=True)
+    assert found is not None
+    assert found.low <= found.estimate <= found.high
+    assert found.low < 0 < found.high
+
+
+def test_share_sequence_is_that_of_few_values_when_many_differ() -> None:
+    """Twenty thousand marks that all differ are counted in one pass."""
+    marks = np.random.default_rng(1).random(20_000)
+    found = difference_sequence(marks, marks[::-1].copy(), is_share=True)
+    assert found is not None
+    assert found.low < 0 < found.high

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.statistics import Interval
-from adapters.verdicts import (
+from adapters.evidence import (
     Comparison,
     Direction,
     Evidence,
@@ -21,11 +20,12 @@ from adapters.verdicts import (
     Split,
     Treatment,
     Verdict,
-    format_effect,
     guard_state,
-    judge,
     outcome_of,
 )
+from adapters.statistics import Interval
+from adapters.verdict_words import format_effect
+from adapters.verdicts import judge
 
 SMALLEST = 0.02
 MARGIN = 0.01
@@ -100,28 +100,30 @@ OVER: dict[str, Any] = {"over": "its end date has passed"}
         # 4. Promotion takes a gain, every guardrail shown to hold, and outcomes that are not missing on one side.
         (_evidence(_treatment(BETTER)), "promote", "there are no guardrails"),
         (_evidence(_treatment(BETTER, HELD)), "promote", "+0.05 (between +0.01 and +0.09), with 95 % confidence"),
-        (_evidence(_treatment(BETTER, HELD, HELD), **OVER), "promote", "all 2 guardrails hold"),
+        (_evidence(_treatment(BETTER, HELD, HELD), **OVER), "promote", "both guardrails hold"),
         (_evidence(_treatment(BETTER, UNSETTLED)), "continue", "error_rate is not shown to hold"),
         (_evidence(_treatment(BETTER, HELD, EMPTY)), "continue", "error_rate has too little data to be passed"),
         (_evidence(_treatment(BETTER, EMPTY), **OVER), "inconclusive", "too little data to be passed"),
-        (_evidence(_treatment(BETTER, HELD, gap=(-0.2, -0.1))), "continue", "solved is known of fewer of B's requests"),
-        (_evidence(_treatment(BETTER, HELD, gap=(0.1, 0.2)), **OVER), "inconclusive", "known of more of B's requests"),
+        (_evidence(_treatment(BETTER, HELD, gap=(-0.2, -0.1))), "continue", "solved is known of fewer of B's answers"),
+        (_evidence(_treatment(BETTER, HELD, gap=(0.1, 0.2)), **OVER), "inconclusive", "known of more of B's answers"),
         (_evidence(_treatment(BETTER, HELD, gap=(-0.1, 0.2))), "promote", "is better than A (legal@v1)"),
         (_evidence(_treatment(BETTER, gap=(0.1, 0.2)), accepts_feedback_gap=True), "promote", "is better than"),
         (_evidence(_treatment((0.004, 0.01), HELD)), "promote", "is better"),
         # 5. Worse.
         (_evidence(_treatment(WORSE, HELD)), "roll_back", "is worse than A (legal@v1)"),
         (_evidence(_treatment(WORSE), _treatment(WORSE, name="C")), "roll_back", "is worse"),
-        (_evidence(_treatment(WORSE), _treatment(OPEN, name="C")), "continue", "Not settled yet"),
+        (_evidence(_treatment(WORSE), _treatment(OPEN, name="C")), "continue", "is shown yet"),
         # 6. Nothing to be found, or nothing more to come.
         (_evidence(_treatment(SMALL, HELD)), "inconclusive", "smaller than 0.02"),
         (_evidence(_treatment(SMALL), _treatment(WORSE, name="C")), "inconclusive", "by as much as matters"),
-        (_evidence(_treatment(SMALL), _treatment(OPEN, name="C")), "continue", "Not settled yet"),
+        (_evidence(_treatment(SMALL), _treatment(OPEN, name="C")), "continue", "is shown yet"),
         (_evidence(_treatment(OPEN, HELD), **OVER), "inconclusive", "ended (its end date has passed) without"),
         (_evidence(_treatment(None, HELD), **OVER), "inconclusive", "without a difference in solved"),
         # 7. Otherwise wait.
         (_evidence(_treatment(OPEN, HELD)), "continue", "fit a gain as well as a loss"),
-        (_evidence(_treatment(None)), "continue", "Not settled yet"),
+        (_evidence(_treatment(None)), "continue", "Too few users for a first estimate: 1,000 users came, of 1,000"),
+        (_evidence(_treatment(None), num_units=0), "continue", "nobody has come yet"),
+        (_evidence(_treatment(None), has_started=False), "continue", "It has not started yet"),
         (_evidence(_treatment(None, HELD), metric=None), "continue", "1 of 1 guardrails are shown to hold"),
         (_evidence(_treatment(None), metric=None, **OVER), "inconclusive", "no primary metric"),
     ],
@@ -164,7 +166,7 @@ def test_accepted_gap_is_told_when_it_no_longer_holds_back() -> None:
     verdict = judge(_evidence(_treatment(BETTER, HELD, gap=(0.1, 0.2)), accepts_feedback_gap=True))
     (note,) = verdict.notes
     assert note == (
-        "Accepted by hand: solved is known of more of B's requests than of the control's: "
+        "Accepted by hand: solved is known of more of B's answers than of the control's: "
         "+15.0 points (between +10.0 and +20.0 points)."
     )
 

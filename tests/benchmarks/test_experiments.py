@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from adapters.statistics import difference_sequence, ratio_values
+from adapters.statistics import difference_sequence
 from adapters.statistics.mixtures import ArmMoments
 from benchmarks.experiment_runs import (
     METRICS,
     Looks,
     Metric,
     Plan,
+    Value,
     assign,
     family_errors,
     find_exclusions,
@@ -67,9 +68,9 @@ def test_sequence_keeps_its_error_when_a_small_arm_is_skewed() -> None:
 
 
 def test_sequence_keeps_its_error_when_units_come_back() -> None:
-    """Means per request of users who make 10 each; their means so far are what is not covered."""
+    """The first outcome of users who make 10 requests each; their means so far are what is not covered."""
     generator = np.random.default_rng(1)
-    looks = returning_units(generator, (200, 1000), new_share=0.1, concentration=1e6, value="ratio")
+    looks = returning_units(generator, (200, 1000), new_share=0.1, concentration=1e6, value="first")
     assert _ever(find_exclusions(looks, 0.0, Plan(50))) <= 0.1
     assert _ever(find_peeks(looks, 0.0)) > 0.15
 
@@ -98,23 +99,21 @@ def test_simulator_decides_as_the_product_when_a_run_is_looked_at(name: str, sha
     assert excluded > 0
 
 
-def test_simulated_ratio_has_the_moments_of_the_products_values_when_units_come_back() -> None:
-    """Sums that are carried along give what `ratio_values` gives of the units' totals and counts."""
-    moments = returning_units(
-        np.random.default_rng(2), (1, 200), new_share=0.3, concentration=5.0, value="ratio"
-    ).control
+@pytest.mark.parametrize("value", ["first", "mean"])
+def test_simulated_moments_are_those_of_the_units_when_they_come_back(value: Value) -> None:
+    """Sums that are carried along give what the units' values give."""
+    moments = returning_units(np.random.default_rng(2), (1, 200), new_share=0.3, concentration=5.0, value=value).control
     generator = np.random.default_rng(2)
     rates, arms = generator.beta(1.5, 3.5, size=(1, 200)), assign(generator, (1, 200))
-    totals, counts, num_units = np.zeros(200), np.zeros(200), 0
+    outcomes: list[list[float]] = []
     for _ in range(200):
-        is_new = bool(generator.random(1)[0] < 0.3) or num_units == 0
-        chosen = int(generator.random(1)[0] * max(num_units, 1))
-        unit = num_units if is_new else chosen
-        num_units += is_new
-        totals[unit] += generator.random(1)[0] < rates[0, unit]
-        counts[unit] += 1
-    mine = ~arms[0] & (counts > 0)
-    expected = ArmMoments.of(ratio_values(totals[mine].tolist(), counts[mine].tolist()))
+        is_new = bool(generator.random(1)[0] < 0.3) or not outcomes
+        chosen = int(generator.random(1)[0] * max(len(outcomes), 1))
+        unit = len(outcomes) if is_new else chosen
+        outcomes += [[]] if is_new else []
+        outcomes[unit].append(float(generator.random(1)[0] < rates[0, unit]))
+    mine = [values for place, values in enumerate(outcomes) if not arms[0, place]]
+    expected = ArmMoments.of([values[0] if value == "first" else sum(values) / len(values) for values in mine])
     found = [part[0, -1] for part in (moments.count, moments.mean, moments.variance, moments.third)]
     assert pytest.approx([expected.count, expected.mean, expected.variance, expected.third], abs=1e-9) == found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -20,10 +21,8 @@ from adapters.registry import Registry
 from adapters.statistics import required_units
 from adapters.store import ArtifactStore
 from clients.cli.main import app
-from tests.support.experiments import HALVES, add_users
+from tests.support.experiments import HALVES, NO, SOLVED, YES, add_users, age
 from tests.support.versions import publish_text
-
-YES, NO = {"solved": 1.0}, {"solved": 0.0}
 
 
 @dataclass
@@ -85,7 +84,7 @@ def test_show_says_what_to_do_and_why_when_a_treatment_wins(home: Home, tmp_path
         "600 users",
         "holds",
         "Users are split 300 to 300, 50 to 50 was meant: as it should be.",
-        "solved is known of 100.0% of a user's requests",
+        "solved is known of so many of a user's answers: 100 % in A, 100 % in B; no difference is shown.",
         "however often you look",
     ):
         assert words in shown, words
@@ -108,7 +107,7 @@ def test_show_says_what_is_wrong_when_a_guardrail_or_the_split_is(home: Home) ->
     add_users(home.registry, experiment, "B", [YES] * 300)
     shown = home.text("show", experiment.id)
     assert "Users are split 60 to 360, where 50 to 50 was meant" in shown
-    assert "not by chance: see the verdict" in shown
+    assert "not by chance, see the verdict" in shown
 
 
 def test_show_draws_no_effect_when_there_is_none_to_draw(home: Home, tmp_path: Path) -> None:
@@ -160,3 +159,29 @@ def test_power_is_refused_when_the_plan_makes_no_sense(home: Home, options: list
     """With what to give instead."""
     with pytest.raises(InvalidInputError, match=message):
         home.text("power", *options)
+
+
+def test_show_takes_feedback_for_as_long_as_the_server_when_that_is_set(home: Home) -> None:
+    """A sample that looks once is judged at the same moment by both."""
+    experiment = home.start(analysis="fixed", planned_units=600, guardrails=())
+    _win(home, experiment)
+    age(home.registry, timedelta(days=2))
+    assert "All 600 planned users are there" in home.text("show", experiment.id)
+    (home.path / "hotswap.toml").write_text("[serve]\nfeedback_days = 1\n")
+    assert "Verdict: promote B" in home.text("show", experiment.id)
+
+
+def test_show_says_what_to_type_when_a_draft_waits_or_a_difference_must_be_accepted(home: Home) -> None:
+    """The next step of a verdict is a command, with the experiment's own id."""
+    experiment = home.start(guardrails=(), metric=SOLVED)
+    add_users(home.registry, experiment, "A", [YES, NO] * 200)
+    add_users(home.registry, experiment, "B", [YES, None] * 200)
+    assert f"hotswap experiments accept {experiment.id} --reason" in home.text("show", experiment.id)
+    add_users(home.registry, experiment, "A", [YES] * 600)
+    assert f"hotswap experiments accept {experiment.id} --split --reason" in home.text("show", experiment.id)
+    draft = ExperimentService(home.registry.database).create(
+        "legal", HALVES, plan=AnalysisPlan(metric=SOLVED), draft=True
+    )
+    shown = home.text("show", draft.id)
+    assert "It has not started yet." in shown
+    assert f"hotswap experiments start {draft.id}" in shown

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 
 from adapters.exposures import add_exposure
-from adapters.records import Binding, Experiment, Exposure, Feedback
+from adapters.records import Binding, Experiment, Exposure, Feedback, Guardrail, Metric
 from adapters.registry import Registry
+from adapters.tables import ExposureRow
 
-__all__ = ["HALVES", "add_users"]
+__all__ = ["ERRORS", "HALVES", "NO", "SOLVED", "YES", "Start", "add_users", "age", "points_to", "win"]
 
+SOLVED = Metric("solved", "increase", "share")
+ERRORS = Guardrail("error_rate", "decrease", 0.02)
+YES, NO = {"solved": 1.0}, {"solved": 0.0}
+Start = Callable[..., Experiment]  # starts one with changes to the usual plan
 HALVES = [("A", "v1", 50.0), ("B", "v2", 50.0)]
 _numbers = itertools.count()
 
@@ -44,3 +50,21 @@ def add_users(
             feedback = [Feedback(responses[-1], metric, value) for metric, value in (outcome or {}).items()]
             add_exposure(session, exposure, feedback)
     return responses
+
+
+def win(registry: Registry, experiment: Experiment, num: int = 500) -> None:
+    """So many users an arm, of whom B helps three in four and A one in two."""
+    add_users(registry, experiment, "A", [YES, NO] * (num // 2))
+    add_users(registry, experiment, "B", [YES, YES, YES, NO] * (num // 4))
+
+
+def points_to(registry: Registry) -> int:
+    """The version that `legal` points to."""
+    return registry.alias("legal").current.number
+
+
+def age(registry: Registry, by: timedelta) -> None:
+    """Make all that was answered older."""
+    with registry.database.write() as session:
+        for row in session.query(ExposureRow):
+            row.served_at -= by

@@ -1,0 +1,139 @@
+"""What came of an experiment's units: each one's requests, and what was reported on them, in the order of their coming.
+
+Reads, and computes nothing; `experiment_metrics` makes numbers of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from sqlalchemy import ColumnElement, Select, select
+from sqlalchemy.orm import Session
+
+from adapters.records import Experiment
+from adapters.tables import ExposureRow, FeedbackRow
+
+__all__ = ["AnsweredRequest", "ReportedValue", "UnitOutcomes", "read_history", "read_outcomes"]
+
+_ROWS_AT_ONCE = 5_000
+
+
+class AnsweredRequest(NamedTuple):
+    """One of a unit's requests, as it is analysed. `at` is when it was bound to what answers it."""
+
+    at: datetime
+    is_error: bool
+    is_length: bool
+    ttft_ms: float | None
+    total_ms: float
+    completion_tokens: int
+    has_feedback: bool
+
+
+class ReportedValue(NamedTuple):
+    """What was reported on one of a unit's requests: when that was, and when the request was."""
+
+    value: float
+    at: datetime
+    asked_at: datetime
+
+
+@dataclass(slots=True)
+class UnitOutcomes:
+    """What came of one unit's requests in one arm and stage: the requests as they came, at least one.
+
+    `reports` are by metric what clients reported, as it came.
+    """
+
+    unit: str
+    requests: list[AnsweredRequest]
+    reports: dict[str, list[ReportedValue]] = field(default_factory=dict)
+
+    @property
+    def first_at(self) -> datetime:
+        """When the unit came."""
+        return self.requests[0].at
+
+
+def read_outcomes(session: Session, experiment_id: str, stage: int) -> dict[str, list[UnitOutcomes]]:
+    """By arm what came of each unit in one stage, the earliest exposed first; arms without units are not there.
+
+    Forced exposures are left out. Two plain queries: grouping so many rows takes the database longer than reading them.
+    """
+    found = _read_units(
+        session,
+        (ExposureRow.experiment_id == experiment_id, ExposureRow.stage == stage, ExposureRow.forced.is_(False)),
+    )
+    outcomes: dict[str, list[UnitOutcomes]] = {}
+    for (arm, _), unit in found.items():
+        outcomes.setdefault(arm, []).append(unit)
+    return outcomes
+
+
+def read_history(session: Session, experiment: Experiment) -> list[UnitOutcomes]:
+    """What the units of an experiment's present stage did on its alias before it began, whatever answered them then.
+
+    Units that did nothing are not there. Of a unit that was in arms of other experiments there are several.
+    """
+    if experiment.starts_at is None:
+        return []
+    of_stage = select(ExposureRow.unit).where(
+        ExposureRow.experiment_id == experiment.id, ExposureRow.stage == experiment.stage
+    )
+    before = (
+        ExposureRow.alias == experiment.alias,
+        ExposureRow.served_at < experiment.starts_at,
+        ExposureRow.experiment_id.is_distinct_from(experiment.id),
+        ExposureRow.unit.in_(of_stage),
+    )
+    return list(_read_units(session, before).values())
+
+
+def _read_units(session: Session, wanted: Sequence[ColumnElement[bool]]) -> dict[tuple[str, str], UnitOutcomes]:
+    """By arm and unit, in the order in which the units came; equal times are ordered by the responses' ids."""
+    # Plain rows, some at a time: as many objects of the session, or all rows at once, would take twice as long.
+    connection = session.connection()
+    statement = (
+        select(FeedbackRow.response_id, FeedbackRow.metric, FeedbackRow.value, FeedbackRow.reported_at)
+        .join(ExposureRow, ExposureRow.response_id == FeedbackRow.response_id)
+        .where(*wanted)
+        .order_by(FeedbackRow.reported_at, FeedbackRow.response_id)
+        .execution_options(yield_per=_ROWS_AT_ONCE)
+    )
+    reports = [(response, metric, value, at) for response, metric, value, at in connection.execute(statement)]
+    asked: dict[str, tuple[UnitOutcomes, datetime] | None] = dict.fromkeys(response for response, *_ in reports)
+    units: dict[tuple[str, str], UnitOutcomes] = {}
+    for response, arm, unit, *measured in connection.execute(_select_requests(wanted)):
+        at, is_error, is_length, ttft_ms, total_ms, tokens = measured
+        has_feedback = response in asked
+        if (found := units.get((arm or "", unit))) is None:
+            found = units[(arm or "", unit)] = UnitOutcomes(unit, [])
+        found.requests.append(
+            AnsweredRequest(at, bool(is_error), bool(is_length), ttft_ms, total_ms, tokens, has_feedback)
+        )
+        if has_feedback:
+            asked[response] = found, at
+    for response, metric, value, at in reports:
+        place = asked[response]
+        assert place is not None, "both are read of the same exposures"
+        place[0].reports.setdefault(metric, []).append(ReportedValue(value, at, place[1]))
+    return units
+
+
+def _select_requests(wanted: Sequence[ColumnElement[bool]]) -> Select[*tuple[Any, ...]]:
+    columns: tuple[Any, ...] = (
+        ExposureRow.response_id,
+        ExposureRow.arm,
+        ExposureRow.unit,
+        ExposureRow.served_at,
+        ExposureRow.error.is_not(None),
+        ExposureRow.finish_reason == "length",
+        ExposureRow.ttft_ms,
+        ExposureRow.total_ms,
+        ExposureRow.completion_tokens,
+    )
+    in_order = select(*columns).where(*wanted).order_by(ExposureRow.served_at, ExposureRow.response_id)
+    return in_order.execution_options(yield_per=_ROWS_AT_ONCE)
