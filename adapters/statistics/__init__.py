@@ -10,6 +10,7 @@ from adapters.statistics.intervals import Interval, MeanEstimate, difference_int
 from adapters.statistics.mixtures import MIN_UNITS
 from adapters.statistics.planning import duration_days, reached_power, required_units
 from adapters.statistics.preferences import Rating, bradley_terry
+from adapters.statistics.ratios import ratio_values
 from adapters.statistics.sample_ratio import SampleRatio, sample_ratio
 from adapters.statistics.sequences import (
     DEFAULT_PLANNED_UNITS,
@@ -36,6 +37,7 @@ __all__ = [
     "holm_rejections",
     "mean_interval",
     "mean_sequence",
+    "ratio_values",
     "reached_power",
     "required_units",
     "sample_ratio",

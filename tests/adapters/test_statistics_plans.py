@@ -22,11 +22,13 @@ from adapters.statistics import (
     difference_interval,
     duration_days,
     holm_rejections,
+    ratio_values,
     reached_power,
     required_units,
     sample_ratio,
     thompson_weights,
 )
+from adapters.statistics.mixtures import ArmMoments
 
 
 @pytest.mark.parametrize("power", [0.8, 0.9])
@@ -284,3 +286,21 @@ def test_bradley_terry_refuses_when_ratings_are_not_finite(wins: dict[tuple[str,
     """Somebody who never lost has no rating."""
     with pytest.raises(ValueError, match="expected"):
         bradley_terry(wins)
+
+
+def test_ratio_values_have_the_mean_and_variance_of_the_ratio_when_units_differ() -> None:
+    """The mean is outcomes over requests; the error of it is that of the delta method, written out here."""
+    totals, counts = [2.0, 0.0, 5.0, 1.0], [4, 1, 6, 1]
+    moments = ArmMoments.of(ratio_values(totals, counts))
+    ratio, size = 8 / 12, 3
+    expected = sum((total - ratio * count) ** 2 for total, count in zip(totals, counts, strict=True)) / 3 / size**2
+    assert (4, pytest.approx(ratio), pytest.approx(expected)) == (moments.count, moments.mean, moments.variance)
+    assert [0.5, 1.0, 0.0] == ratio_values([0.5, 1.0, 0.0], [1, 1, 1])
+    assert [] == ratio_values([], [])
+
+
+@pytest.mark.parametrize(("totals", "counts"), [([1.0], []), ([1.0], [0])])
+def test_ratio_values_refuse_units_without_requests_when_asked(totals: list[float], counts: list[int]) -> None:
+    """A unit without a request is no unit."""
+    with pytest.raises(ValueError, match="at least 1"):
+        ratio_values(totals, counts)

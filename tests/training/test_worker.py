@@ -29,7 +29,7 @@ from adapters.errors import (
 )
 from adapters.manifest import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, MANIFEST_FILE, Manifest, hash_file
 from adapters.registry import Registry
-from adapters.routing.store import load_prompts
+from adapters.routing.store import load_prompts, read_sources
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
 from tests.support.conversations import easy_rows, make_messages, write_rows
@@ -225,10 +225,12 @@ def test_manifest_records_where_a_version_comes_from_when_it_was_trained(run: Ru
     assert ("chat", "sft", None) == (manifest.kind, manifest.method, manifest.parent)
     recorded = place.settings.model_dump(mode="json", exclude={"home", "keep_prompts", "promote", "sample_file"})
     assert recorded == manifest.settings
+    (forgetting,) = [check for check in run.result.gate.checks if check.name == "forgetting"]
     assert {
         "validation_loss_before": run.result.validation_loss_before,
         "validation_loss_after": run.result.validation_loss_after,
         "validation_accuracy_after": run.result.validation_accuracy_after,
+        "validation_forgetting_after": pytest.approx(forgetting.figures["rise"], abs=1e-3),
         "num_steps": 6,
         "best_step": 6,
     } == manifest.metrics
@@ -241,7 +243,9 @@ def test_prompts_are_kept_beside_the_version_when_it_is_published(run: Run) -> N
     """What users say in the training rows, for the router."""
     said = {message["content"] for row in easy_rows(10) for message in row if message["role"] == "user"}
     with run.place.registry().database.read() as session:
-        assert said == set(load_prompts(session, run.result.published.version.digest))
+        kept = read_sources(session, None).versions[run.result.published.alias]
+        assert run.result.published.version.digest == kept.digest
+        assert said == set(load_prompts(session, kept))
 
 
 def test_manifest_describes_the_adapter_when_its_files_are_read(run: Run) -> None:
