@@ -123,6 +123,7 @@ def test_run_publishes_and_reports_when_all_goes_well(place: JobPlace) -> None:
         "train_loss",
         "train_mean_token_accuracy",
         "valid_loss",
+        "valid_forgetting",
         "valid_mean_token_accuracy",
     }
 
