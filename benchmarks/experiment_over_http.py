@@ -83,7 +83,7 @@ async def _let_come(http: httpx.AsyncClient, alias: str, scenario: Scenario, use
         async with gate:
             chat = {"model": alias, "messages": [{"role": "user", "content": "Help!"}], "max_tokens": 4, "user": user}
             response = await http.post("/v1/chat/completions", json=chat)
-            response.raise_for_status()
+            _check(response)
             helped = mood < scenario.shares[response.headers["x-hotswap-arm"]]
             feedback = {"id": response.json()["id"], "metric": _METRIC, "value": helped}
             await _send(http, "POST", "/v1/feedback", feedback)
@@ -93,10 +93,14 @@ async def _let_come(http: httpx.AsyncClient, alias: str, scenario: Scenario, use
 
 async def _send(http: httpx.AsyncClient, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     response = await http.request(method, path, json=body)
-    if response.is_error:
-        raise SystemExit(f"{method} {path}: {response.status_code} {response.text}")
+    _check(response)
     found: dict[str, Any] = response.json()
     return found
+
+
+def _check(response: httpx.Response) -> None:
+    if response.is_error:
+        raise SystemExit(f"{response.request.method} {response.url.path}: {response.status_code} {response.text}")
 
 
 def _describe(shares: dict[str, float]) -> str:

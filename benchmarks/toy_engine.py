@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 from adapters.settings import CoreSettings
 from server.config import ServeSettings
 from server.engine.core import EngineEvent, EngineTimings, GenerationRequest
+from server.engine.driven import DrivenEngine
 from server.engine.residency import Residence
-from server.engine.scheduler import Engine
 
 __all__ = ["STEP_MS_VARIABLE", "ToyEngine", "build_toy_engine"]
 
@@ -20,10 +18,9 @@ STEP_MS_VARIABLE = "BENCH_TOY_STEP_MS"
 _TEXT = " toy"
 
 
-def build_toy_engine(core: CoreSettings, serve: ServeSettings) -> Engine:
+def build_toy_engine(core: CoreSettings, serve: ServeSettings) -> DrivenEngine:
     """Called in the worker instead of `build_engine`; a step takes what the environment says, by default no time."""
-    # Not an Engine by class, whose constructor wants a model, but by everything that the worker's loop calls.
-    return cast("Engine", ToyEngine(step_s=float(os.environ.get(STEP_MS_VARIABLE, "0")) / 1000))
+    return ToyEngine(step_s=float(os.environ.get(STEP_MS_VARIABLE, "0")) / 1000)
 
 
 @dataclass
@@ -35,9 +32,6 @@ class ToyResidency:
     def report(self) -> tuple[Residence, ...]:
         """No version is anywhere."""
         return ()
-
-    def set_pinned(self, digests: Sequence[str]) -> None:
-        """There is nothing to pin."""
 
 
 class ToyEngine:
@@ -77,6 +71,14 @@ class ToyEngine:
             return []
         return [self._end(request_id, EngineEvent(request_id, finish_reason="cancelled"))]
 
+    def set_pinned(self, digests: tuple[str, ...]) -> list[EngineEvent]:
+        """There is nothing to pin."""
+        return []
+
+    def unload(self, digest: str) -> list[EngineEvent]:
+        """There is nothing to free."""
+        return []
+
     def step(self) -> list[EngineEvent]:
         """One token for everybody."""
         if self._wanted and self._step_s:
@@ -86,9 +88,6 @@ class ToyEngine:
     def take_timings(self) -> EngineTimings:
         """Nothing is measured."""
         return EngineTimings()
-
-    def close(self) -> None:
-        """There is nothing to close."""
 
     def _advance(self, request_id: str) -> EngineEvent:
         length = self._lengths[request_id] = self._lengths[request_id] + 1

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import structlog
 from fastapi import APIRouter, FastAPI
@@ -39,6 +39,7 @@ from adapters.settings import CoreSettings
 from server.config import ServeSettings
 from server.draining import END_SIGNAL
 from server.engine.core import EngineEvent
+from server.engine.driven import DrivenEngine
 from server.engine_factory import build_engine
 from server.messages import (
     ENGINE_CHANNEL,
@@ -49,9 +50,6 @@ from server.messages import (
     PinCommand,
     UnloadCommand,
 )
-
-if TYPE_CHECKING:
-    from server.engine.scheduler import Engine
 
 __all__ = [
     "EngineAPI",
@@ -66,7 +64,7 @@ __all__ = [
     "wrap_lifespan",
 ]
 
-EngineBuilder = Callable[[CoreSettings, ServeSettings], "Engine"]
+EngineBuilder = Callable[[CoreSettings, ServeSettings], DrivenEngine]
 
 _log = structlog.get_logger(__name__)
 
@@ -92,7 +90,7 @@ class EngineAPI(LitAPI):  # type: ignore[misc]  # LitServe ships no types
         self.core = core
         self.serve = serve
         self.build = build
-        self.engine: Engine | None = None
+        self.engine: DrivenEngine | None = None
         self.pulse: EnginePulse | None = None
 
     def setup(self, device: str) -> None:
@@ -374,7 +372,7 @@ def _take_commands(queue: Any, *, wait: bool) -> list[Command]:
         return commands
 
 
-def obey(engine: Engine, command: Command, epoch: str) -> list[EngineEvent]:
+def obey(engine: DrivenEngine, command: Command, epoch: str) -> list[EngineEvent]:
     """Do what one command says; what is returned ends requests. `epoch` is this worker's."""
     if isinstance(command, CancelCommand):
         return engine.cancel(command.request_id)
@@ -386,7 +384,7 @@ def obey(engine: Engine, command: Command, epoch: str) -> list[EngineEvent]:
     return engine.submit(command.request) if command.epoch == epoch else []
 
 
-def _unload(engine: Engine, digest: str) -> list[EngineEvent]:
+def _unload(engine: DrivenEngine, digest: str) -> list[EngineEvent]:
     try:
         return engine.unload(digest)
     except ConflictError as error:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from server.engine.core import EngineEvent, EngineTimings, GenerationRequest
+from server.engine.driven import DrivenEngine
 from server.engine.residency import Residence
-
-if TYPE_CHECKING:
-    from server.engine.scheduler import Engine
 
 __all__ = [
     "ENGINE_CHANNEL",
@@ -80,7 +77,7 @@ class EngineStatus:
     num_shadows: int = 0
 
     @classmethod
-    def of(cls, engine: Engine, epoch: str) -> EngineStatus:
+    def of(cls, engine: DrivenEngine, epoch: str) -> EngineStatus:
         """How busy this process's engine is."""
         num_free, num_total = engine.cache_room
         return cls(
