@@ -118,8 +118,8 @@ def test_replay_is_refused_when_the_journal_is_of_another_version_or_none_at_all
         assert [item.version.digest for item in published.registry.versions("legal")][:2] == [
             version["digest"] for version in report["versions"]
         ]
-        first, *rest = journal.read_text().splitlines(keepends=True)
-        journal.write_text(first.replace(report["versions"][0]["digest"], "f" * 64) + "".join(rest))
+        # One answer of the first version; which line it has depends on who was faster.
+        journal.write_text(journal.read_text().replace(report["versions"][0]["digest"], "f" * 64, 1))
         with pytest.raises(InvalidInputError, match=r"another legal@v1 than this server has.*--fresh"):
             _replay(served.root, tmp_path)
     for text in ("dear diary\n", '{"messages": []}\n', "[]\n[]\n"):
