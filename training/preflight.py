@@ -100,8 +100,8 @@ class Preflight:
 
     @property
     def unfit_sets(self) -> tuple[SetReport, ...]:
-        """Those with rows that can't be trained on."""
-        return tuple(found for found in self.sets if found.unfit_lines)
+        """Those with rows that can't be trained on, and with others beside them."""
+        return tuple(found for found in self.sets if 0 < len(found.unfit_lines) < found.num_rows)
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from clients.cli.options import (
     HomeOption,
     JsonOption,
     MapOption,
+    RolesOption,
     SplitOption,
     SubsetOption,
     ValidationSplitOption,
@@ -55,6 +56,7 @@ def convert(
     source: _SourceArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Where to write the rows, one a line.")],
     mapping: MapOption = None,
+    roles: RolesOption = None,
     split: SplitOption = None,
     subset: SubsetOption = None,
     encoding: EncodingOption = None,
@@ -77,7 +79,7 @@ def convert(
     """Write the rows of SOURCE as JSON lines that can be trained on and uploaded."""
     from training.formats import read_rows, write_dataset
 
-    found = read_rows(source, read_options(mapping, split, subset, encoding))
+    found = read_rows(source, read_options(mapping, split, subset, encoding, roles))
     if not drop_bad or not found.rows:
         data = found.as_dataset()
         _say(_summary(data))
@@ -122,6 +124,7 @@ def show(
     source: _SourceArgument,
     rows: Annotated[int, typer.Option("--rows", min=1, max=1000, help="How many rows.")] = 3,
     mapping: MapOption = None,
+    roles: RolesOption = None,
     split: SplitOption = None,
     subset: SubsetOption = None,
     encoding: EncodingOption = None,
@@ -133,7 +136,7 @@ def show(
     from training.formats import read_rows
     from training.rendering import render_row, token_rows
 
-    dataset = read_rows(source, read_options(mapping, split, subset, encoding)).as_dataset()
+    dataset = read_rows(source, read_options(mapping, split, subset, encoding, roles)).as_dataset()
     tokenizer = _load_tokenizer(load_core(home, base=base))
     _say(_summary(dataset))
     shown = [
@@ -158,6 +161,7 @@ def check(
     flags: dict[str, Any],
     validation: Annotated[str | None, typer.Option("--validation", help="Validation data, as SOURCE.")] = None,
     mapping: MapOption = None,
+    roles: RolesOption = None,
     split: SplitOption = None,
     validation_split: ValidationSplitOption = None,
     subset: SubsetOption = None,
@@ -174,9 +178,9 @@ def check(
     from training.formats import read_rows
 
     core = load_core(home, base=base, device=device)
-    found = [read_rows(source, read_options(mapping, split, subset, encoding))]
+    found = [read_rows(source, read_options(mapping, split, subset, encoding, roles))]
     if validation is not None:
-        found.append(read_rows(validation, read_options(mapping, validation_split, subset, encoding)))
+        found.append(read_rows(validation, read_options(mapping, validation_split, subset, encoding, roles)))
     settings, is_usual = _choose_settings(found[0].kind, core.home, flags)
     report, estimate = _inspect(found, core, settings)
     problems = [problem for data in found for problem in data.problems]
@@ -196,9 +200,15 @@ def check(
         if is_usual:
             _print_method(settings.method)
         _print_report(report, problems)
-        unfit = [data.name for data in found if data.problems]
+        unfit = [data.name for data in found if data.problems and data.rows]
         if unfit := [*unfit, *(data.name for data in (report.unfit_sets if report else ()))]:
-            given = {"map": ",".join(mapping or ()), "split": split, "subset": subset, "encoding": encoding}
+            given = {
+                "map": ",".join(mapping or ()),
+                "roles": ",".join(roles or ()),
+                "split": split,
+                "subset": subset,
+                "encoding": encoding,
+            }
             given |= {name: flags.get(name) for name in ("method", "max_length")}
             _print_advice(unfit, given)
         _print_estimate(estimate)

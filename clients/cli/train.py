@@ -21,6 +21,7 @@ from clients.cli.options import (
     HomeOption,
     JsonOption,
     MapOption,
+    RolesOption,
     SplitOption,
     SubsetOption,
     ValidationSplitOption,
@@ -60,6 +61,7 @@ def train(
     config: _ConfigOption = None,
     validation: _ValidationOption = None,
     mapping: MapOption = None,
+    roles: RolesOption = None,
     split: SplitOption = None,
     validation_split: ValidationSplitOption = None,
     subset: SubsetOption = None,
@@ -85,9 +87,10 @@ def train(
         raise ConfigurationError(f"{missing} is needed, by flag or in the file of --config")
     given = run.settings | flags | ({"promote": "never"} if no_promote else {})
     settings = _load_settings(core.home, config, given)
-    mapping, subset, encoding = mapping or run.mapping, subset or run.subset, encoding or run.encoding
-    options = read_options(mapping, split or run.split, subset, encoding)
-    validation_options = read_options(mapping, validation_split or run.validation_split, subset, encoding)
+    mapping, roles = mapping or run.mapping, roles or run.roles
+    subset, encoding = subset or run.subset, encoding or run.encoding
+    options = read_options(mapping, split or run.split, subset, encoding, roles)
+    validation_options = read_options(mapping, validation_split or run.validation_split, subset, encoding, roles)
     with _advised(), ProgressView(alias, error_console if json else console) as view:
         # Importing the trainer takes seconds: bad data is reported before.
         for path, how in ((data, options), (validation, validation_options)):

@@ -275,3 +275,37 @@ def test_data_check_looks_at_prompts_alone_when_answers_are_to_be_sampled(
 
     assert "errors: 1, " in result.stdout
     assert f"error: {source}:2: the prompt has " in result.stdout
+
+
+def test_data_commands_take_roles_when_speakers_have_names_of_their_own(tmp_path: Path, base: tuple[str, str]) -> None:
+    """What check says to give is what check, show, convert and train take; a run's file has the key `roles`."""
+    turns = [{"from": "customer", "value": "q"}, {"from": "agent", "value": "a"}]
+    source, out = str(write_rows(tmp_path / "d.jsonl", [{"conversation": turns}] * 3)), tmp_path / "out.jsonl"
+    roles = ("--roles", "customer=user,agent=assistant")
+
+    refused = _run(tmp_path, "check", source, *base)
+
+    assert 1 == refused.exit_code
+    assert "errors: 1, warnings: 0" in refused.stdout
+    assert "--roles customer=ROLE,agent=ROLE" in refused.stdout
+    assert 0 == _run(tmp_path, "check", source, *base, *roles).exit_code
+    assert "⟦a<|im_end|>⟧" in _run(tmp_path, "show", source, *base, *roles).stdout
+    assert f"3 chat rows written to {out}\n" == _run(tmp_path, "convert", source, str(out), *roles).stdout
+    config = _write(tmp_path / "run.yaml", f"alias: t\ndata: {source}\nroles: {{customer: user, agent: assistant}}\n")
+    environment = {"HOTSWAP_HOME": str(tmp_path / "home"), "HOTSWAP_QUANTISATION": "none"}
+    arguments = ["train", "--config", config, *base, "--max-steps", "1", "--json"]
+    trained = CliRunner().invoke(app, arguments, env=environment)
+    assert 3 == json.loads(trained.stdout)["num_rows"], trained.output
+
+
+def test_data_check_gives_no_advice_to_leave_rows_out_when_every_row_is_bad(
+    tmp_path: Path, base: tuple[str, str]
+) -> None:
+    """Nothing would be left to be written, whether rows can't be read or are too long."""
+    unread = str(write_rows(tmp_path / "d.jsonl", [make_messages("q")] * 2))
+    long = str(write_rows(tmp_path / "e.jsonl", [make_messages("q", "a" * 300)] * 2))
+
+    for source in (unread, long):
+        result = _run(tmp_path, "check", source, *base, "--max-length", "200")
+        assert 1 == result.exit_code
+        assert "--drop-bad" not in result.stdout

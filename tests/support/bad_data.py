@@ -171,12 +171,14 @@ ZOO: dict[str, BadData] = {
     # Conversations
     "messages-empty": BadData("d.jsonl", _chat(), ":2: field messages: expected at least one message, found none"),
     "unknown-role": BadData(
-        "d.jsonl", _chat({"role": "bot", "content": "q"}, _ASSISTANT), ":2: field messages[0].role: expected one of"
+        "d.jsonl",
+        _chat({"role": "bot", "content": "q"}, _ASSISTANT),
+        ":2: roles that are not known: 'bot' (1 row); say",
     ),
     "unknown-sharegpt-role": BadData(
         "d.json",
         _rows({"conversations": [{"from": "narrator", "value": "q"}, {"from": "gpt", "value": "a"}]}),
-        ":1: field conversations[0].from: expected one of human, user, prompter, gpt",
+        ":1: roles that are not known: 'narrator' (1 row); say which of system, user, assistant, tool",
     ),
     "ends-with-user": BadData(
         "d.jsonl",
