@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -27,6 +27,7 @@ from clients.cli.options import (
     ValidationSplitOption,
     load_core,
     read_options,
+    reading_flags,
 )
 from clients.cli.output import console, error_console, format_bytes, format_seconds, print_json
 from clients.cli.settings_flags import with_settings
@@ -136,7 +137,9 @@ def show(
     from training.formats import read_rows
     from training.rendering import render_row, token_rows
 
-    dataset = read_rows(source, read_options(mapping, split, subset, encoding, roles)).as_dataset()
+    options = read_options(mapping, split, subset, encoding, roles)
+    found = read_rows(source, options)
+    dataset = found.good_rows() if found.rows else found.as_dataset()
     tokenizer = _load_tokenizer(load_core(home, base=base))
     _say(_summary(dataset))
     shown = [
@@ -147,8 +150,15 @@ def show(
     ]
     if json:
         print_json([_as_document(line, tokens, tokenizer) for line, tokens in shown])
-        return
-    for line, tokens in shown:
+    else:
+        _print_rows(shown, tokenizer)
+    if found.num_bad:
+        command = shlex.join(["hotswap", "data", "check", source, *reading_flags(options)])
+        _say(f"rows that can't be read: {found.num_bad}; what is wrong with them: {command}")
+
+
+def _print_rows(rows: Sequence[tuple[int, RenderedRow]], tokenizer: Any) -> None:
+    for line, tokens in rows:
         num_loss = sum(tokens.loss_mask)
         console.print(f"line {line}: {len(tokens.input_ids)} tokens, {num_loss} of them carry loss", style="bold")
         _print_tokens(tokens, tokenizer)

@@ -29,6 +29,7 @@ __all__ = [
     "open_evaluation",
     "open_registry",
     "read_options",
+    "reading_flags",
 ]
 
 HomeOption = Annotated[
@@ -114,3 +115,15 @@ def read_options(
     from training.speakers import parse_roles
 
     return ReadOptions(parse_mapping(mapping or []), split, subset, encoding, parse_roles(roles or []))
+
+
+def reading_flags(options: ReadOptions) -> list[str]:
+    """The same flags again, for a command that reads a source as this one did."""
+    given = {
+        "--map": ",".join(f"{target}={column}" for target, column in (options.mapping or {}).items()),
+        "--roles": ",".join(f"{name}={role}" for name, role in (options.roles or {}).items()),
+        "--split": options.split,
+        "--subset": options.subset,
+        "--encoding": options.encoding,
+    }
+    return [part for name, value in given.items() if value for part in (name, value)]

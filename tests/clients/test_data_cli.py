@@ -309,3 +309,27 @@ def test_data_check_gives_no_advice_to_leave_rows_out_when_every_row_is_bad(
         result = _run(tmp_path, "check", source, *base, "--max-length", "200")
         assert 1 == result.exit_code
         assert "--drop-bad" not in result.stdout
+
+
+def test_data_show_shows_the_good_rows_when_others_are_bad(tmp_path: Path, base: tuple[str, str]) -> None:
+    """How many can't be read stands below, with the command that tells why; in JSON, beside it."""
+    source = _write(tmp_path / "d.csv", "frage;antwort\nx;\n" + CSV.removeprefix("frage;antwort\n") + "s;\n")
+
+    result = _run(tmp_path, "show", source, *base, *MAPPED, "--rows", "1")
+
+    assert 0 == result.exit_code
+    assert result.stdout.startswith("line 3: ")
+    assert "⟦a<|im_end|>⟧" in result.stdout
+    told = result.stderr.splitlines()[-1]
+    command = f"hotswap data check {source} --map user=frage,assistant=antwort"
+    assert f"rows that can't be read: 2; what is wrong with them: {command}" == told
+    assert "errors: 1, " in _run(tmp_path, *command.split()[2:], *base).stdout
+    assert 2 == len(json.loads(_run(tmp_path, "show", source, *base, *MAPPED, "--json").stdout))
+
+
+def test_data_show_is_refused_when_every_row_is_bad(tmp_path: Path, base: tuple[str, str]) -> None:
+    """There is nothing to show."""
+    source = str(write_rows(tmp_path / "d.jsonl", [make_messages("q")]))
+
+    with pytest.raises(DataError, match="expected user and assistant in turn"):
+        _run(tmp_path, "show", source, *base)

@@ -19,8 +19,10 @@ def _write(folder: Path, content: str | bytes) -> Path:
 def test_run_file_is_read_when_it_is_right(tmp_path: Path) -> None:
     """Data is looked for beside the file, a reward function too; the rest are settings."""
     (tmp_path / "rows.jsonl").write_text("")
-    content = "alias: legal\ndata: rows.jsonl\nvalidation: /else/valid.jsonl\nmap: {user: frage, assistant: antwort}\nroles: {bot: user}\n"
-    path = _write(tmp_path, content + "split: train\nrank: 4\nreward: r.py:polite\nsample_file: rows.jsonl\n")
+    content = "alias: legal\ndata: rows.jsonl\nvalidation: /else/valid.jsonl\nmap: {user: frage, assistant: antwort}\n"
+    path = _write(
+        tmp_path, content + "roles: {bot: user}\nsplit: train\nrank: 4\nreward: r.py:polite\nsample_file: rows.jsonl\n"
+    )
 
     run = read_run_file(path)
 
