@@ -241,7 +241,7 @@ def _inspect(
     if report.train.tokens is None or train.kind not in ("chat", "text"):
         return report, None
     folder = pull_base(core.base, core.home)
-    return report, estimate_run(report.train.tokens, len(train.rows), folder, core=core, settings=settings)
+    return report, estimate_run(report.train.tokens, report.train.num_fit_rows, folder, core=core, settings=settings)
 
 
 def _load_tokenizer(core: CoreSettings) -> Any:
@@ -328,6 +328,8 @@ def _print_set(found: SetReport) -> None:
     tokens = found.tokens
     if tokens is None:
         return
+    if found.num_fit_rows < found.num_rows:
+        console.print(f"  figures without rows that a run refuses ({found.num_rows - found.num_fit_rows}):")
     console.print(f"  tokens: {tokens.total}, {tokens.loss_share:.1%} of them carry loss")
     spread = f"half of the rows have at most {tokens.median}, 95% at most {tokens.p95}"
     console.print(f"  tokens a row: {tokens.shortest} to {tokens.longest}; {spread}")

@@ -333,3 +333,19 @@ def test_data_show_is_refused_when_every_row_is_bad(tmp_path: Path, base: tuple[
 
     with pytest.raises(DataError, match="expected user and assistant in turn"):
         _run(tmp_path, "show", source, *base)
+
+
+def test_data_check_estimates_without_rows_that_it_refuses(tmp_path: Path, base: tuple[str, str]) -> None:
+    """A few long rows that a run never sees must not ask for a larger machine; that they are left aside is said."""
+    good = [make_messages(f"q{number}", "a") for number in range(4)]
+    kept = str(write_rows(tmp_path / "kept.jsonl", good))
+    mixed = str(write_rows(tmp_path / "mixed.jsonl", [*good, make_messages("q", "a" * 900)]))
+    settings = (*base, "--max-length", "200")
+
+    documents = [json.loads(_run(tmp_path, "check", source, *settings, "--json").stdout) for source in (kept, mixed)]
+
+    kept_estimate, mixed_estimate = (document["estimate"] for document in documents)
+    for figure in ("num_steps", "memory_bytes"):
+        assert kept_estimate[figure] == mixed_estimate[figure]
+    told = _run(tmp_path, "check", mixed, *settings).stdout
+    assert "figures without rows that a run refuses (1):" in told
