@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,16 @@ def _run(home: Path, *arguments: str) -> Result:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+def _train(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> list[str]:
+    """What a run that is refused says, line by line."""
+    monkeypatch.setattr("sys.argv", ["hotswap", "train", "tickets", "--home", str(home), *arguments])
+    with pytest.raises(SystemExit):
+        main()
+    return capsys.readouterr().err.splitlines()
 
 
 def _write(path: Path, content: str) -> str:
@@ -73,14 +84,55 @@ def test_train_says_what_shows_every_problem_when_rows_are_bad(
 ) -> None:
     """Below the error, for whoever has only this command."""
     source = _write(tmp_path / "d.csv", CSV + "s;\n")
-    monkeypatch.setattr("sys.argv", ["hotswap", "train", "tickets", "--data", source, *MAPPED, "--home", str(tmp_path)])
+    options = (*MAPPED, "--encoding", "utf-8", "--max-length", "200")
 
-    with pytest.raises(SystemExit):
-        main()
+    told = _train(tmp_path, monkeypatch, capsys, "--data", source, *options)
 
-    told = capsys.readouterr().err.splitlines()
     assert f"error: {source}:5: field antwort: is empty" == told[-2]
-    assert "hotswap data check shows every problem, and how to leave rows out" == told[-1]
+    command = shlex.join(["hotswap", "data", "check", source, *options])
+    assert f"every problem, and how to leave rows out: {command}" == told[-1]
+
+
+def test_train_says_what_shows_every_problem_when_rows_are_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], base: tuple[str, str]
+) -> None:
+    """The command is one that ends with the same error, by the same settings."""
+    source = str(write_rows(tmp_path / "d.jsonl", [make_messages("q", "a"), make_messages("q", "a" * 300)]))
+
+    told = _train(tmp_path, monkeypatch, capsys, "--data", source, *base, "--max-length", "200")
+
+    assert told[-1].startswith(f"every problem, and how to leave rows out: hotswap data check {source} --base ")
+    result = _run(tmp_path, *told[-1].partition("hotswap data ")[2].split())
+    assert told[-2].removeprefix("error: ") in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (None, (), "can't be read: No such file or directory"),
+        ("", (), "holds no rows"),
+        (CSV, ("--map", "user=nowhere,assistant=antwort"), "has no column 'nowhere'"),
+        (CSV, (*MAPPED, "--method", "dpo"), "method dpo trains on preference rows"),
+    ],
+    ids=["no-file", "empty", "wrong-column", "wrong-method"],
+)
+def test_train_gives_no_command_when_no_row_is_at_fault(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    content: str | None,
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    """`data check` would end with the very same sentence."""
+    path = tmp_path / "d.csv"
+    if content is not None:
+        path.write_text(content)
+
+    told = _train(tmp_path, monkeypatch, capsys, "--data", str(path), *options)
+
+    assert message in told[-1]
+    assert told[-1].startswith("error: ")
 
 
 def test_data_convert_leaves_a_file_alone_when_it_exists(tmp_path: Path) -> None:
