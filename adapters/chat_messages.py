@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 __all__ = [
@@ -278,7 +279,17 @@ def _check_order(messages: Sequence[Message], where: str, endings: Sequence[str]
         if turns and turns[-1]["role"] in endings and not (waiting and turns[-1]["role"] == "tool"):
             return
     ending = " or ".join(endings)
-    yield RowProblem(where, f"expected user and assistant in turn, ending with {ending}, found {_roles(messages)}")
+    text = f"expected user and assistant in turn, ending with {ending}, found {_roles(messages)}"
+    yield RowProblem(where, f"{text}{_cure([message['role'] for message in turns])}")
+
+
+def _cure(roles: Sequence[str]) -> str:
+    """What mends turns that are out of order, where something simple does."""
+    if roles[0:1] == ["assistant"] and "user" in roles:
+        return "; take out what the assistant says before the user speaks"
+    if any(first == second != "tool" for first, second in pairwise(roles)):
+        return "; join what one speaker says in a row into one message"
+    return ""
 
 
 def _roles(messages: Sequence[Message]) -> str:

@@ -150,7 +150,9 @@ def read_rows(source: Path | str, options: ReadOptions | None = None, *, name: s
     options = options or ReadOptions()
     table = read_table(source, name=name, split=options.split, subset=options.subset, encoding=options.encoding)
     if not table.rows:
-        raise DataError([f"{table.name}: holds no rows; {EXPECTED_ROW} on each line"])
+        is_sheet = table.layout.startswith(("CSV", "TSV"))
+        expected = "expected a header, and a record a row below it" if is_sheet else f"{EXPECTED_ROW} on each line"
+        raise DataError([f"{table.name}: holds no rows; {expected}"])
     raws = table.rows
     if options.roles:
         raws = [replace(raw, document=rename_speakers(raw.document, options.roles)) for raw in raws]

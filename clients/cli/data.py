@@ -333,7 +333,6 @@ def _print_set(found: SetReport) -> None:
     console.print(f"  tokens: {tokens.total}, {tokens.loss_share:.1%} of them carry loss")
     spread = f"half of the rows have at most {tokens.median}, 95% at most {tokens.p95}"
     console.print(f"  tokens a row: {tokens.shortest} to {tokens.longest}; {spread}")
-    console.print(f"  beginning-of-sequence tokens: {_list_counts(tokens.starts)}")
     console.print(f"  ends of turns that are learned: {_list_counts(tokens.ends)}")
     most = max(count for _, _, count in tokens.histogram)
     width = len(str(tokens.histogram[-1][1]))

@@ -88,7 +88,7 @@ BAD_LINES = {
     ),
     "two-users-in-a-row": (
         _with({"role": "user", "content": "hi"}, *make_messages("hi", "ho")),
-        "field messages: expected user and assistant in turn, .*, found user, user, assistant",
+        "field messages: expected user and assistant in turn, .*, found user, user, assistant; join what one .*",
     ),
     "ends-with-user": (
         _with(*make_messages("hi", "ho", "and then")),
@@ -96,7 +96,7 @@ BAD_LINES = {
     ),
     "starts-with-assistant": (
         _with({"role": "assistant", "content": "ho"}, *make_messages("hi", "ho")),
-        "field messages: expected user and assistant in turn, .*, found assistant, user, assistant",
+        "field messages: expected user and assistant in turn, .*, found assistant, user, assistant; take out what .*",
     ),
 }
 
