@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 __all__ = [
@@ -38,10 +39,17 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class RowProblem:
-    """What is wrong with one field of a row; `field` is its path, or empty where the row as a whole is wrong."""
+    """What is wrong with one field of a row; `field` is its path, or empty where the row as a whole is wrong.
+
+    Args:
+        field: As said.
+        text: In words.
+        role: The name that stands where a role should, if that is what is wrong.
+    """
 
     field: str
     text: str
+    role: str | None = None
 
     def __str__(self) -> str:
         return f"field {self.field}: {self.text}" if self.field else self.text
@@ -135,7 +143,8 @@ def _read_message(message: Any, where: str, problems: list[RowProblem]) -> Messa
         problems.append(RowProblem(where, f"key {unknown[0]!r:.60} is not supported; expected {expected}"))
     role = "system" if given.get("role") == "developer" else given.get("role")
     if role not in _ROLES:
-        problems.append(RowProblem(f"{where}.role", f"expected one of {', '.join(_ROLES)}, found {role!r:.60}"))
+        text = f"expected one of {', '.join(_ROLES)}, found {role!r:.60}"
+        problems.append(RowProblem(f"{where}.role", text, role if isinstance(role, str) else None))
     calls = _read_calls(given.get("tool_calls"), f"{where}.tool_calls", problems)
     found = {"role": role, "content": _read_content(given.get("content"), f"{where}.content", problems, bool(calls))}
     if calls:
@@ -270,7 +279,17 @@ def _check_order(messages: Sequence[Message], where: str, endings: Sequence[str]
         if turns and turns[-1]["role"] in endings and not (waiting and turns[-1]["role"] == "tool"):
             return
     ending = " or ".join(endings)
-    yield RowProblem(where, f"expected user and assistant in turn, ending with {ending}, found {_roles(messages)}")
+    text = f"expected user and assistant in turn, ending with {ending}, found {_roles(messages)}"
+    yield RowProblem(where, f"{text}{_cure([message['role'] for message in turns])}")
+
+
+def _cure(roles: Sequence[str]) -> str:
+    """What mends turns that are out of order, where something simple does."""
+    if roles[0:1] == ["assistant"] and "user" in roles:
+        return "; take out what the assistant says before the user speaks"
+    if any(first == second != "tool" for first, second in pairwise(roles)):
+        return "; join what one speaker says in a row into one message"
+    return ""
 
 
 def _roles(messages: Sequence[Message]) -> str:

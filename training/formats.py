@@ -8,15 +8,18 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adapters.chat_messages import RowProblem
 from adapters.chat_rows import EXPECTED_ROW, MAX_PROBLEMS_SHOWN, Row, RowKind, parse_document, row_document
 from adapters.errors import ConflictError, DataError
+from training.problems import LineProblem, group_problems
 from training.readers import RawRow, read_table
 from training.recognise import Shape, choose_shape, spread
+from training.speakers import name_unknown_roles, rename_speakers
 
 __all__ = [
     "Dataset",
@@ -66,17 +69,22 @@ class ReadOptions:
         split: Which part is meant, where the source has several.
         subset: The part of a data set on the hub that it calls its configuration.
         encoding: That of a text file that is not UTF-8.
+        roles: Which role each name of a speaker stands for (`training/speakers.py: parse_roles`).
     """
 
     mapping: Mapping[str, str] | None = None
     split: str | None = None
     subset: str | None = None
     encoding: str | None = None
+    roles: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ReadRows:
-    """What was found in a source: good rows, how many are bad, and why; every problem begins with where it is."""
+    """What was found in a source: good rows, how many are bad, and why.
+
+    Every problem begins with where it is; what several rows have is one problem.
+    """
 
     name: str
     sha256: str
@@ -114,6 +122,7 @@ def read_dataset(
     split: str | None = None,
     subset: str | None = None,
     encoding: str | None = None,
+    roles: Mapping[str, str] | None = None,
 ) -> Dataset:
     """Read and check training data. Blank lines are skipped, columns that the shape has no use for are ignored.
 
@@ -124,11 +133,12 @@ def read_dataset(
         split: As there.
         subset: As there.
         encoding: As there.
+        roles: As there.
 
     Raises:
         DataError: the source can't be read, holds no rows, has no known shape, or has bad rows; up to 20 are listed.
     """
-    return read_rows(source, ReadOptions(mapping, split, subset, encoding), name=name).as_dataset()
+    return read_rows(source, ReadOptions(mapping, split, subset, encoding, roles), name=name).as_dataset()
 
 
 def read_rows(source: Path | str, options: ReadOptions | None = None, *, name: str | None = None) -> ReadRows:
@@ -140,25 +150,28 @@ def read_rows(source: Path | str, options: ReadOptions | None = None, *, name: s
     options = options or ReadOptions()
     table = read_table(source, name=name, split=options.split, subset=options.subset, encoding=options.encoding)
     if not table.rows:
-        raise DataError([f"{table.name}: holds no rows; {EXPECTED_ROW} on each line"])
+        is_sheet = table.layout.startswith(("CSV", "TSV"))
+        expected = "expected a header, and a record a row below it" if is_sheet else f"{EXPECTED_ROW} on each line"
+        raise DataError([f"{table.name}: holds no rows; {expected}"])
     raws = table.rows
+    if options.roles:
+        raws = [replace(raw, document=rename_speakers(raw.document, options.roles)) for raw in raws]
     if any("." in column for column in (options.mapping or {}).values()):  # a value in an object of the row
         raws = [replace(raw, document=spread(raw.document)) for raw in raws]
     documents = [row.document for row in raws if isinstance(row.document, Mapping)]
     shape, columns = choose_shape(documents, options.mapping, table.name) if documents else (None, [])
     rows: list[NumberedRow] = []
-    problems: list[str] = []
-    num_bad = 0
+    bad: list[tuple[RawRow, list[RowProblem]]] = []
     for raw in raws:
         row, found = _read_row(raw, shape)
         if row is not None and rows and row.kind != rows[0].row.kind:
-            found = [f"a {row.kind} row among {rows[0].row.kind} rows; expected one kind in a file"]
+            found = [RowProblem("", f"a {row.kind} row among {rows[0].row.kind} rows; expected one kind in a file")]
         if row is not None and not found:
             rows.append(NumberedRow(raw.line, row))
-        num_bad += bool(found)
-        problems += [f"{raw.file or table.name}:{raw.line}: {problem}" for problem in found]
+        if found:
+            bad.append((raw, found))
     recognised = f"{table.layout}: {shape.describe(columns)}" if shape else table.layout
-    return ReadRows(table.name, table.sha256, recognised, tuple(rows), problems, num_bad)
+    return ReadRows(table.name, table.sha256, recognised, tuple(rows), _as_sentences(bad, table.name), len(bad))
 
 
 def write_dataset(rows: Iterable[NumberedRow], path: Path, *, overwrite: bool = False) -> int:
@@ -207,8 +220,18 @@ def _place(temporary: Path, path: Path) -> None:
         temporary.replace(path)
 
 
-def _read_row(raw: RawRow, shape: Shape | None) -> tuple[Row | None, list[str]]:
+def _read_row(raw: RawRow, shape: Shape | None) -> tuple[Row | None, list[RowProblem]]:
     if raw.problem:
-        return None, [raw.problem]
-    row, problems = shape.read(raw.document) if shape else parse_document(raw.document)
-    return row, [str(problem) for problem in problems]
+        return None, [RowProblem("", raw.problem)]
+    return shape.read(raw.document) if shape else parse_document(raw.document)
+
+
+def _as_sentences(bad: Sequence[tuple[RawRow, list[RowProblem]]], name: str) -> list[str]:
+    """Problems by file and line; all names that are no roles are told in one, as one option mends them."""
+    speakers = [[problem.role for problem in found if problem.role is not None] for _, found in bad]
+    unknown = name_unknown_roles(speakers) if any(speakers) else ""
+    return group_problems(
+        LineProblem(raw.file or name, raw.line, str(problem) if problem.role is None else unknown)
+        for raw, found in bad
+        for problem in found
+    )

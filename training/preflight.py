@@ -43,7 +43,7 @@ _DAMAGED = re.compile("\ufffd|Ã[\x80-\xbf\u2013-\u203a\u0152-\u017e]|Â[\xa0-\x
 
 @dataclass(frozen=True, slots=True)
 class TokenStatistics:
-    """Tokens of the rendered rows of one set.
+    """Tokens of those rows of one set that a run would take.
 
     Args:
         total: Of all rows together.
@@ -70,7 +70,7 @@ class TokenStatistics:
 
 @dataclass(frozen=True, slots=True)
 class SetReport:
-    """What one set of rows looks like. `tokens` is None if no row could be rendered.
+    """What one set of rows looks like. `tokens` is None if no row can be trained on; `num_fit_rows` is how many can.
 
     `problems` stop a run; those that are a row's would be gone without the rows on `unfit_lines`.
     """
@@ -79,6 +79,7 @@ class SetReport:
     recognised: str
     kind: RowKind
     num_rows: int
+    num_fit_rows: int
     tokens: TokenStatistics | None
     personal_data: Mapping[str, int]
     problems: tuple[str, ...]
@@ -100,8 +101,8 @@ class Preflight:
 
     @property
     def unfit_sets(self) -> tuple[SetReport, ...]:
-        """Those with rows that can't be trained on."""
-        return tuple(found for found in self.sets if found.unfit_lines)
+        """Those with rows that can't be trained on, and with others beside them."""
+        return tuple(found for found in self.sets if 0 < found.num_fit_rows < found.num_rows)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -155,7 +156,9 @@ def _inspect_set(data: Dataset, tokenizer: Any, settings: TrainSettings) -> SetR
     results = _render(data, tokenizer)
     unfit = _find_unfit(data, results, tokenizer, settings)
     problems = [*_problems_of_kind(data, settings), *(f"{data.name}:{line}: {problem}" for line, problem in unfit)]
-    rendered = [(line, row) for line, rows in results if not isinstance(rows, str) for row in rows]
+    unfit_lines = tuple(dict.fromkeys(line for line, _ in unfit))
+    fit = [(line, rows) for line, rows in results if line not in set(unfit_lines) and not isinstance(rows, str)]
+    rendered = [(line, row) for line, rows in fit for row in rows]
     warnings = [*_warn_of_rows(data), *_warn_of_tokens(rendered, tokenizer)]
     personal, found = _find_personal_data(data)
     tokens = _token_statistics([row for _, row in rendered], tokenizer) if rendered else None
@@ -164,10 +167,11 @@ def _inspect_set(data: Dataset, tokenizer: Any, settings: TrainSettings) -> SetR
         data.recognised,
         data.kind,
         len(data.rows),
+        len(fit),
         tokens,
         personal,
         tuple(problems),
-        tuple(dict.fromkeys(line for line, _ in unfit)),
+        unfit_lines,
         tuple(f"{data.name}: {warning}" for warning in (*warnings, *found)),
     )
 

@@ -32,6 +32,7 @@ _FORMATS = {
     ".parquet": "Parquet",
 }
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_SHEETS = frozenset({".xlsx", ".xls", ".xlsm", ".ods", ".numbers"})
 _SNIFFED_RECORDS = 50
 _WRAPPERS = frozenset({"data", "rows", "examples", "train", "validation", "test"})
 # An object with one of these keys is a row itself, and lists of objects in it are its parts.
@@ -151,7 +152,9 @@ def _read_file(path: Path, shown: str, encoding: str | None) -> RawTable:
     if kind in ("CSV", "TSV"):
         layout, rows = _read_csv(content.decode(), shown, "\t" if kind == "TSV" else None)
     elif kind is None and path.suffix and content.lstrip()[:1] not in (b"{", b"["):
-        raise DataError([f"{shown}: expected a file whose name ends in {', '.join(_FORMATS)}, found {path.suffix!r}"])
+        hint = "; save the sheet as CSV UTF-8" if path.suffix.lower() in _SHEETS else ""
+        expected = f"expected a file whose name ends in {', '.join(_FORMATS)}, found {path.suffix!r}"
+        raise DataError([f"{shown}: {expected}{hint}"])
     else:
         layout, rows = _read_json(content, shown, is_document=kind == "JSON")
     return RawTable(shown, sha256, layout, rows)
@@ -215,7 +218,7 @@ def _read_json(content: bytes, shown: str, *, is_document: bool) -> tuple[str, l
     if text.startswith(b"{") and (len(lines) == 1 or problem):
         whole, whole_problem = load_document(content)
         if is_document and whole_problem:
-            raise DataError([f"{shown}: {whole_problem}"])
+            raise DataError([_find_json_error(content, shown) or f"{shown}: {whole_problem}"])
         if isinstance(whole, dict) and (
             problem or not _WRAPPERS.isdisjoint(whole) or (is_document and _find_lists(whole))
         ):
@@ -253,10 +256,28 @@ def _read_json_list(content: bytes, shown: str) -> list[RawRow]:
         if (end := _skip(text, position + 1, " \t\r\n")) < len(text):
             raise json.JSONDecodeError("Extra data behind the list", text, end)
     except json.JSONDecodeError as error:
-        raise DataError([f"{shown}:{error.lineno}: not JSON: {error.msg} (column {error.colno})"]) from None
+        raise DataError([_describe_json_error(error, shown)]) from None
     except (RecursionError, ValueError) as error:
         raise DataError([f"{shown}:{line}: not JSON that can be read: {error}"]) from None
     return rows
+
+
+def _find_json_error(content: bytes, shown: str) -> str:
+    """Where a document ceases to be JSON, or an empty text if that is not what is wrong with it."""
+    try:
+        json.loads(content.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        return _describe_json_error(error, shown)
+    except (ValueError, RecursionError):
+        pass
+    return ""
+
+
+def _describe_json_error(error: json.JSONDecodeError, shown: str) -> str:
+    # A text that no quote ends goes on to the end of the file: a line break in it would be told as such.
+    is_cut = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated string")
+    hint = "; the file seems to be cut off at its end" if is_cut else ""
+    return f"{shown}:{error.lineno}: not JSON: {error.msg} (column {error.colno}){hint}"
 
 
 def _skip(text: str, position: int, letters: str) -> int:

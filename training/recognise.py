@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from adapters.chat_messages import RowProblem
@@ -263,12 +263,12 @@ def _in_source_names(problem: RowProblem, made: _Made, columns: Mapping[str, str
     match = re.match(r"messages(?:\[(\d+)\])?(.*)", problem.field)
     if match and made.paths:
         if match[1] is None:
-            return RowProblem(columns.get("messages", ", ".join(made.paths)), problem.text)
+            return replace(problem, field=columns.get("messages", ", ".join(made.paths)))
         keys = {".content": f".{made.text_key}" if made.text_key else "", ".role": f".{made.role_key}"}
-        return RowProblem(made.paths[int(match[1])] + keys.get(match[2], match[2]), problem.text)
+        return replace(problem, field=made.paths[int(match[1])] + keys.get(match[2], match[2]))
     root = re.match(r"[a-z_]+", problem.field)
     if root and columns.get(root[0], root[0]) != root[0]:
-        return RowProblem(columns[root[0]] + problem.field[root.end() :], problem.text)
+        return replace(problem, field=columns[root[0]] + problem.field[root.end() :])
     return problem
 
 
@@ -421,10 +421,8 @@ def _share_messages(turns: Sequence[Any], column: str) -> Iterator[dict[str, Any
         where = f"{column}[{index}]"
         if not isinstance(turn, Mapping):
             raise _UnfitError(where, f"expected an object with from and value, found {type(turn).__name__}")
-        role = _SHARE_ROLES.get(str(turn.get("from")).strip().lower())
-        if role is None:
-            expected = ", ".join(_SHARE_ROLES)
-            raise _UnfitError(f"{where}.from", f"expected one of {expected}, found {turn.get('from')!r:.60}")
+        # A name that is none of these is left as it is, to be refused with the other names of the row.
+        role = _SHARE_ROLES.get(str(turn.get("from")).strip().lower(), turn.get("from"))
         if role == "function_call":
             num_calls += 1
             yield {

@@ -19,20 +19,22 @@ __all__ = ["RunFile", "read_run_file"]
 
 _MAX_BYTES = 1 << 20
 _READING_KEYS = ("split", "validation_split", "subset", "encoding")
-_OWN_KEYS = ("alias", "data", "validation", "map", *_READING_KEYS)
+_OWN_KEYS = ("alias", "data", "validation", "map", "roles", *_READING_KEYS)
 
 
 @dataclass(frozen=True, slots=True)
 class RunFile:
     """What a file says about a run; None where it says nothing. Paths are relative to the file's folder no more.
 
-    `mapping` is which column is what, `user=question`; with the four below it says how the data is read.
+    `mapping` is which column is what, `user=question`, `roles` who is who, `agent=assistant`; with the four below they
+    say how the data is read.
     """
 
     alias: str | None = None
     data: Path | None = None
     validation: Path | None = None
     mapping: list[str] | None = None
+    roles: list[str] | None = None
     split: str | None = None
     validation_split: str | None = None
     subset: str | None = None
@@ -62,7 +64,8 @@ def read_run_file(path: Path) -> RunFile:
         alias=_text(path, document, "alias"),
         data=_place(path, document, "data"),
         validation=_place(path, document, "validation"),
-        mapping=_mapping(path, document),
+        mapping=_pairs(path, document, "map", "columns by name (user: question)"),
+        roles=_pairs(path, document, "roles", "roles by speaker (agent: assistant)"),
         settings=settings,
         **{key: _text(path, document, key) for key in _READING_KEYS},
     )
@@ -113,13 +116,13 @@ def _text(path: Path, document: Mapping[str, Any], key: str) -> str | None:
     raise ConfigurationError(f"{path}: key {key}: expected text, found {value!r:.80}")
 
 
-def _mapping(path: Path, document: Mapping[str, Any]) -> list[str] | None:
-    value = document.get("map")
+def _pairs(path: Path, document: Mapping[str, Any], key: str, expected: str) -> list[str] | None:
+    value = document.get(key)
     if value is None:
         return None
     if not isinstance(value, dict) or not all(isinstance(item, str) for pair in value.items() for item in pair):
-        raise ConfigurationError(f"{path}: key map: expected columns by name (user: question), found {value!r:.80}")
-    return [f"{target}={column}" for target, column in value.items()]
+        raise ConfigurationError(f"{path}: key {key}: expected {expected}, found {value!r:.80}")
+    return [f"{name}={meaning}" for name, meaning in value.items()]
 
 
 def _place(path: Path, document: Mapping[str, Any], key: str) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -21,11 +21,13 @@ from clients.cli.options import (
     HomeOption,
     JsonOption,
     MapOption,
+    RolesOption,
     SplitOption,
     SubsetOption,
     ValidationSplitOption,
     load_core,
     read_options,
+    reading_flags,
 )
 from clients.cli.output import console, error_console, format_bytes, format_seconds, print_json
 from clients.cli.settings_flags import with_settings
@@ -55,6 +57,7 @@ def convert(
     source: _SourceArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Where to write the rows, one a line.")],
     mapping: MapOption = None,
+    roles: RolesOption = None,
     split: SplitOption = None,
     subset: SubsetOption = None,
     encoding: EncodingOption = None,
@@ -77,7 +80,7 @@ def convert(
     """Write the rows of SOURCE as JSON lines that can be trained on and uploaded."""
     from training.formats import read_rows, write_dataset
 
-    found = read_rows(source, read_options(mapping, split, subset, encoding))
+    found = read_rows(source, read_options(mapping, split, subset, encoding, roles))
     if not drop_bad or not found.rows:
         data = found.as_dataset()
         _say(_summary(data))
@@ -122,6 +125,7 @@ def show(
     source: _SourceArgument,
     rows: Annotated[int, typer.Option("--rows", min=1, max=1000, help="How many rows.")] = 3,
     mapping: MapOption = None,
+    roles: RolesOption = None,
     split: SplitOption = None,
     subset: SubsetOption = None,
     encoding: EncodingOption = None,
@@ -133,7 +137,9 @@ def show(
     from training.formats import read_rows
     from training.rendering import render_row, token_rows
 
-    dataset = read_rows(source, read_options(mapping, split, subset, encoding)).as_dataset()
+    options = read_options(mapping, split, subset, encoding, roles)
+    found = read_rows(source, options)
+    dataset = found.good_rows() if found.rows else found.as_dataset()
     tokenizer = _load_tokenizer(load_core(home, base=base))
     _say(_summary(dataset))
     shown = [
@@ -144,8 +150,15 @@ def show(
     ]
     if json:
         print_json([_as_document(line, tokens, tokenizer) for line, tokens in shown])
-        return
-    for line, tokens in shown:
+    else:
+        _print_rows(shown, tokenizer)
+    if found.num_bad:
+        command = shlex.join(["hotswap", "data", "check", source, *reading_flags(options)])
+        _say(f"rows that can't be read: {found.num_bad}; what is wrong with them: {command}")
+
+
+def _print_rows(rows: Sequence[tuple[int, RenderedRow]], tokenizer: Any) -> None:
+    for line, tokens in rows:
         num_loss = sum(tokens.loss_mask)
         console.print(f"line {line}: {len(tokens.input_ids)} tokens, {num_loss} of them carry loss", style="bold")
         _print_tokens(tokens, tokenizer)
@@ -158,6 +171,7 @@ def check(
     flags: dict[str, Any],
     validation: Annotated[str | None, typer.Option("--validation", help="Validation data, as SOURCE.")] = None,
     mapping: MapOption = None,
+    roles: RolesOption = None,
     split: SplitOption = None,
     validation_split: ValidationSplitOption = None,
     subset: SubsetOption = None,
@@ -174,9 +188,9 @@ def check(
     from training.formats import read_rows
 
     core = load_core(home, base=base, device=device)
-    found = [read_rows(source, read_options(mapping, split, subset, encoding))]
+    found = [read_rows(source, read_options(mapping, split, subset, encoding, roles))]
     if validation is not None:
-        found.append(read_rows(validation, read_options(mapping, validation_split, subset, encoding)))
+        found.append(read_rows(validation, read_options(mapping, validation_split, subset, encoding, roles)))
     settings, is_usual = _choose_settings(found[0].kind, core.home, flags)
     report, estimate = _inspect(found, core, settings)
     problems = [problem for data in found for problem in data.problems]
@@ -196,9 +210,15 @@ def check(
         if is_usual:
             _print_method(settings.method)
         _print_report(report, problems)
-        unfit = [data.name for data in found if data.problems]
+        unfit = [data.name for data in found if data.problems and data.rows]
         if unfit := [*unfit, *(data.name for data in (report.unfit_sets if report else ()))]:
-            given = {"map": ",".join(mapping or ()), "split": split, "subset": subset, "encoding": encoding}
+            given = {
+                "map": ",".join(mapping or ()),
+                "roles": ",".join(roles or ()),
+                "split": split,
+                "subset": subset,
+                "encoding": encoding,
+            }
             given |= {name: flags.get(name) for name in ("method", "max_length")}
             _print_advice(unfit, given)
         _print_estimate(estimate)
@@ -221,7 +241,7 @@ def _inspect(
     if report.train.tokens is None or train.kind not in ("chat", "text"):
         return report, None
     folder = pull_base(core.base, core.home)
-    return report, estimate_run(report.train.tokens, len(train.rows), folder, core=core, settings=settings)
+    return report, estimate_run(report.train.tokens, report.train.num_fit_rows, folder, core=core, settings=settings)
 
 
 def _load_tokenizer(core: CoreSettings) -> Any:
@@ -308,10 +328,11 @@ def _print_set(found: SetReport) -> None:
     tokens = found.tokens
     if tokens is None:
         return
+    if found.num_fit_rows < found.num_rows:
+        console.print(f"  figures without rows that a run refuses ({found.num_rows - found.num_fit_rows}):")
     console.print(f"  tokens: {tokens.total}, {tokens.loss_share:.1%} of them carry loss")
     spread = f"half of the rows have at most {tokens.median}, 95% at most {tokens.p95}"
     console.print(f"  tokens a row: {tokens.shortest} to {tokens.longest}; {spread}")
-    console.print(f"  beginning-of-sequence tokens: {_list_counts(tokens.starts)}")
     console.print(f"  ends of turns that are learned: {_list_counts(tokens.ends)}")
     most = max(count for _, _, count in tokens.histogram)
     width = len(str(tokens.histogram[-1][1]))

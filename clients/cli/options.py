@@ -20,6 +20,7 @@ __all__ = [
     "HomeOption",
     "JsonOption",
     "MapOption",
+    "RolesOption",
     "SplitOption",
     "SubsetOption",
     "UrlOption",
@@ -28,6 +29,7 @@ __all__ = [
     "open_evaluation",
     "open_registry",
     "read_options",
+    "reading_flags",
 ]
 
 HomeOption = Annotated[
@@ -51,6 +53,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to standard
 MapOption = Annotated[
     list[str] | None,
     typer.Option("--map", metavar="TARGET=COLUMN", help="Which column is what: user=question,assistant=answer."),
+]
+RolesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--roles", metavar="NAME=ROLE", help="Who is who in the messages: customer=user,agent=assistant,bot=assistant."
+    ),
 ]
 SplitOption = Annotated[str | None, typer.Option("--split", help="Which split, of a source that has several.")]
 SubsetOption = Annotated[str | None, typer.Option("--subset", help="Which configuration, of a data set on the hub.")]
@@ -94,9 +102,28 @@ def open_evaluation(home: Path | None) -> ExperimentEvaluation:
     return ExperimentEvaluation(open_registry(home), feedback_window=timedelta(days=days))
 
 
-def read_options(mapping: list[str] | None, split: str | None, subset: str | None, encoding: str | None) -> ReadOptions:
+def read_options(
+    mapping: list[str] | None,
+    split: str | None,
+    subset: str | None,
+    encoding: str | None,
+    roles: list[str] | None = None,
+) -> ReadOptions:
     """What the flags say of how a source is to be read."""
     from training.formats import ReadOptions
     from training.recognise import parse_mapping
+    from training.speakers import parse_roles
 
-    return ReadOptions(parse_mapping(mapping or []), split, subset, encoding)
+    return ReadOptions(parse_mapping(mapping or []), split, subset, encoding, parse_roles(roles or []))
+
+
+def reading_flags(options: ReadOptions) -> list[str]:
+    """The same flags again, for a command that reads a source as this one did."""
+    given = {
+        "--map": ",".join(f"{target}={column}" for target, column in (options.mapping or {}).items()),
+        "--roles": ",".join(f"{name}={role}" for name, role in (options.roles or {}).items()),
+        "--split": options.split,
+        "--subset": options.subset,
+        "--encoding": options.encoding,
+    }
+    return [part for name, value in given.items() if value for part in (name, value)]

@@ -27,6 +27,7 @@ from clients.cli.options import (
     EncodingOption,
     HomeOption,
     MapOption,
+    RolesOption,
     SplitOption,
     SubsetOption,
     UrlOption,
@@ -76,6 +77,7 @@ def replay(
     serve: Annotated[bool, typer.Option("--serve", help="Start a server for this run on the home folder.")] = False,
     url: UrlOption = "http://127.0.0.1:8000",
     mapping: MapOption = None,
+    roles: RolesOption = None,
     split: SplitOption = None,
     subset: SubsetOption = None,
     encoding: EncodingOption = None,
@@ -83,7 +85,7 @@ def replay(
 ) -> None:
     """Compare versions: hotswap experiments replay legal --a v1 --b v2 --prompts FILE --output report.json."""
     models = _model_names(alias, [a, b, *(also or [])])
-    asked, num_repeated = _read_prompts(prompts, read_options(mapping, split, subset, encoding), limit)
+    asked, num_repeated = _read_prompts(prompts, read_options(mapping, split, subset, encoding, roles), limit)
     scoring = Scoring(list(rule or ()) or ([] if judge else ["exact", "length"]), answer_pattern, _read(answer_schema))
     scoring.check()
     options = {"temperature": temperature, "seed": seed, "store": False}

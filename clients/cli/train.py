@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,11 +22,13 @@ from clients.cli.options import (
     HomeOption,
     JsonOption,
     MapOption,
+    RolesOption,
     SplitOption,
     SubsetOption,
     ValidationSplitOption,
     load_core,
     read_options,
+    reading_flags,
 )
 from clients.cli.output import console, error_console, format_loss, make_table, print_gate, print_json
 from clients.cli.plots import print_curves
@@ -36,6 +39,7 @@ from training.run_file import RunFile, read_run_file
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from training.formats import ReadOptions
     from training.progress import StepMetrics
     from training.worker import TrainingResult
 
@@ -60,6 +64,7 @@ def train(
     config: _ConfigOption = None,
     validation: _ValidationOption = None,
     mapping: MapOption = None,
+    roles: RolesOption = None,
     split: SplitOption = None,
     validation_split: ValidationSplitOption = None,
     subset: SubsetOption = None,
@@ -85,31 +90,36 @@ def train(
         raise ConfigurationError(f"{missing} is needed, by flag or in the file of --config")
     given = run.settings | flags | ({"promote": "never"} if no_promote else {})
     settings = _load_settings(core.home, config, given)
-    mapping, subset, encoding = mapping or run.mapping, subset or run.subset, encoding or run.encoding
-    options = read_options(mapping, split or run.split, subset, encoding)
-    validation_options = read_options(mapping, validation_split or run.validation_split, subset, encoding)
-    with _advised(), ProgressView(alias, error_console if json else console) as view:
+    mapping, roles = mapping or run.mapping, roles or run.roles
+    subset, encoding = subset or run.subset, encoding or run.encoding
+    options = read_options(mapping, split or run.split, subset, encoding, roles)
+    validation_options = read_options(mapping, validation_split or run.validation_split, subset, encoding, roles)
+    command = _check_command(data, validation, options, validation_options.split, base, given)
+    with ProgressView(alias, error_console if json else console) as view:
         # Importing the trainer takes seconds: bad data is reported before.
         for path, how in ((data, options), (validation, validation_options)):
             if path is not None:
-                found = read_rows(path, how).as_dataset()
-                summary = f"{found.name}: {len(found.rows)} rows; {found.recognised}"
+                found = read_rows(path, how)
+                with _advised(command):
+                    dataset = found.as_dataset()
+                summary = f"{dataset.name}: {len(dataset.rows)} rows; {dataset.recognised}"
                 error_console.print(summary, markup=False, soft_wrap=True)
-                check_kind(found, settings.method)
+                check_kind(dataset, settings.method)
         # The training libraries warn about their own future arguments; nobody who trains can act on that.
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         from training.worker import run_training
 
-        result = run_training(
-            alias,
-            data,
-            validation,
-            core=core,
-            settings=settings,
-            listener=view,
-            options=options,
-            validation_options=validation_options,
-        )
+        with _advised(command, params=("data", "validation")):
+            result = run_training(
+                alias,
+                data,
+                validation,
+                core=core,
+                settings=settings,
+                listener=view,
+                options=options,
+                validation_options=validation_options,
+            )
     if json:
         print_json(result)
     else:
@@ -117,13 +127,32 @@ def train(
 
 
 @contextmanager
-def _advised() -> Iterator[None]:
-    """Say beside errors in the data what shows all of them."""
+def _advised(command: str, params: tuple[str | None, ...] = (None,)) -> Iterator[None]:
+    """Say beside errors in rows what shows all of them; an error in the file of prompts, say, is of another param."""
     try:
         yield
     except DataError as error:
-        error.add_note("hotswap data check shows every problem, and how to leave rows out")
+        if error.param in params:
+            error.add_note(f"every problem, and how to leave rows out: {command}")
         raise
+
+
+def _check_command(
+    data: Path,
+    validation: Path | None,
+    options: ReadOptions,
+    validation_split: str | None,
+    base: str | None,
+    given: Mapping[str, Any],
+) -> str:
+    """The command that looks at this run's data with this run's options."""
+    parts = ["hotswap", "data", "check", str(data)]
+    more = {"validation": validation, "validation-split": validation_split, "base": base}
+    more |= {
+        name.replace("_", "-"): given.get(name) for name in ("method", "max_length", "max_answer_tokens", "reward")
+    }
+    flags = [part for name, value in more.items() if value for part in (f"--{name}", str(value))]
+    return shlex.join([*parts, *reading_flags(options), *flags])
 
 
 def _load_settings(home: Path, config: Path | None, given: Mapping[str, Any]) -> TrainSettings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,16 @@ def _run(home: Path, *arguments: str) -> Result:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+def _train(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> list[str]:
+    """What a run that is refused says, line by line."""
+    monkeypatch.setattr("sys.argv", ["hotswap", "train", "tickets", "--home", str(home), *arguments])
+    with pytest.raises(SystemExit):
+        main()
+    return capsys.readouterr().err.splitlines()
 
 
 def _write(path: Path, content: str) -> str:
@@ -73,14 +84,55 @@ def test_train_says_what_shows_every_problem_when_rows_are_bad(
 ) -> None:
     """Below the error, for whoever has only this command."""
     source = _write(tmp_path / "d.csv", CSV + "s;\n")
-    monkeypatch.setattr("sys.argv", ["hotswap", "train", "tickets", "--data", source, *MAPPED, "--home", str(tmp_path)])
+    options = (*MAPPED, "--encoding", "utf-8", "--max-length", "200")
 
-    with pytest.raises(SystemExit):
-        main()
+    told = _train(tmp_path, monkeypatch, capsys, "--data", source, *options)
 
-    told = capsys.readouterr().err.splitlines()
     assert f"error: {source}:5: field antwort: is empty" == told[-2]
-    assert "hotswap data check shows every problem, and how to leave rows out" == told[-1]
+    command = shlex.join(["hotswap", "data", "check", source, *options])
+    assert f"every problem, and how to leave rows out: {command}" == told[-1]
+
+
+def test_train_says_what_shows_every_problem_when_rows_are_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], base: tuple[str, str]
+) -> None:
+    """The command is one that ends with the same error, by the same settings."""
+    source = str(write_rows(tmp_path / "d.jsonl", [make_messages("q", "a"), make_messages("q", "a" * 300)]))
+
+    told = _train(tmp_path, monkeypatch, capsys, "--data", source, *base, "--max-length", "200")
+
+    assert told[-1].startswith(f"every problem, and how to leave rows out: hotswap data check {source} --base ")
+    result = _run(tmp_path, *told[-1].partition("hotswap data ")[2].split())
+    assert told[-2].removeprefix("error: ") in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (None, (), "can't be read: No such file or directory"),
+        ("", (), "holds no rows"),
+        (CSV, ("--map", "user=nowhere,assistant=antwort"), "has no column 'nowhere'"),
+        (CSV, (*MAPPED, "--method", "dpo"), "method dpo trains on preference rows"),
+    ],
+    ids=["no-file", "empty", "wrong-column", "wrong-method"],
+)
+def test_train_gives_no_command_when_no_row_is_at_fault(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    content: str | None,
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    """`data check` would end with the very same sentence."""
+    path = tmp_path / "d.csv"
+    if content is not None:
+        path.write_text(content)
+
+    told = _train(tmp_path, monkeypatch, capsys, "--data", str(path), *options)
+
+    assert message in told[-1]
+    assert told[-1].startswith("error: ")
 
 
 def test_data_convert_leaves_a_file_alone_when_it_exists(tmp_path: Path) -> None:
@@ -275,3 +327,77 @@ def test_data_check_looks_at_prompts_alone_when_answers_are_to_be_sampled(
 
     assert "errors: 1, " in result.stdout
     assert f"error: {source}:2: the prompt has " in result.stdout
+
+
+def test_data_commands_take_roles_when_speakers_have_names_of_their_own(tmp_path: Path, base: tuple[str, str]) -> None:
+    """What check says to give is what check, show, convert and train take; a run's file has the key `roles`."""
+    turns = [{"from": "customer", "value": "q"}, {"from": "agent", "value": "a"}]
+    source, out = str(write_rows(tmp_path / "d.jsonl", [{"conversation": turns}] * 3)), tmp_path / "out.jsonl"
+    roles = ("--roles", "customer=user,agent=assistant")
+
+    refused = _run(tmp_path, "check", source, *base)
+
+    assert 1 == refused.exit_code
+    assert "errors: 1, warnings: 0" in refused.stdout
+    assert "--roles customer=ROLE,agent=ROLE" in refused.stdout
+    assert 0 == _run(tmp_path, "check", source, *base, *roles).exit_code
+    assert "⟦a<|im_end|>⟧" in _run(tmp_path, "show", source, *base, *roles).stdout
+    assert f"3 chat rows written to {out}\n" == _run(tmp_path, "convert", source, str(out), *roles).stdout
+    config = _write(tmp_path / "run.yaml", f"alias: t\ndata: {source}\nroles: {{customer: user, agent: assistant}}\n")
+    environment = {"HOTSWAP_HOME": str(tmp_path / "home"), "HOTSWAP_QUANTISATION": "none"}
+    arguments = ["train", "--config", config, *base, "--max-steps", "1", "--json"]
+    trained = CliRunner().invoke(app, arguments, env=environment)
+    assert 3 == json.loads(trained.stdout)["num_rows"], trained.output
+
+
+def test_data_check_gives_no_advice_to_leave_rows_out_when_every_row_is_bad(
+    tmp_path: Path, base: tuple[str, str]
+) -> None:
+    """Nothing would be left to be written, whether rows can't be read or are too long."""
+    unread = str(write_rows(tmp_path / "d.jsonl", [make_messages("q")] * 2))
+    long = str(write_rows(tmp_path / "e.jsonl", [make_messages("q", "a" * 300)] * 2))
+
+    for source in (unread, long):
+        result = _run(tmp_path, "check", source, *base, "--max-length", "200")
+        assert 1 == result.exit_code
+        assert "--drop-bad" not in result.stdout
+
+
+def test_data_show_shows_the_good_rows_when_others_are_bad(tmp_path: Path, base: tuple[str, str]) -> None:
+    """How many can't be read stands below, with the command that tells why; in JSON, beside it."""
+    source = _write(tmp_path / "d.csv", "frage;antwort\nx;\n" + CSV.removeprefix("frage;antwort\n") + "s;\n")
+
+    result = _run(tmp_path, "show", source, *base, *MAPPED, "--rows", "1")
+
+    assert 0 == result.exit_code
+    assert result.stdout.startswith("line 3: ")
+    assert "⟦a<|im_end|>⟧" in result.stdout
+    told = result.stderr.splitlines()[-1]
+    command = f"hotswap data check {source} --map user=frage,assistant=antwort"
+    assert f"rows that can't be read: 2; what is wrong with them: {command}" == told
+    assert "errors: 1, " in _run(tmp_path, *command.split()[2:], *base).stdout
+    assert 2 == len(json.loads(_run(tmp_path, "show", source, *base, *MAPPED, "--json").stdout))
+
+
+def test_data_show_is_refused_when_every_row_is_bad(tmp_path: Path, base: tuple[str, str]) -> None:
+    """There is nothing to show."""
+    source = str(write_rows(tmp_path / "d.jsonl", [make_messages("q")]))
+
+    with pytest.raises(DataError, match="expected user and assistant in turn"):
+        _run(tmp_path, "show", source, *base)
+
+
+def test_data_check_estimates_without_rows_that_it_refuses(tmp_path: Path, base: tuple[str, str]) -> None:
+    """A few long rows that a run never sees must not ask for a larger machine; that they are left aside is said."""
+    good = [make_messages(f"q{number}", "a") for number in range(4)]
+    kept = str(write_rows(tmp_path / "kept.jsonl", good))
+    mixed = str(write_rows(tmp_path / "mixed.jsonl", [*good, make_messages("q", "a" * 900)]))
+    settings = (*base, "--max-length", "200")
+
+    documents = [json.loads(_run(tmp_path, "check", source, *settings, "--json").stdout) for source in (kept, mixed)]
+
+    kept_estimate, mixed_estimate = (document["estimate"] for document in documents)
+    for figure in ("num_steps", "memory_bytes"):
+        assert kept_estimate[figure] == mixed_estimate[figure]
+    told = _run(tmp_path, "check", mixed, *settings).stdout
+    assert "figures without rows that a run refuses (1):" in told

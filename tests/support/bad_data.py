@@ -75,7 +75,27 @@ ZOO: dict[str, BadData] = {
     # Files
     "missing": BadData("d.jsonl", lambda path: None, ": can't be read: No such file or directory"),
     "empty": BadData("d.jsonl", _text(""), ": holds no rows; expected a row with"),
-    "blank-csv": BadData("d.csv", _text("question,answer\n"), ": holds no rows; expected a row with"),
+    "blank-csv": BadData(
+        "d.csv", _text("question,answer\n"), ": holds no rows; expected a header, and a record a row below it"
+    ),
+    "spreadsheet": BadData(
+        "d.XLSX",
+        _bytes(b"PK\3\4"),
+        ": expected a file whose name ends in .jsonl, .ndjson, .json, .csv, .tsv, .parquet, found '.XLSX'; save",
+    ),
+    "cut-document": BadData(
+        "d.json",
+        _text('{\n"tickets": [\n{"user": "hi", "assist'),
+        ":3: not JSON: Unterminated string starting at (column 16); the file seems to be cut off at its end",
+    ),
+    "cut-behind-a-row": BadData(
+        "d.json",
+        _text('[\n{"user": "hi", "assistant": "ho"},\n'),
+        ":3: not JSON: Expecting value (column 1); the file seems to be cut off at its end",
+    ),
+    "wrong-document": BadData(
+        "d.json", _text('{\n"tickets": [\n{"user" "hi"}]}\n'), ":3: not JSON: Expecting ':' delimiter (column 9)"
+    ),
     "other-suffix": BadData("d.docx", _bytes(b"PK\3\4"), ": expected a file whose name ends in .jsonl, .ndjson, .json"),
     "empty-folder": BadData("d", _folder(readme_md="no data"), ": is a folder without a file whose name ends in"),
     "several-splits": BadData(
@@ -121,7 +141,6 @@ ZOO: dict[str, BadData] = {
     "more-behind-a-list": BadData(
         "d.json", _text(json.dumps([_GOOD]) + "\n{}"), ":2: not JSON: Extra data behind the list"
     ),
-    "cut-document": BadData("d.json", _text('{\n"data": [\n{"text": }]}'), ": not JSON: Expecting value"),
     "several-lists": BadData(
         "d.json",
         _text(json.dumps({"train": [_GOOD], "test": [_GOOD]})),
@@ -171,12 +190,14 @@ ZOO: dict[str, BadData] = {
     # Conversations
     "messages-empty": BadData("d.jsonl", _chat(), ":2: field messages: expected at least one message, found none"),
     "unknown-role": BadData(
-        "d.jsonl", _chat({"role": "bot", "content": "q"}, _ASSISTANT), ":2: field messages[0].role: expected one of"
+        "d.jsonl",
+        _chat({"role": "bot", "content": "q"}, _ASSISTANT),
+        ":2: roles that are not known: 'bot' (1 row); say",
     ),
     "unknown-sharegpt-role": BadData(
         "d.json",
         _rows({"conversations": [{"from": "narrator", "value": "q"}, {"from": "gpt", "value": "a"}]}),
-        ":1: field conversations[0].from: expected one of human, user, prompter, gpt",
+        ":1: roles that are not known: 'narrator' (1 row); say which of system, user, assistant, tool",
     ),
     "ends-with-user": BadData(
         "d.jsonl",

@@ -49,10 +49,13 @@ BAD_LINES = {
         _with_first(content="hi"),
         r"field messages\[0\]\.role: expected one of system, user, assistant, tool, found None",
     ),
-    "role-unknown": (_with_first(role="bot", content="hi"), r"field messages\[0\]\.role: expected .*, found 'bot'"),
-    "role-in-capitals": (_with_first(role="User", content="hi"), r"field messages\[0\]\.role: .*, found 'User'"),
+    "role-unknown": (_with_first(role="bot", content="hi"), r"roles that are not known: 'bot' \(1 row\); say .*=ROLE"),
+    "role-in-capitals": (_with_first(role="User", content="hi"), r"roles that are not known: 'User' \(1 row\); .*"),
     "role-is-a-list": (_with_first(role=["user"], content="hi"), r"field messages\[0\]\.role: .*, found \['user'\]"),
-    "role-is-endless": (_with_first(role="x" * 5000, content="hi"), r"field messages\[0\]\.role: .*, found 'x{59}"),
+    "role-is-endless": (
+        _with_first(role="x" * 5000, content="hi"),
+        r"roles that are not known: 'x{59} \(1 row\); .* x{60}=ROLE",
+    ),
     "content-missing": (_with_first(role="user"), r"field messages\[0\]\.content: expected text, found nothing"),
     "content-is-a-number": (
         _with_first(role="user", content=1),
@@ -85,7 +88,7 @@ BAD_LINES = {
     ),
     "two-users-in-a-row": (
         _with({"role": "user", "content": "hi"}, *make_messages("hi", "ho")),
-        "field messages: expected user and assistant in turn, .*, found user, user, assistant",
+        "field messages: expected user and assistant in turn, .*, found user, user, assistant; join what one .*",
     ),
     "ends-with-user": (
         _with(*make_messages("hi", "ho", "and then")),
@@ -93,7 +96,7 @@ BAD_LINES = {
     ),
     "starts-with-assistant": (
         _with({"role": "assistant", "content": "ho"}, *make_messages("hi", "ho")),
-        "field messages: expected user and assistant in turn, .*, found assistant, user, assistant",
+        "field messages: expected user and assistant in turn, .*, found assistant, user, assistant; take out what .*",
     ),
 }
 
@@ -154,9 +157,10 @@ def test_read_dataset_names_every_problem_of_a_line_when_it_has_several(tmp_path
         read_dataset(path)
 
     keys = "role, content, weight, name, tool_calls, tool_call_id"
+    which = "say which of system, user, assistant, tool each of them is"
     assert [
         f"{path}:1: field messages[0]: key 'audio' is not supported; expected {keys}",
-        f"{path}:1: field messages[0].role: expected one of system, user, assistant, tool, found 'bot'",
+        f"{path}:1: roles that are not known: 'bot' (1 row); {which}: --roles bot=ROLE",
         f"{path}:1: field messages[0].content: is empty",
         f"{path}:1: field messages[1]: expected an object with role and content, found str",
     ] == caught.value.problems
@@ -175,7 +179,7 @@ def test_read_dataset_counts_blank_lines_when_it_names_a_line(tmp_path: Path) ->
 def test_read_dataset_shows_twenty_problems_when_there_are_more(tmp_path: Path, num_bad: int, num_more: int) -> None:
     """A wholly bad file fills one screen, and the rest is counted."""
     path = tmp_path / "data.jsonl"
-    path.write_bytes(b"bad\n" * num_bad)
+    path.write_bytes(b"".join(b" " * number + b"bad\n" for number in range(num_bad)))  # each a column further right
 
     with pytest.raises(DataError) as caught:
         read_dataset(path)
@@ -273,3 +277,16 @@ def test_table_is_refused_with_advice_when_it_has_one_message_a_row(tmp_path: Pa
     with pytest.raises(DataError, match=r"has a column 'speaker' beside the text, .* expected one conversation a row"):
         read_dataset(path)
     assert "text" == read_dataset(path, mapping={"text": "text"}).kind
+
+
+def test_read_dataset_tells_a_problem_once_when_many_rows_have_it(tmp_path: Path) -> None:
+    """With the first lines that have it and a count of the rest; another problem stands beside it."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"bad\n" * 7 + GOOD + b"\nnull\n")
+
+    with pytest.raises(DataError) as caught:
+        read_dataset(path)
+
+    first, second = caught.value.problems
+    assert f"{path}: lines 1, 2, 3, 4, 5 and 2 more: not JSON: Expecting value (column 1)" == first
+    assert second.startswith(f"{path}:9: expected a row with ")

@@ -247,3 +247,23 @@ def test_prompts_are_refused_when_they_leave_no_room_for_an_answer(tmp_path: Pat
 
 def _rl_options(method: str) -> dict[str, Any]:
     return {"reward": "toy.py:toy", "batch_size": 8} if method in ("rloo", "grpo") else {}
+
+
+def test_inspect_data_counts_tokens_without_rows_that_it_refuses(tmp_path: Path) -> None:
+    """Figures and what is estimated from them are those of the rows that are left."""
+    good = _inspect(tmp_path, _good_rows(), max_length=200).train
+
+    found = _inspect(tmp_path, [*_good_rows(), make_messages("q", "a" * 300)], max_length=200).train
+
+    assert 1 == len(found.problems)
+    assert (11, 10) == (found.num_rows, found.num_fit_rows)
+    assert good.tokens == found.tokens
+    assert good.tokens is not None
+
+
+def test_inspect_data_has_no_figures_when_every_row_is_refused(tmp_path: Path) -> None:
+    """Nothing is estimated of nothing, and leaving rows out is no way."""
+    report = _inspect(tmp_path, [make_messages("q", "a" * 300)], max_length=200)
+
+    assert (0, None) == (report.train.num_fit_rows, report.train.tokens)
+    assert () == report.unfit_sets

@@ -20,12 +20,15 @@ def test_run_file_is_read_when_it_is_right(tmp_path: Path) -> None:
     """Data is looked for beside the file, a reward function too; the rest are settings."""
     (tmp_path / "rows.jsonl").write_text("")
     content = "alias: legal\ndata: rows.jsonl\nvalidation: /else/valid.jsonl\nmap: {user: frage, assistant: antwort}\n"
-    path = _write(tmp_path, content + "split: train\nrank: 4\nreward: r.py:polite\nsample_file: rows.jsonl\n")
+    path = _write(
+        tmp_path, content + "roles: {bot: user}\nsplit: train\nrank: 4\nreward: r.py:polite\nsample_file: rows.jsonl\n"
+    )
 
     run = read_run_file(path)
 
     assert (run.alias, run.data, run.validation) == ("legal", tmp_path / "rows.jsonl", Path("/else/valid.jsonl"))
     assert (run.mapping, run.split, run.encoding) == (["user=frage", "assistant=antwort"], "train", None)
+    assert ["bot=user"] == run.roles
     sampled = f"{tmp_path}/rows.jsonl"
     assert run.settings == {"rank": 4, "reward": f"{tmp_path}/r.py:polite", "sample_file": sampled}
 
@@ -42,6 +45,7 @@ def test_run_file_is_read_when_it_is_right(tmp_path: Path) -> None:
         ("", "found NoneType"),
         ("alias: [legal]", r"key alias: expected text, found \['legal'\]"),
         ("map: [user]", r"key map: expected columns by name .*found \['user'\]"),
+        ("roles: {bot: 3}", r"key roles: expected roles by speaker .*found {'bot': 3}"),
         ("split: 3", "key split: expected text, found 3"),
         ("data: 3", "key data: expected text, found 3"),
         ("rank: {", "is not YAML that can be read"),
