@@ -46,8 +46,8 @@ __all__ = [
     "judge_and_publish",
 ]
 
-# Where it runs and what becomes of the result, not what it is.
-_NOT_RECORDED = {"home", "keep_prompts", "promote", "sample_file"}
+# Where it runs and what becomes of the result, not what it is; the share stands with the data where it was used.
+_NOT_RECORDED = {"home", "keep_prompts", "promote", "sample_file", "validation_share"}
 _RECORDED_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
 # Writes an adapter into a folder and checks it as strictly as the server; returns its manifest with these metrics.

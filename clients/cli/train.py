@@ -84,6 +84,10 @@ def train(
         missing = "an ALIAS to publish under" if alias is None else "--data"
         raise ConfigurationError(f"{missing} is needed, by flag or in the file of --config")
     given = run.settings | flags | ({"promote": "never"} if no_promote else {})
+    if validation is not None and given.get("validation_share") is not None:
+        raise ConfigurationError(
+            f"validation_share holds out rows of {data}, but {validation} is given to validate with: give one of both"
+        )
     settings = _load_settings(core.home, config, given)
     mapping, subset, encoding = mapping or run.mapping, subset or run.subset, encoding or run.encoding
     options = read_options(mapping, split or run.split, subset, encoding)

@@ -236,6 +236,17 @@ def test_training_reports_bad_data_before_it_loads_anything_when_a_line_is_wrong
         shell.text("train", "legal", "--data", str(data))
 
 
+def test_training_refuses_a_share_when_validation_data_is_given_too(shell: Shell, tmp_path: Path) -> None:
+    """Only one of both can be meant; the home's own share, which is for runs without a file, is no contradiction."""
+    data = write_rows(tmp_path / "rows.jsonl", easy_rows(2))
+    with pytest.raises(ConfigurationError, match=r"validation_share holds out rows of .*rows\.jsonl.*one of both"):
+        shell.text("train", "legal", "--data", str(data), "--validation", str(data), "--validation-share", "0.1")
+    run = tmp_path / "run.yaml"
+    run.write_text("alias: legal\ndata: rows.jsonl\nvalidation: rows.jsonl\nvalidation_share: 0.1\n")
+    with pytest.raises(ConfigurationError, match="give one of both"):
+        shell.text("train", "--config", str(run))
+
+
 def test_key_is_printed_once_when_it_is_made(shell: Shell) -> None:
     """The secret alone goes to standard output, so that a script can keep it; lists don't have it."""
     assert [] == shell.json("keys", "list")
