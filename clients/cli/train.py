@@ -214,7 +214,14 @@ def _print_result(result: TrainingResult, method: Method) -> None:
     if result.is_live:
         console.print(f'{alias} answers with {label} now. Try: hotswap chat {alias} "..." (with hotswap serve running)')
     else:
-        console.print(
-            f"{label} is published and answers by that name; {alias} was not moved to it. "
-            f"Try: hotswap adapters promote {label}"
-        )
+        console.print(f"{label} is published and answers by that name; {alias} was not moved to it.", soft_wrap=True)
+        _print_ways_out(result)
+
+
+def _print_ways_out(result: TrainingResult) -> None:
+    """What mends a version that its alias was not moved to, and only then how to move it by hand."""
+    cures = [check.cure for check in result.gate.checks if check.cure]
+    for cure in cures:
+        console.print(f"What usually mends it: {cure}.", markup=False, soft_wrap=True)
+    title = "Or, all the same" if cures else "Try"
+    console.print(f"{title}: hotswap adapters promote {result.published.label}", soft_wrap=True)

@@ -479,9 +479,13 @@ def test_gate_is_printed_when_a_version_was_trained(shell: Shell, tmp_path: Path
     printed = shell.text("train", "legal", "--data", str(data), *flags)
     assert "the gate: inconclusive" in printed
     assert "legal was not moved to it" in printed
+    *_, cure, promotion = printed.splitlines()
+    assert cure == "What usually mends it: give 8 validation rows or more: a validation file, or validation_share."
+    assert promotion == "Or, all the same: hotswap adapters promote legal@v3"
     assert "training loss (nats a token), " in printed
     shown = shell.text("adapters", "show", "legal@v3")
     assert "not compared with legal@v2: there is no validation file" in shown
+    assert "What usually mends it: give 8 validation rows or more" in shown
     report = shell.json("adapters", "show", "legal@v3")["manifest"]["gate"]
     assert {check["name"]: check["outcome"] for check in report["checks"]} == {
         "base": "unchecked",
