@@ -223,6 +223,13 @@ def test_doctor_says_what_it_found_when_run(shell: Shell) -> None:
     assert set(findings) >= {"python", "memory", "torch", "device", "bitsandbytes", "compiler", "config"}
 
 
+@pytest.mark.parametrize("name", ["VERSION", "INSTALL_COMPLETION", "SHOW_COMPLETION", "HELP"])
+def test_command_runs_when_a_variable_is_called_as_an_option_of_the_root(shell: Shell, name: str) -> None:
+    """Deployments name an image's tag HOTSWAP_VERSION; it must not turn every command into --version."""
+    shell.environment[f"HOTSWAP_{name}"] = "1"
+    assert [alias["name"] for alias in shell.json("adapters", "list")] == ["legal"]
+
+
 def test_base_list_names_the_embedded_model_when_nothing_is_fetched(shell: Shell) -> None:
     """The embedded base model is offered before it is there."""
     assert shell.json("base", "list") == [{"name": "smollm2-135m", "folder": None, "fetched": False}]
