@@ -505,6 +505,18 @@ def test_gate_is_printed_when_a_version_was_trained(shell: Shell, tmp_path: Path
     )
 
 
+def test_promotion_says_so_when_the_gate_was_not_passed(shell: Shell, tmp_path: Path) -> None:
+    """In a line behind the new state; and going back where there is nothing earlier names what can be done."""
+    data = write_rows(tmp_path / "train.jsonl", easy_rows(4))
+    flags = ("--max-steps", "1", "--rank", "2", "--gate-samples", "0", "--sample-prompts", "0")
+    shell.text("train", "worse", "--data", str(data), *flags, "--gate-format-regex", "x")
+    said, why = shell.text("adapters", "promote", "worse@v1").splitlines()
+    assert said == "worse answers with worse@v1 now"
+    assert why.startswith("worse@v1 was promoted all the same: the gate was not passed: the format was not checked")
+    with pytest.raises(HotswapError, match="no earlier version to roll back to; promote another of its versions"):
+        shell.text("adapters", "rollback", "worse")
+
+
 def test_job_is_queued_from_files_when_created(shell: Shell, tmp_path: Path) -> None:
     """As by the API, on the table that a server of this home reads; hyperparameters are those of the wire."""
     rows = write_rows(tmp_path / "rows.jsonl", easy_rows(2))
