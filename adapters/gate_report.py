@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-__all__ = ["CheckName", "GateCheck", "GateReport", "Outcome", "Verdict", "may_promote"]
+__all__ = ["FORGETTING_CURE", "CheckName", "GateCheck", "GateReport", "Outcome", "Verdict", "may_promote"]
 
 CheckName = Literal["base", "present", "forgetting", "format", "sampling"]
 Outcome = Literal["passed", "failed", "unchecked"]
@@ -14,6 +14,22 @@ Verdict = Literal["passed", "failed", "inconclusive"]
 
 # Without these nothing is known about the version; the others may be switched off.
 _NEEDED: tuple[CheckName, ...] = ("base", "present")
+
+FORGETTING_CURE = "lower learning_rate, train for fewer epochs, or mix everyday conversations into the rows"
+_CURES: dict[CheckName, str] = {
+    "base": "train on more rows, or for more epochs; fewer where the validation loss rose while the training loss fell",
+    "present": "train on more rows than that version was, or go on from it with start_from",
+    "forgetting": FORGETTING_CURE,
+    "format": "train for more epochs or on more rows, if the rows themselves keep to the format",
+    "sampling": "train for more steps or on more rows, and read samples.jsonl of the run",
+}
+# By what most of the degenerate answers are, as `GateCheck.figures` of `sampling` counts them.
+_FLAW_CURES = {
+    "too_long": "train for more steps or on more rows: the end of a turn is not learned yet",
+    "loop": "train on more rows, with a lower learning_rate or for fewer epochs: the answers repeat themselves",
+    "empty": "look for rows with empty or very short answers, and train with a lower learning_rate",
+}
+_VALIDATE = "give 8 validation rows or more: a validation file, or validation_share"
 
 
 class GateCheck(BaseModel):
@@ -24,6 +40,21 @@ class GateCheck(BaseModel):
     outcome: Outcome
     sentence: Annotated[str, StringConstraints(max_length=1000)]
     figures: dict[str, float] = Field(default_factory=dict, max_length=20)
+
+    @property
+    def cure(self) -> str | None:
+        """What usually mends it; None if nothing is to be mended.
+
+        Not recorded: reports of earlier releases have it, too.
+        """
+        if self.outcome == "unchecked" and self.name == "base":
+            return _VALIDATE
+        if self.outcome != "failed":
+            return None
+        if self.name == "format" and not self.figures:
+            return "have answers sampled: gate_samples above 0"
+        flaws = [flaw for flaw in _FLAW_CURES if flaw in self.figures] if self.name == "sampling" else []
+        return _FLAW_CURES[max(flaws, key=self.figures.__getitem__)] if flaws else _CURES[self.name]
 
 
 class GateReport(BaseModel):

@@ -55,12 +55,16 @@ class BaseReference(_Strict):
 
 
 class DataReference(_Strict):
-    """The data that a version was trained on: hashes and counts, never the rows."""
+    """The data that a version was trained on: hashes and counts, never the rows.
+
+    With a `validation_share`, the validation rows are those that it holds out of the training file, by their content.
+    """
 
     train_sha256: str
     num_train_rows: int
     validation_sha256: str | None = None
     num_validation_rows: int = 0
+    validation_share: float | None = Field(None, gt=0, lt=1)
 
 
 class FileReference(_Strict):
@@ -100,6 +104,8 @@ class Manifest(_Strict):
         for name in _LATER_FIELDS:
             if document[name] == type(self).model_fields[name].default:
                 del document[name]
+        if self.data is not None and self.data.validation_share is None:
+            del document["data"]["validation_share"]
         return json.dumps(document, sort_keys=True, indent=1, ensure_ascii=False).encode()
 
     @property

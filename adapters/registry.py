@@ -404,7 +404,10 @@ def _find_earlier(session: Session, alias: str) -> NumberedVersion:
     _get_alias(session, alias)
     trail = _trail(session, alias)
     if len(trail) < 2:
-        raise ConflictError(f"{alias!r} has no earlier version to roll back to")
+        raise ConflictError(
+            f"{alias!r} has no earlier version to roll back to; promote another of its versions instead, or publish a "
+            "better one"
+        )
     return _load_numbered(session, alias, trail[-2])
 
 

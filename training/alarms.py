@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Literal
 
+from adapters.gate_report import FORGETTING_CURE
+
 __all__ = ["Alarm", "AlarmKind", "EvaluationPoint", "StepPoint", "find_alarms"]
 
 AlarmKind = Literal["not_a_number", "diverging", "gradient", "no_learning", "overfitting", "forgetting"]
@@ -143,8 +145,7 @@ def _check_forgetting(evaluations: Sequence[EvaluationPoint], max_forgetting: fl
         return None
     message = (
         f"the loss on general text is {rise:.2f} nats a token above the base model's at step {evaluations[-1].step}, "
-        f"{max_forgetting:g} is allowed (gate_forgetting): the model forgets what it knew; lower learning_rate, train "
-        "for fewer epochs, or mix everyday conversations into the rows"
+        f"{max_forgetting:g} is allowed (gate_forgetting): the model forgets what it knew; {FORGETTING_CURE}"
     )
     return Alarm("forgetting", message)
 

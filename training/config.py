@@ -114,6 +114,12 @@ class TrainSettings(SettingsSection):
         (), max_length=4, description="Trackers that are told of every step, besides our own files; each if installed."
     )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of initialisation, order and dropout.")
+    validation_share: float | None = Field(
+        None,
+        gt=0,
+        le=0.5,
+        description="Without validation data: about this share of the training rows is held out to validate with.",
+    )
     eval_steps: int | None = Field(
         None,
         ge=1,
@@ -233,10 +239,10 @@ class TrainSettings(SettingsSection):
         Raises:
             ConfigurationError: patience, which would never run out.
         """
-        if self.patience is not None and not is_given:
+        if self.patience is not None and not is_given and self.validation_share is None:
             raise ConfigurationError(
                 f"setting train.patience: {self.patience} validations without a better loss would end the run, but "
-                "there is no validation file; give one, or leave patience out"
+                "there is no validation file; give one or validation_share, or leave patience out"
             )
 
     def _check_reward(self) -> None:

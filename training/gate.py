@@ -167,7 +167,8 @@ def _check_sampling(samples: Sequence[Sample], settings: TrainSettings) -> GateC
         f"{len(flaws)} of {len(samples)} sampled answers are degenerate{f' ({kinds})' if kinds else ''}; "
         f"at most {settings.gate_degenerate:.0%} are allowed"
     )
-    return _check("sampling", "passed" if share <= settings.gate_degenerate else "failed", sentence, {"share": share})
+    figures = {"share": share} | {flaw.replace(" ", "_"): float(flaws.count(flaw)) for flaw in sorted(set(flaws))}
+    return _check("sampling", "passed" if share <= settings.gate_degenerate else "failed", sentence, figures)
 
 
 def _check_format(samples: Sequence[Sample], settings: TrainSettings) -> Iterator[GateCheck]:

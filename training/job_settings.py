@@ -60,7 +60,9 @@ def resolve_settings(job: Job, home: Path) -> TrainSettings:
             settings = TrainSettings.load(home, **flags)
         if "patience" in flags:
             settings.check_validation(is_given=job.validation_file is not None)
-        elif job.validation_file is None:  # the server's own patience is for jobs that are validated
+        elif (
+            job.validation_file is None and settings.validation_share is None
+        ):  # the server's own patience is for jobs that are validated
             settings = settings.model_copy(update={"patience": None})
         return settings
     except ConfigurationError as error:

@@ -28,7 +28,7 @@ from training.methods import TrainingRun
 from training.plots import write_curves
 from training.progress import TrainedCounts
 from training.rewards_file import public_reward
-from training.run_log import RunLog
+from training.run_log import PUBLISHING, RunLog
 from training.sampling import SamplePrompt
 from training.scratch import scratch_folder
 from training.start import linear_shapes_of
@@ -46,8 +46,8 @@ __all__ = [
     "judge_and_publish",
 ]
 
-# Where it runs and what becomes of the result, not what it is.
-_NOT_RECORDED = {"home", "keep_prompts", "promote", "sample_file"}
+# Where it runs and what becomes of the result, not what it is; the share stands with the data where it was used.
+_NOT_RECORDED = {"home", "keep_prompts", "promote", "sample_file", "validation_share"}
 _RECORDED_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
 # Writes an adapter into a folder and checks it as strictly as the server; returns its manifest with these metrics.
@@ -121,7 +121,7 @@ def judge_and_publish(
         report = _find_report(present, manifest, folder) or _judge(trained, present)
         log.note("gate", trained.counts.num_steps, {"verdict": report.verdict, "reason": report.reason})
         write_curves(log, run.settings.method)
-        listener.on_stage("Publishing")
+        listener.on_stage(PUBLISHING)
         judged = manifest.model_copy(update={"gate": report})
         may_move = _move_rule(run.settings, report, present)
         published, is_live = publish(folder, judged, trained.counts, may_move, trained.asked)

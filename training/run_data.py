@@ -17,11 +17,15 @@ from adapters.routing.prompts import prompts_of
 from adapters.settings import CoreSettings
 from training.config import TrainSettings
 from training.formats import Dataset, ReadOptions, read_rows
+from training.gate import MIN_ROWS
+from training.held_out import hold_out
 from training.methods import check_trainable, render_rows
 from training.preflight import run_preflight
 from training.sampling import SamplePrompt, make_prompts, read_prompts
 
 __all__ = ["DataFile", "DataListener", "RenderedData", "prepare_data"]
+
+_NO_VALIDATION = "no validation rows: the gate can't compare; --validation-share 0.1 holds some out"
 
 
 class DataListener(Protocol):
@@ -74,26 +78,36 @@ def prepare_data(
     listener: DataListener,
     inspect: bool,
 ) -> RenderedData:
-    """Read, check and tokenise all rows; only the tokenizer of the base model is loaded for it."""
+    """Read, check and tokenise all rows; only the tokenizer of the base model is loaded for it.
+
+    Without a validation file, `validation_share` of the training rows is held out, if it is set.
+    """
     listener.on_stage("Checking the data")
     train = train_file.read()
     validation = validation_file.read() if validation_file else None
+    share = settings.validation_share if validation_file is None else None
+    if share is not None:
+        train, validation = _divide(train, share, train_file, listener)
+    elif validation is None and inspect:
+        listener.on_warning(_NO_VALIDATION)
+    validation_param = validation_file.param if validation_file else train_file.param
     listener.on_stage(f"Tokenising for the base model {public_name(core.base)}")
     tokenizer = load_tokenizer(pull_base(core.base, core.home))
     if inspect:
-        _inspect(train, validation, (train_file, validation_file), tokenizer, settings, listener)
+        _inspect(train, validation, (train_file.param, validation_param), tokenizer, settings, listener)
     with _blaming(train_file.param):
         train_rows = render_rows(tokenizer, train, settings)
         check_trainable(train_rows, train.name, settings)
     validation_rows: Sequence[Any] = []
-    if validation_file and validation:
-        with _blaming(validation_file.param):
+    if validation:
+        with _blaming(validation_param):
             validation_rows = render_rows(tokenizer, validation, settings)
     reference = DataReference(
         train_sha256=train.sha256,
         num_train_rows=len(train.rows),
         validation_sha256=validation.sha256 if validation else None,
         num_validation_rows=len(validation.rows) if validation else 0,
+        validation_share=share,
     )
     rows = [numbered.row for numbered in (validation or train).rows]
     return RenderedData(
@@ -106,6 +120,22 @@ def prepare_data(
     )
 
 
+def _divide(data: Dataset, share: float, file: DataFile, listener: DataListener) -> tuple[Dataset, Dataset | None]:
+    """Hold rows out; None if the share is too small for one."""
+    train, held_out = hold_out(data, share)
+    counts = f"{len(held_out.rows)} of {len(data.rows)} rows"
+    if not train.rows:
+        message = f"{data.name}: validation_share {share:g} holds out {counts}, none is left to train on"
+        raise DataError([message], param=file.param)
+    listener.on_stage(f"Held out {counts} for validation")
+    if len(held_out.rows) < MIN_ROWS:
+        listener.on_warning(
+            f"validation_share {share:g} holds out {counts}; the gate compares with {MIN_ROWS} or more and will be "
+            "inconclusive: give a larger share, or more rows"
+        )
+    return train, held_out if held_out.rows else None
+
+
 def _sampled_prompts(tokenizer: Any, rows: Sequence[Row], settings: TrainSettings) -> list[SamplePrompt]:
     if settings.sample_file is None:
         return make_prompts(tokenizer, rows, limit=settings.sample_prompts)
@@ -115,13 +145,12 @@ def _sampled_prompts(tokenizer: Any, rows: Sequence[Row], settings: TrainSetting
 def _inspect(
     train: Dataset,
     validation: Dataset | None,
-    files: tuple[DataFile, DataFile | None],
+    params: tuple[str, str],
     tokenizer: Any,
     settings: TrainSettings,
     listener: DataListener,
 ) -> None:
     """Refuse data that can't be trained on, and tell the listener what its owner should know of it."""
-    params = [file.param if file else None for file in files]
     preflight = run_preflight(
         train,
         validation,

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["METRICS_FILE", "SAMPLES_FILE", "RunLog", "read_lines"]
+__all__ = ["METRICS_FILE", "PUBLISHING", "SAMPLES_FILE", "RunLog", "name_run_folder", "read_lines"]
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+PUBLISHING = "Publishing"  # the stage from which on there may be a version
 
 LineKind = Literal["step", "evaluation", "alarm", "gate"]
+
+
+def name_run_folder(home: Path) -> Path:
+    """The folder of a new run, which is made when its training begins."""
+    return home / "runs" / f"run-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 class RunLog:

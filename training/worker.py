@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,7 +44,7 @@ from training.publication import (
     judge_and_publish,
 )
 from training.run_data import DataFile, RenderedData, prepare_data
-from training.run_log import RunLog
+from training.run_log import RunLog, name_run_folder
 from training.sampling import sample_answers
 from training.trackers import prepare_trackers
 from training.watching import RunListener, Watch, WatchPlan
@@ -134,8 +132,11 @@ def run_training(
     listener: TrainingListener | None = None,
     options: ReadOptions | None = None,
     validation_options: ReadOptions | None = None,
+    folder: Path | None = None,
 ) -> TrainingResult:
     """Train an adapter on rows of any known shape and publish it as the next version of `alias`.
+
+    Metrics, samples and curves go to `folder`, or to a new one below the home folder's `runs`.
 
     Raises:
         InvalidNameError: `alias` can't be an alias.
@@ -172,7 +173,7 @@ def run_training(
             listener=listener or SilentListener(),
             publish=publish,
             open_versions=open_versions,
-            folder=core.home / "runs" / _make_run_id(),
+            folder=folder or name_run_folder(core.home),
         )
     except Exception as error:
         # Whatever library it was: memory runs out in all of them, each with words of its own.
@@ -286,10 +287,6 @@ def _make_result(trained: TrainedAdapter, done: Published, num_rows: int, train_
         gate=done.gate,
         folder=trained.log.folder,
     )
-
-
-def _make_run_id() -> str:
-    return f"run-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 class _SavingWatcher:

@@ -109,8 +109,12 @@ def promote(
     json: JsonOption = False,
 ) -> None:
     """Point an alias to one of its versions; new requests get it at once."""
-    alias = open_registry(home).promote(version_name(name, version))
+    registry = open_registry(home)
+    alias = registry.promote(version_name(name, version))
     _print_alias(alias.name, alias.current.label, alias, as_json=json)
+    report = registry.gate_report(alias.current.label)
+    if report is not None and report.verdict == "failed" and not json:
+        console.print(f"{alias.current.label} was promoted all the same: {report.reason}", markup=False, soft_wrap=True)
 
 
 @app.command("rollback")

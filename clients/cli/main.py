@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from clients.cli import (
     adapters,
@@ -29,8 +30,21 @@ from clients.cli import (
 
 __all__ = ["app", "main"]
 
+
+class _RootGroup(TyperGroup):
+    """Commands whose own options, such as --version, come from no variable: HOTSWAP_VERSION is often an image's tag."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """All options of the root, those of Typer's own included."""
+        params: list[Any] = list(super().get_params(ctx))
+        for param in params:
+            param.allow_from_autoenv = False
+        return params
+
+
 app = typer.Typer(
     name="hotswap",
+    cls=_RootGroup,
     help="One 4-bit base model, one LoRA adapter per domain, swapped live.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

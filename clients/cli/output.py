@@ -96,8 +96,11 @@ def format_loss(loss: float | None) -> str | None:
 
 
 def print_gate(report: GateReport) -> None:
-    """What the gate found, check by check, and what that amounts to."""
-    rows = [(check.name, check.outcome, check.sentence) for check in report.checks]
+    """What the gate found, check by check, what usually mends it, and what all that amounts to."""
+    cures = [f". What usually mends it: {check.cure}" if check.cure else "" for check in report.checks]
+    rows = [
+        (check.name, check.outcome, f"{check.sentence}{cure}") for check, cure in zip(report.checks, cures, strict=True)
+    ]
     console.print(make_table(["check", "outcome", f"the gate: {report.verdict}"], rows))
 
 

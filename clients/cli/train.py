@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,11 +31,12 @@ from clients.cli.options import (
     read_options,
     reading_flags,
 )
-from clients.cli.output import console, error_console, format_loss, make_table, print_gate, print_json
+from clients.cli.output import console, error_console, format_loss, format_seconds, make_table, print_gate, print_json
 from clients.cli.plots import print_curves
 from clients.cli.settings_flags import with_settings
 from training.config import TrainSettings
 from training.run_file import RunFile, read_run_file
+from training.run_log import PUBLISHING, name_run_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,13 +91,18 @@ def train(
         missing = "an ALIAS to publish under" if alias is None else "--data"
         raise ConfigurationError(f"{missing} is needed, by flag or in the file of --config")
     given = run.settings | flags | ({"promote": "never"} if no_promote else {})
+    if validation is not None and given.get("validation_share") is not None:
+        raise ConfigurationError(
+            f"validation_share holds out rows of {data}, but {validation} is given to validate with: give one of both"
+        )
     settings = _load_settings(core.home, config, given)
     mapping, roles = mapping or run.mapping, roles or run.roles
     subset, encoding = subset or run.subset, encoding or run.encoding
     options = read_options(mapping, split or run.split, subset, encoding, roles)
     validation_options = read_options(mapping, validation_split or run.validation_split, subset, encoding, roles)
     command = _check_command(data, validation, options, validation_options.split, base, given)
-    with ProgressView(alias, error_console if json else console) as view:
+    folder = name_run_folder(core.home)
+    with ProgressView(alias, error_console if json else console, folder) as view:
         # Importing the trainer takes seconds: bad data is reported before.
         for path, how in ((data, options), (validation, validation_options)):
             if path is not None:
@@ -109,6 +116,7 @@ def train(
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         from training.worker import run_training
 
+        view.on_stage(f"Metrics and sampled answers go to {folder}")
         with _advised(command, params=("data", "validation")):
             result = run_training(
                 alias,
@@ -119,6 +127,7 @@ def train(
                 listener=view,
                 options=options,
                 validation_options=validation_options,
+                folder=folder,
             )
     if json:
         print_json(result)
@@ -165,14 +174,18 @@ def _load_settings(home: Path, config: Path | None, given: Mapping[str, Any]) ->
 
 
 class ProgressView:
-    """Shows a run's stages as lines and its steps as a bar with the time left."""
+    """Shows a run's stages as lines and its steps as a bar with the time left; without a terminal, as ten lines.
 
-    def __init__(self, alias: str, output: Console) -> None:
+    A run that is interrupted ends with a line that says how far it came and what is left of it in `folder`.
+    """
+
+    def __init__(self, alias: str, output: Console, folder: Path) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
         from rich.progress import TimeRemainingColumn as TimeLeft
 
         self._alias = alias
         self._output = output
+        self._folder = folder
         self._progress = Progress(
             TextColumn("  [bold]{task.description}"),
             BarColumn(),
@@ -182,8 +195,12 @@ class ProgressView:
             TextColumn("left"),
             TimeLeft(),
             console=output,
+            disable=not output.is_terminal,
         )
         self._task: int | None = None
+        self._reached: tuple[int, int] | None = None
+        self._first: tuple[int, float] | None = None
+        self._is_publishing = False
 
     def __enter__(self) -> Self:
         """Start drawing."""
@@ -195,10 +212,13 @@ class ProgressView:
     ) -> None:
         """Stop drawing."""
         self._progress.stop()
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._output.print(f"  {self._alias}: {self._describe_stop()}", markup=False, soft_wrap=True)
 
     def on_stage(self, message: str) -> None:
         """Print a line for a new stage."""
-        self._output.print(f"  {self._alias}: {escape(message)}")
+        self._is_publishing = message == PUBLISHING
+        self._output.print(f"  {self._alias}: {escape(message)}", soft_wrap=True)
 
     def on_evaluation(self, metrics: StepMetrics, evaluation: Any) -> None:
         """Print a line for what was measured on the validation rows."""
@@ -213,12 +233,31 @@ class ProgressView:
         self._output.print(f"  {self._alias}: warning: {message}", style="yellow", markup=False)
 
     def on_step(self, step: int, num_steps: int, loss: float) -> None:
-        """Move the bar."""
+        """Move the bar; without a terminal print a line at the first step and at each tenth of the run."""
         from rich.progress import TaskID
 
+        self._reached = (step, num_steps)
+        if not self._output.is_terminal and (step in (1, num_steps) or step % -(-num_steps // 10) == 0):
+            line = f"step {step} of {num_steps}, loss {loss:.3f}{self._describe_time_left(step, num_steps)}"
+            self._output.print(f"  {self._alias}: {line}", soft_wrap=True)
         if self._task is None:
             self._task = self._progress.add_task(self._alias, total=num_steps, loss=loss)
         self._progress.update(TaskID(self._task), completed=step, loss=loss)
+
+    def _describe_time_left(self, step: int, num_steps: int) -> str:
+        first_step, started = self._first = self._first or (step, time.monotonic())
+        if step in (first_step, num_steps):
+            return ""
+        seconds = (time.monotonic() - started) / (step - first_step) * (num_steps - step)
+        return f", about {format_seconds(seconds)} left"
+
+    def _describe_stop(self) -> str:
+        if self._is_publishing:
+            return f"stopped while publishing; hotswap adapters show {self._alias} says whether there is a new version"
+        if self._reached is None:
+            return "stopped before the first step; nothing was published"
+        step, num_steps = self._reached
+        return f"stopped at step {step} of {num_steps}; nothing was published; metrics are in {self._folder}"
 
 
 def _print_result(result: TrainingResult, method: Method) -> None:
@@ -239,7 +278,14 @@ def _print_result(result: TrainingResult, method: Method) -> None:
     if result.is_live:
         console.print(f'{alias} answers with {label} now. Try: hotswap chat {alias} "..." (with hotswap serve running)')
     else:
-        console.print(
-            f"{label} is published and answers by that name; {alias} was not moved to it. "
-            f"Try: hotswap adapters promote {label}"
-        )
+        console.print(f"{label} is published and answers by that name; {alias} was not moved to it.", soft_wrap=True)
+        _print_ways_out(result)
+
+
+def _print_ways_out(result: TrainingResult) -> None:
+    """What mends a version that its alias was not moved to, and only then how to move it by hand."""
+    cures = [check.cure for check in result.gate.checks if check.cure]
+    for cure in cures:
+        console.print(f"What usually mends it: {cure}.", markup=False, soft_wrap=True)
+    title = "Or, all the same" if cures else "Try"
+    console.print(f"{title}: hotswap adapters promote {result.published.label}", soft_wrap=True)

@@ -41,6 +41,34 @@ def test_reason_names_what_failed_when_the_gate_was_not_passed() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "figures", "words"),
+    [
+        ("base", {"low": -0.1}, "train on more rows, or for more epochs"),
+        ("present", {"low": -0.1}, "start_from"),
+        ("forgetting", {"rise": 2.0}, "lower learning_rate"),
+        ("format", {"share": 0.5}, "more rows"),
+        ("format", {}, "gate_samples above 0"),
+        ("sampling", {"share": 0.5}, "samples.jsonl"),
+        ("sampling", {"share": 0.5, "too_long": 3.0, "loop": 1.0}, "the end of a turn is not learned yet"),
+        ("sampling", {"share": 0.5, "too_long": 1.0, "loop": 3.0}, "repeat themselves"),
+        ("sampling", {"share": 0.5, "empty": 3.0}, "empty or very short answers"),
+    ],
+)
+def test_check_says_what_mends_it_when_it_failed(name: CheckName, figures: dict[str, float], words: str) -> None:
+    """By the check, and of answers by what most of them are; a check that passed needs no cure."""
+    failed = GateCheck(name=name, outcome="failed", sentence="It failed", figures=figures)
+    assert words in str(failed.cure)
+    assert failed.model_copy(update={"outcome": "passed"}).cure is None
+
+
+def test_check_says_how_to_make_it_when_there_are_no_validation_rows() -> None:
+    """Only once, though neither the base nor the present version was compared; and it is no part of the record."""
+    base, present = _report(base="unchecked", present="unchecked").checks
+    assert ("give 8 validation rows or more: a validation file, or validation_share", None) == (base.cure, present.cure)
+    assert set(base.model_dump()) == {"name", "outcome", "sentence", "figures"}
+
+
+@pytest.mark.parametrize(
     ("outcome", "is_new", "expected"),
     [
         ("passed", True, True),

@@ -155,6 +155,16 @@ def test_manifest_keeps_its_digest_when_it_has_no_gate_report(tmp_path: Path) ->
     assert parse_manifest(judged.to_bytes(), tmp_path).gate == report
 
 
+def test_manifest_says_nothing_of_a_validation_share_when_there_was_none() -> None:
+    """Versions that were made before there was one keep their names; one that was made with a share has another."""
+    data = DataReference(train_sha256="0" * 64, num_train_rows=1)
+    old = PLAIN_MANIFEST.model_copy(update={"data": data})
+    shared = PLAIN_MANIFEST.model_copy(update={"data": data.model_copy(update={"validation_share": 0.1})})
+    assert "validation_share" not in json.loads(old.to_bytes())["data"]
+    assert json.loads(shared.to_bytes())["data"]["validation_share"] == 0.1
+    assert old.digest != shared.digest
+
+
 def test_manifest_keeps_its_digest_when_it_says_nothing_of_method_and_kind(tmp_path: Path) -> None:
     """Versions of before these fields keep their names; what is recorded is read back and counts."""
     names = {"kind", "method", "parent"}

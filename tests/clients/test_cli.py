@@ -223,6 +223,13 @@ def test_doctor_says_what_it_found_when_run(shell: Shell) -> None:
     assert set(findings) >= {"python", "memory", "torch", "device", "bitsandbytes", "compiler", "config"}
 
 
+@pytest.mark.parametrize("name", ["VERSION", "INSTALL_COMPLETION", "SHOW_COMPLETION", "HELP"])
+def test_command_runs_when_a_variable_is_called_as_an_option_of_the_root(shell: Shell, name: str) -> None:
+    """Deployments name an image's tag HOTSWAP_VERSION; it must not turn every command into --version."""
+    shell.environment[f"HOTSWAP_{name}"] = "1"
+    assert [alias["name"] for alias in shell.json("adapters", "list")] == ["legal"]
+
+
 def test_base_list_names_the_embedded_model_when_nothing_is_fetched(shell: Shell) -> None:
     """The embedded base model is offered before it is there."""
     assert shell.json("base", "list") == [{"name": "smollm2-135m", "folder": None, "fetched": False}]
@@ -234,6 +241,17 @@ def test_training_reports_bad_data_before_it_loads_anything_when_a_line_is_wrong
     data.write_text('{"messages": [{"role": "user", "content": 1}]}\n')
     with pytest.raises(HotswapError, match=r"bad\.jsonl:1: field messages\[0\]\.content"):
         shell.text("train", "legal", "--data", str(data))
+
+
+def test_training_refuses_a_share_when_validation_data_is_given_too(shell: Shell, tmp_path: Path) -> None:
+    """Only one of both can be meant; the home's own share, which is for runs without a file, is no contradiction."""
+    data = write_rows(tmp_path / "rows.jsonl", easy_rows(2))
+    with pytest.raises(ConfigurationError, match=r"validation_share holds out rows of .*rows\.jsonl.*one of both"):
+        shell.text("train", "legal", "--data", str(data), "--validation", str(data), "--validation-share", "0.1")
+    run = tmp_path / "run.yaml"
+    run.write_text("alias: legal\ndata: rows.jsonl\nvalidation: rows.jsonl\nvalidation_share: 0.1\n")
+    with pytest.raises(ConfigurationError, match="give one of both"):
+        shell.text("train", "--config", str(run))
 
 
 def test_key_is_printed_once_when_it_is_made(shell: Shell) -> None:
@@ -468,9 +486,13 @@ def test_gate_is_printed_when_a_version_was_trained(shell: Shell, tmp_path: Path
     printed = shell.text("train", "legal", "--data", str(data), *flags)
     assert "the gate: inconclusive" in printed
     assert "legal was not moved to it" in printed
+    *_, cure, promotion = printed.splitlines()
+    assert cure == "What usually mends it: give 8 validation rows or more: a validation file, or validation_share."
+    assert promotion == "Or, all the same: hotswap adapters promote legal@v3"
     assert "training loss (nats a token), " in printed
     shown = shell.text("adapters", "show", "legal@v3")
     assert "not compared with legal@v2: there is no validation file" in shown
+    assert "What usually mends it: give 8 validation rows or more" in shown
     report = shell.json("adapters", "show", "legal@v3")["manifest"]["gate"]
     assert {check["name"]: check["outcome"] for check in report["checks"]} == {
         "base": "unchecked",
@@ -481,6 +503,18 @@ def test_gate_is_printed_when_a_version_was_trained(shell: Shell, tmp_path: Path
     assert (
         shell.json("train", "legal", "--data", str(data), *flags, "--no-promote")["gate"]["verdict"] == "inconclusive"
     )
+
+
+def test_promotion_says_so_when_the_gate_was_not_passed(shell: Shell, tmp_path: Path) -> None:
+    """In a line behind the new state; and going back where there is nothing earlier names what can be done."""
+    data = write_rows(tmp_path / "train.jsonl", easy_rows(4))
+    flags = ("--max-steps", "1", "--rank", "2", "--gate-samples", "0", "--sample-prompts", "0")
+    shell.text("train", "worse", "--data", str(data), *flags, "--gate-format-regex", "x")
+    said, why = shell.text("adapters", "promote", "worse@v1").splitlines()
+    assert said == "worse answers with worse@v1 now"
+    assert why.startswith("worse@v1 was promoted all the same: the gate was not passed: the format was not checked")
+    with pytest.raises(HotswapError, match="no earlier version to roll back to; promote another of its versions"):
+        shell.text("adapters", "rollback", "worse")
 
 
 def test_job_is_queued_from_files_when_created(shell: Shell, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from training.job_settings import resolve_settings
 _JOBS = "/v1/fine_tuning/jobs"
 _ELSEWHERE_ON_THE_WIRE = {"home", "seed", "method", "start_from", "report_to"}
 # The operator's: what a version is measured against, files of the server, and what runs on its device.
-_NOT_ON_THE_WIRE = {"sample_prompts", "sample_file", "sample_tokens", "use_liger_kernel"} | {
+_NOT_ON_THE_WIRE = {"sample_prompts", "sample_file", "sample_tokens", "use_liger_kernel", "validation_share"} | {
     name for name in TrainSettings.model_fields if name.startswith("gate_")
 }
 

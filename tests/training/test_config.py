@@ -109,6 +109,8 @@ def test_train_settings_keep_a_zero_when_zero_is_legal(tmp_path: Path) -> None:
         ("seed", -1),
         ("seed", 2**32),
         ("eval_steps", 0),
+        ("validation_share", 0),
+        ("validation_share", 0.51),
         ("patience", 0),
         ("patience", 1001),
         ("sample_prompts", -1),

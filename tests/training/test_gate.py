@@ -240,6 +240,18 @@ def test_sampling_fails_when_too_many_answers_are_degenerate(tmp_path: Path, num
     assert check.outcome == expected
     if num_bad == 3:
         assert "3 of 8 sampled answers are degenerate (2 empty, 1 loop)" in check.sentence
+        assert check.figures == {"share": 0.375, "empty": 2, "loop": 1}
+        assert check.cure is not None
+        assert "rows with empty or very short answers" in check.cure
+
+
+def test_sampling_names_the_end_of_turn_when_answers_are_too_long(tmp_path: Path) -> None:
+    """The figure that the cure is chosen by has the flaw's own name."""
+    check = _find(
+        _evidence(samples=[_sample(tokens=tuple(range(30)), has_ended=False)] * 4), _settings(tmp_path), "sampling"
+    )
+    assert check.figures == {"share": 1, "too_long": 4}
+    assert check.cure == "train for more steps or on more rows: the end of a turn is not learned yet"
 
 
 def test_sampling_is_unchecked_when_no_answers_are_wanted(tmp_path: Path) -> None:

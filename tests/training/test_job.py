@@ -342,6 +342,8 @@ def test_patience_is_refused_when_the_job_has_no_validation_file(place: JobPlace
     (place.core.home / "hotswap.toml").write_text("[train]\npatience = 3\n")
     assert resolve_settings(place.create(), place.core.home).patience == 3
     assert resolve_settings(place.create(validate=False), place.core.home).patience is None
+    (place.core.home / "hotswap.toml").write_text("[train]\npatience = 3\nvalidation_share = 0.1\n")
+    assert resolve_settings(place.create(validate=False), place.core.home).patience == 3
 
 
 def test_settings_name_method_start_and_trackers_when_the_job_does(place: JobPlace) -> None:

@@ -27,16 +27,24 @@ from adapters.errors import (
     InvalidNameError,
     OutOfMemoryError,
 )
-from adapters.manifest import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, MANIFEST_FILE, Manifest, hash_file
+from adapters.manifest import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    MANIFEST_FILE,
+    DataReference,
+    Manifest,
+    hash_file,
+)
 from adapters.registry import Registry
 from adapters.routing.store import load_prompts, read_sources
 from adapters.settings import CoreSettings
 from adapters.store import ArtifactStore
-from tests.support.conversations import easy_rows, make_messages, write_rows
+from tests.support.conversations import easy_rows, make_dataset, make_messages, write_rows
 from tests.support.tiny import tiny_settings
 from training.config import TrainSettings
 from training.flat_rows import install_row_attention
 from training.formats import read_dataset
+from training.held_out import hold_out
 from training.lora import add_adapter, disable_packed_kernels
 from training.losses import Evaluation, evaluate
 from training.methods import TrainingRun
@@ -221,9 +229,12 @@ def test_manifest_records_where_a_version_comes_from_when_it_was_trained(run: Ru
         "num_train_rows": 10,
         "validation_sha256": hash_file(place.validation_path),
         "num_validation_rows": 3,
+        "validation_share": None,
     } == manifest.data.model_dump()
     assert ("chat", "sft", None) == (manifest.kind, manifest.method, manifest.parent)
-    recorded = place.settings.model_dump(mode="json", exclude={"home", "keep_prompts", "promote", "sample_file"})
+    recorded = place.settings.model_dump(
+        mode="json", exclude={"home", "keep_prompts", "promote", "sample_file", "validation_share"}
+    )
     assert recorded == manifest.settings
     (forgetting,) = [check for check in run.result.gate.checks if check.name == "forgetting"]
     assert {
@@ -353,8 +364,10 @@ def test_run_training_leaves_the_alias_when_it_is_not_to_promote(place: Workplac
 
 
 def test_run_training_records_no_validation_when_there_is_no_file(place: Workplace) -> None:
-    """Without a validation file there are no losses, rather than losses of the training rows; nobody has to listen."""
-    result = run_training("legal", place.train_path, None, core=place.core, settings=place.settings)
+    """Without a validation file there are no losses, rather than losses of the training rows, and a warning."""
+    result = run_training(
+        "legal", place.train_path, None, core=place.core, settings=place.settings, listener=place.recorder
+    )
 
     manifest = Run(place, result).manifest
     assert (result.validation_loss_before, result.validation_loss_after) == (None, None)
@@ -367,6 +380,44 @@ def test_run_training_records_no_validation_when_there_is_no_file(place: Workpla
     }
     assert manifest.data is not None
     assert (manifest.data.validation_sha256, manifest.data.num_validation_rows) == (None, 0)
+    warned = "no validation rows: the gate can't compare; --validation-share 0.1 holds some out"
+    assert warned in place.recorder.warnings
+
+
+def test_run_training_holds_rows_out_when_a_share_is_given(place: Workplace) -> None:
+    """They are validated with and not trained on, and the manifest says where they come from; too few are warned of."""
+    path = write_rows(place.train_path, easy_rows(40))
+    train, held_out = hold_out(read_dataset(path), 0.1)
+    settings = place.settings.model_copy(update={"validation_share": 0.1, "max_steps": 2})
+
+    result = run_training("legal", path, None, core=place.core, settings=settings, listener=place.recorder)
+
+    manifest = Run(place, result).manifest
+    assert manifest.data == DataReference(
+        train_sha256=hash_file(path),
+        num_train_rows=len(train.rows),
+        validation_sha256=hash_file(path),
+        num_validation_rows=len(held_out.rows),
+        validation_share=0.1,
+    )
+    assert "validation_share" not in manifest.settings
+    assert (len(train.rows), 40) == (result.num_rows, len(train.rows) + len(held_out.rows))
+    assert result.validation_loss_after is not None
+    few = f"validation_share 0.1 holds out {len(held_out.rows)} of 40 rows; the gate compares with 8 or more"
+    assert 0 < len(held_out.rows) < 8
+    assert any(warning.startswith(few) for warning in place.recorder.warnings)
+    assert not any(warning.startswith("no validation rows") for warning in place.recorder.warnings)
+
+
+def test_run_training_holds_nothing_out_when_a_validation_file_is_given(place: Workplace) -> None:
+    """The share may be the home's setting for all runs: a file of its own counts more, and the manifest says so."""
+    settings = place.settings.model_copy(update={"validation_share": 0.5, "max_steps": 1})
+
+    result = run_training("legal", place.train_path, place.validation_path, core=place.core, settings=settings)
+
+    data = Run(place, result).manifest.data
+    assert data is not None
+    assert (data.num_train_rows, data.num_validation_rows, data.validation_share) == (10, 3, None)
 
 
 # What stops a run before it starts.
@@ -397,6 +448,16 @@ def test_run_training_names_the_bad_row_when_there_is_not_even_a_base(tmp_path: 
         )
 
     assert not core.home.exists()
+
+
+def test_run_training_refuses_a_share_when_it_leaves_no_row(tmp_path: Path) -> None:
+    """One row, which the share holds out: there would be nothing to train on."""
+    core = _nowhere(tmp_path)
+    rows = next([row] for row in easy_rows(50) if hold_out(make_dataset(tmp_path / "one.jsonl", [row]), 0.5)[1].rows)
+    train = write_rows(tmp_path / "train.jsonl", rows)
+
+    with pytest.raises(DataError, match=r"validation_share 0\.5 holds out 1 of 1 rows, none is left to train on"):
+        run_training("legal", train, None, core=core, settings=TrainSettings.load(core.home, validation_share=0.5))
 
 
 def test_run_training_refuses_patience_when_there_is_no_validation_file(tmp_path: Path) -> None:
