@@ -58,14 +58,13 @@ _OUT_OF_MEMORY_COUNTS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmsta
 class _Lane:
     """One kind of work: how a job is claimed for it, which command does it, and the job's status meanwhile.
 
-    `worker` is what messages call the command's process, `again` how they say that another one follows.
+    `worker` is what messages call the command's process.
     """
 
     take: Callable[[], Claim | None]
     command: Sequence[str]
     status: JobStatus
     worker: str
-    again: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +116,12 @@ class Supervisor:
             trainer,
             "running",
             "trainer",
-            "the job goes on from its newest checkpoint",
         )
         self._validation = _Lane(
             lambda: jobs.claim_validation(lease_s=lease_s),
             validator,
             "validating_files",
             "process that validates the files",
-            "it begins again",
         )
 
     def run(self) -> None:
@@ -236,13 +233,17 @@ class Supervisor:
         if is_open and ending.returncode < 0 and not ending.is_killed:
             cause = _describe_kill(lane, -ending.returncode, is_out_of_memory=is_out_of_memory)
             last = JobError("out_of_memory" if is_out_of_memory else "trainer_lost", _last_words(cause))
-            job = self._jobs.release(claim, problem=f"{cause}; {lane.again}", last=last)
+            job = self._jobs.release(claim, problem=f"{cause}; {self._what_follows(claim)}", last=last)
         else:
             job = self._jobs.release(claim)
         _log.info("job_left", job=job.id, status=job.status, returncode=ending.returncode)
         if job.status not in ACTIVE_STATUSES:
             self._discard_checkpoints(self._core.home / "jobs" / job.id)
             self._adapters.sweep()
+
+    def _what_follows(self, claim: Claim) -> str:
+        newest, _ = self._jobs.checkpoints(claim.job.id, limit=1)
+        return f"the job goes on from its checkpoint at step {newest[0].step}" if newest else "it begins again"
 
     def _describe_crash(self, lane: _Lane, returncode: int) -> JobError:
         if shutil.disk_usage(self._core.home).free < _LEAST_FREE_BYTES:
