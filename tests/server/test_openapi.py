@@ -36,10 +36,11 @@ def _document() -> dict[str, Any]:
 
 
 DOCUMENT = _document()
-# Rules that a schema can't tell: weights that add up to 100, answers that differ, the content of files.
+# Rules that a schema can't tell: what a message of each role holds, weights that add up to 100, the content of files.
 _MAY_REFUSE = (
     "POST /v1/chat/completions",
     "POST /v1/completions",
+    "POST /v1/route",
     "GET /v1/experiments",
     "POST /v1/experiments",
     "POST /v1/experiments/{experiment}/weights",
