@@ -573,6 +573,7 @@ class Exchange:
         async def send(message: Any) -> None:
             self._outgoing.put_nowait(dict(message))
 
+        self._tasks_before = asyncio.all_tasks()
         self._task = asyncio.ensure_future(app(scope, self._incoming.get, send))
 
     async def start(self) -> tuple[int, dict[str, str]]:
@@ -594,7 +595,8 @@ class Exchange:
         return b"".join(parts)
 
     async def hang_up(self) -> None:
-        """Leave, and wait until the server has noticed."""
+        """Leave, and wait until the server has noticed, and has written what it writes behind an answer."""
         self._incoming.put_nowait({"type": "http.disconnect"})
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
+        await asyncio.gather(*(asyncio.all_tasks() - self._tasks_before), return_exceptions=True)
