@@ -179,6 +179,24 @@ def test_user_s_number_stays_when_it_was_counted_and_the_user_comes_back(
     assert (before.primary, before.guards) == (after.primary, after.guards)
 
 
+def test_user_s_number_stays_when_an_earlier_request_ends_later(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """What was answered first counts: the row of a request that hangs for a minute comes when others were counted."""
+    experiment = start()
+    add_users(registry, experiment, "A", [NO] * 30)
+    first = add_users(registry, experiment, "B", [YES] * 30)
+    before = evaluation.report(experiment.id).treatments[0]
+    slow = add_users(registry, experiment, "B", [None] * 30, error="the model failed", ttft_ms=60_000.0)
+    with registry.database.write() as session:
+        for old, new in zip(first, slow, strict=True):
+            row = session.get_one(ExposureRow, new)
+            row.unit = session.get_one(ExposureRow, old).unit
+            row.served_at -= timedelta(seconds=1)
+    after = evaluation.report(experiment.id).treatments[0]
+    assert (before.primary, before.guards) == (after.primary, after.guards)
+
+
 def test_late_feedback_is_counted_last_when_others_were_counted_before(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:
