@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import MutableMapping
 from typing import Annotated, Any
 
 import typer
@@ -83,6 +85,7 @@ def root(
 
 def main() -> None:
     """Run the command line."""
+    _tell_people()
     try:
         app()
     except Exception as error:
@@ -91,6 +94,22 @@ def main() -> None:
             raise
         typer.echo("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), err=True)
         sys.exit(1)
+
+
+def _tell_people() -> None:
+    """Show what the packages would log as lines for people, beside what a command prints; a server logs otherwise."""
+    import structlog
+
+    structlog.configure(
+        processors=[_make_line],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+def _make_line(logger: Any, method: str, event: MutableMapping[str, Any]) -> str:
+    more = ", ".join(f"{name} {value}" for name, value in event.items() if name not in ("event", "exc_info"))
+    return f"{event['event']}".replace("_", " ") + (f" ({more})" if more else "")
 
 
 def _is_expected(error: Exception) -> bool:
