@@ -29,6 +29,9 @@ from clients.cli import (
     shadow,
     train,
 )
+from clients.cli.settings_flags import panelled
+from server.config import ServeSettings
+from training.config import TrainSettings
 
 __all__ = ["app", "main"]
 
@@ -53,10 +56,10 @@ app = typer.Typer(
     context_settings={"auto_envvar_prefix": "HOTSWAP", "help_option_names": ["-h", "--help"]},
 )
 app.command("demo")(demo.demo)
-app.command("train")(train.train)
+app.command("train", cls=panelled(TrainSettings, ("Data", train.DATA_OPTIONS)))(train.train)
 data.app.command("from-feedback")(feedback_data.from_feedback)
 app.add_typer(data.app, name="data")
-app.command("serve")(serve.serve)
+app.command("serve", cls=panelled(ServeSettings))(serve.serve)
 app.command("chat")(chat.chat)
 app.add_typer(adapters.app, name="adapters")
 experiments.app.command("replay")(replay.replay)
