@@ -33,7 +33,7 @@ from clients.cli.settings_flags import panelled
 from server.config import ServeSettings
 from training.config import TrainSettings
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "tell_people"]
 
 
 class _RootGroup(TyperGroup):
@@ -88,7 +88,7 @@ def root(
 
 def main() -> None:
     """Run the command line."""
-    _tell_people()
+    tell_people()
     try:
         app()
     except Exception as error:
@@ -99,7 +99,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def _tell_people() -> None:
+def tell_people() -> None:
     """Show what the packages would log as lines for people, beside what a command prints; a server logs otherwise."""
     import structlog
 

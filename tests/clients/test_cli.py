@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from typer.testing import CliRunner
 
 from adapters.archive import VersionArchive
@@ -20,7 +21,7 @@ from adapters.errors import ConfigurationError, HotswapError, OverloadedError, S
 from adapters.files import FileService
 from adapters.jobs import JobOrder, JobService
 from adapters.store import ArtifactStore
-from clients.cli.main import app
+from clients.cli.main import app, tell_people
 from server.home_lock import held_home
 from tests.support.conversations import easy_rows, write_rows
 from tests.support.disk import small_disk
@@ -215,6 +216,19 @@ def test_unknown_key_in_the_config_file_is_an_error_when_loaded(shell: Shell) ->
     Path(shell.environment["HOTSWAP_HOME"], "hotswap.toml").write_text("devise = 'cpu'\n")
     with pytest.raises(HotswapError, match="devise"):
         shell.text("adapters", "list")
+
+
+def test_what_is_logged_is_a_line_for_people_when_a_command_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """On standard error, beside what the command prints; details stay in the server's log."""
+    before = structlog.get_config()
+    try:
+        tell_people()
+        log = structlog.get_logger()
+        log.debug("looked_up")
+        log.info("fetching_the_base_model", name="tiny", megabytes=93)
+    finally:
+        structlog.configure(**before)
+    assert ("", "fetching the base model (name tiny, megabytes 93)\n") == tuple(capsys.readouterr())
 
 
 def test_doctor_says_what_it_found_when_run(shell: Shell) -> None:
