@@ -104,15 +104,16 @@ def tell_people() -> None:
     import structlog
 
     structlog.configure(
-        processors=[_make_line],
+        processors=[structlog.processors.format_exc_info, _make_line],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
 
 
 def _make_line(logger: Any, method: str, event: MutableMapping[str, Any]) -> str:
-    more = ", ".join(f"{name} {value}" for name, value in event.items() if name not in ("event", "exc_info"))
-    return f"{event['event']}".replace("_", " ") + (f" ({more})" if more else "")
+    more = ", ".join(f"{name} {value}" for name, value in event.items() if name not in ("event", "exception"))
+    line = f"{event['event']}".replace("_", " ") + (f" ({more})" if more else "")
+    return "\n".join([line, *filter(None, [event.get("exception")])])
 
 
 def _is_expected(error: Exception) -> bool:
