@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 from adapters.audit import record_act
 from adapters.chat_rows import check_rows_file
 from adapters.database import Database, actor_of
+from adapters.disk import full_disk_told
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
 from adapters.paging import cut_page, unknown_place
 from adapters.records import Actor, StoredFile
@@ -58,6 +59,7 @@ class FileService:
             DataError: a line is no row of training data, or of another kind than the others; all bad lines are counted,
                 the first 20 named.
             InvalidInputError: the name can't be one, or the content is larger than `max_bytes`.
+            StorageFullError: the disk is full.
         """
         with self._placed(content, _check_name(filename), TRAINING_PURPOSE, _find_kind) as file:
             with self.database.write() as session:
@@ -180,7 +182,7 @@ class FileService:
         """Content under a new id, whole and synced; deleted again if the block fails, which has to register it."""
         file_id = f"file-{secrets.token_hex(12)}"
         temporary, final = self._incoming / file_id, self.root / file_id
-        with self._held():
+        with full_disk_told(self.root, "the file"), self._held():
             try:
                 size_bytes, sha256 = _write_synced(temporary, content, self.max_bytes)
                 kind = check(temporary) if check is not None else None

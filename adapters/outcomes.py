@@ -133,9 +133,9 @@ def _read_units(session: Session, wanted: Sequence[ColumnElement[bool]]) -> dict
         if has_feedback:
             asked[response] = found, at
     for response, metric, value, at in reports:
-        place = asked[response]
-        assert place is not None, "both are read of the same exposures"
-        place[0].reports.setdefault(metric, []).append(ReportedValue(value, at, place[1]))
+        # Two queries may see two states: a request whose feedback was read can be deleted before it is read itself.
+        if (place := asked[response]) is not None:
+            place[0].reports.setdefault(metric, []).append(ReportedValue(value, at, place[1]))
     return units
 
 

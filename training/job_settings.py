@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from adapters.disk import is_about_the_disk
 from adapters.errors import (
     ConfigurationError,
     DataError,
@@ -27,12 +27,6 @@ __all__ = ["describe_failure", "hyperparameters_of", "resolve_settings", "tracke
 
 _HYPERPARAMETERS = {"n_epochs": "epochs"}  # the wire's name -> the setting's; all others are called the same
 _NO_SETTINGS = frozenset({"learning_rate_multiplier", "checkpoint_steps"})
-_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-# What libraries say that write files without Python's help: safetensors, torch's zip writer, SQLite.
-_DISK_WORDS = re.compile(
-    r"No space left on device|File too large|Disk quota exceeded|database or disk is full|PytorchStreamWriter failed"
-    r"|inline_container\.cc.*unexpected pos"
-)
 # What these say is what to do about them.
 _TELLING = (ConfigurationError, FingerprintMismatchError, NotFoundError)
 _PATH = re.compile(r"(?<![\w.])~?(/[\w.@+~-]+)+/?")  # `and/or` is none: it begins with a name
@@ -96,7 +90,7 @@ def describe_failure(error: Exception) -> JobError:
         return JobError("training_diverged", str(error), "method")
     if any(is_about_memory(cause) for cause in _causes(error)):
         return JobError("out_of_memory", f"the device has too little memory for this job: {MEMORY_ADVICE}", "method")
-    if any(_is_about_the_disk(cause) for cause in _causes(error)):
+    if any(is_about_the_disk(cause) for cause in _causes(error)):
         message = "the server's disk is full: free some space and create the job again"
         return JobError("disk_full", message)
     if isinstance(error, _TELLING):
@@ -113,8 +107,3 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(following))
         yield following
         following = following.__cause__ or following.__context__
-
-
-def _is_about_the_disk(error: BaseException) -> bool:
-    is_numbered = isinstance(error, OSError) and error.errno in _DISK_ERRORS
-    return is_numbered or bool(_DISK_WORDS.search(str(error)))

@@ -18,7 +18,7 @@ from scipy import special
 
 from adapters.statistics.mixtures import tuned_time
 
-__all__ = ["Bets", "mean_share_bounds", "share_bounds", "share_evidence", "share_p_value"]
+__all__ = ["Bets", "mean_share_bounds", "share_bounds", "share_evidence"]
 
 _Array = NDArray[np.float64]
 Places = tuple[Sequence[int] | NDArray[np.int64], Sequence[int] | NDArray[np.int64]]
@@ -98,13 +98,6 @@ def share_bounds(
     low = _edge(lambda point: float(share_evidence(*counted, point, bets, side=1)) >= threshold, outside[0], 1.0)
     high = _edge(lambda point: float(share_evidence(*counted, point, bets, side=-1)) >= threshold, outside[1], -1.0)
     return low, high
-
-
-def share_p_value(treatment: Sequence[float] | _Array, control: Sequence[float] | _Array, bets: Bets) -> float:
-    """The exact p-value for "no difference", valid at every look."""
-    counted = _count(treatment, control, bets, None)
-    best = max(float(share_evidence(*counted, 0.0, bets, side=side)) for side in (1, -1))
-    return min(1.0, 2 * math.exp(-best))
 
 
 def share_evidence(

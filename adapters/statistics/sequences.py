@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.statistics.betting import Bets, Places, mean_share_bounds, share_bounds, share_p_value
+from adapters.statistics.betting import Bets, Places, mean_share_bounds, share_bounds
 from adapters.statistics.intervals import Interval
-from adapters.statistics.mixtures import ArmMoments, difference_bounds, difference_evidence, mean_bounds
+from adapters.statistics.mixtures import ArmMoments, difference_bounds, mean_bounds
 
-__all__ = ["DEFAULT_PLANNED_UNITS", "EXACT_PART", "difference_p_value", "difference_sequence", "mean_sequence"]
+__all__ = ["DEFAULT_PLANNED_UNITS", "EXACT_PART", "difference_sequence", "mean_sequence"]
 
 DEFAULT_PLANNED_UNITS = 10_000
 # Of the error that a share's sequence may make, the part that the exact sequence may make; the rest is the asymptotic
@@ -78,32 +78,6 @@ def difference_sequence(
     return Interval(first.mean - second.mean, low, high, confidence)
 
 
-def difference_p_value(
-    treatment: Values,
-    control: Values,
-    *,
-    confidence: float = 0.95,
-    planned_units: float = DEFAULT_PLANNED_UNITS,
-    treatment_share: float = 0.5,
-    is_share: bool | None = None,
-) -> float:
-    """A p-value for "no difference" that may be looked at after every unit; 1 where nothing is excluded yet.
-
-    It is at most 1 - confidence where `difference_sequence` with the same arguments excludes zero, and only there.
-    """
-    if not len(treatment) or not len(control):
-        return 1.0
-    treatment, control = np.asarray(treatment, dtype=float), np.asarray(control, dtype=float)
-    first, second = ArmMoments.of(treatment), ArmMoments.of(control)
-    if not _are_shares(treatment, control, is_share):
-        return _asymptotic_p_value(first, second, confidence, planned_units)
-    exact_confidence = _part(confidence, EXACT_PART)
-    bets = Bets.planned(confidence=exact_confidence, planned_units=planned_units, treatment_share=treatment_share)
-    asymptotic = _asymptotic_p_value(first, second, _part(confidence, 1 - EXACT_PART), planned_units)
-    exact = share_p_value(treatment, control, bets)
-    return min(1.0, asymptotic / (1 - EXACT_PART), exact / EXACT_PART)
-
-
 def mean_sequence(
     values: Values, *, confidence: float = 0.95, planned_units: float = DEFAULT_PLANNED_UNITS
 ) -> Interval | None:
@@ -144,8 +118,3 @@ def _asymptotic(
 ) -> tuple[float, float]:
     low, high = difference_bounds(treatment, control, confidence=confidence, planned_units=planned_units)
     return float(low), float(high)
-
-
-def _asymptotic_p_value(treatment: ArmMoments, control: ArmMoments, confidence: float, planned_units: float) -> float:
-    evidence = difference_evidence(treatment, control, 0.0, confidence=confidence, planned_units=planned_units)
-    return min(1.0, math.exp(-float(evidence)) if evidence > 0 else 1.0)

@@ -11,6 +11,7 @@ import typer
 from clients.cli.job_output import print_job
 from clients.cli.options import BaseOption, HomeOption, JsonOption, load_core
 from clients.cli.output import console, print_json
+from server.home_lock import is_home_served
 
 if TYPE_CHECKING:
     from adapters.files import FileService
@@ -49,6 +50,8 @@ def create_job(
     json: JsonOption = False,
 ) -> None:
     """Queue a job over files of this machine; hotswap serve on the same home folder trains it."""
+    from adapters.disk import full_disk_told
+
     core = load_core(home, base=base)
     chosen = dict(_read_pair(pair) for pair in hyperparameters or ())
     order: dict[str, Any] = {
@@ -58,12 +61,17 @@ def create_job(
         "seed": seed,
         "priority": priority,
     }
-    job = _place(core, order, data, validation)
+    with full_disk_told(core.home, "the job"):
+        job = _place(core, order, data, validation)
     if json:
         print_json(job)
         return
     print_job(job)
-    console.print(f"hotswap serve on this home folder trains it. Try: hotswap jobs show {job.id}", markup=False)
+    is_served = is_home_served(core.home)
+    who = "the server on this home folder" if is_served else "no server runs on this home folder: hotswap serve"
+    console.print(
+        f"{who} checks its files and trains it. Try: hotswap jobs show {job.id}", markup=False, soft_wrap=True
+    )
 
 
 def _place(core: CoreSettings, order: dict[str, Any], data: Path, validation: Path | None) -> Job:

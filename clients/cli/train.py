@@ -45,7 +45,13 @@ if TYPE_CHECKING:
     from training.progress import StepMetrics
     from training.worker import TrainingResult
 
-__all__ = ["train"]
+__all__ = ["DATA_OPTIONS", "train"]
+
+# What is read, and how: the help begins with them.
+DATA_OPTIONS = (
+    *("data", "validation", "validation_share", "mapping", "roles"),
+    *("split", "validation_split", "subset", "encoding", "config"),
+)
 
 _DataOption = Annotated[
     Path | None, typer.Option("--data", help="A file (JSONL, JSON, CSV, TSV, Parquet), a folder, or a hub id.")

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import pytest
 from scipy import stats
+from sqlalchemy import delete, event
 
 from adapters.experiment_comparisons import guard_confidence, stage_confidence
 from adapters.experiment_evaluation import ExperimentEvaluation
@@ -26,7 +27,7 @@ from adapters.records import (
 )
 from adapters.registry import Registry
 from adapters.settled_values import first_outcomes
-from adapters.tables import ExperimentRow, ExposureRow, utc_now
+from adapters.tables import ExperimentRow, ExposureRow, FeedbackRow, utc_now
 from tests.support.experiments import HALVES, NO, SOLVED, YES, Start, add_users, age, points_to, win
 
 
@@ -283,6 +284,27 @@ def test_first_answer_is_the_number_when_the_primary_metric_is_built_in(
     )
     assert expected == found.values.tolist()
     assert ([0.0] if metric == "feedback_rate" else expected) == later.values.tolist()
+
+
+def test_feedback_is_left_out_when_its_request_is_deleted_while_both_are_read(registry: Registry, start: Start) -> None:
+    """PostgreSQL shows each query its own moment: what the second one no longer finds is no outcome, and no error."""
+    experiment = start(guardrails=())
+    gone, _ = add_users(registry, experiment, "A", [YES, NO])
+
+    with registry.database.write() as session:
+        connection = session.connection()
+
+        seen: list[object] = []
+
+        @event.listens_for(connection, "before_execute")
+        def delete_before_the_second(*_: object) -> None:
+            seen.append(_)
+            if len(seen) == 2:
+                connection.execute(delete(FeedbackRow).where(FeedbackRow.response_id == gone))
+                connection.execute(delete(ExposureRow).where(ExposureRow.response_id == gone))
+
+        (unit,) = read_outcomes(session, experiment.id, 1)["A"]
+    assert [0.0] == [report.value for report in unit.reports["solved"]]
 
 
 def test_report_takes_users_once_when_they_ask_often(

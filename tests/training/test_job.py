@@ -28,6 +28,7 @@ from adapters.errors import (
     InvalidInputError,
     NotFoundError,
     RankTooHighError,
+    StorageFullError,
 )
 from adapters.jobs import JobOrder
 from adapters.records import Actor, Job, JobError
@@ -315,6 +316,10 @@ def test_failure_is_told_in_words_when_a_library_runs_out_of_memory_or_disk() ->
     behind = RuntimeError("checkpoint failed")
     behind.__cause__ = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert describe_failure(behind).code == "disk_full"
+    told = describe_failure(
+        StorageFullError("the disk of /secret/home is full: 1.0 MB free, the base model takes 380 MB")
+    )
+    assert ("disk_full", False) == (told.code, "/secret" in told.message)
     assert describe_failure(RuntimeError("[enforce fail] PytorchStreamWriter failed writing file")).code == "disk_full"
     assert describe_failure(PermissionError(errno.EACCES, "denied")).code == "trainer_crashed"
 
