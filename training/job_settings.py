@@ -58,11 +58,10 @@ def resolve_settings(job: Job, home: Path) -> TrainSettings:
         if multiplier is not None:
             flags["learning_rate"] = min(1.0, settings.learning_rate * multiplier)
             settings = TrainSettings.load(home, **flags)
+        is_validated = job.validation_file is not None or settings.validation_share is not None
         if "patience" in flags:
             settings.check_validation(is_given=job.validation_file is not None)
-        elif (
-            job.validation_file is None and settings.validation_share is None
-        ):  # the server's own patience is for jobs that are validated
+        elif not is_validated:  # the server's own patience is for jobs that are
             settings = settings.model_copy(update={"patience": None})
         return settings
     except ConfigurationError as error:

@@ -17,6 +17,7 @@ from typing import Any
 from adapters.chat_messages import RowProblem
 from adapters.chat_rows import EXPECTED_ROW, Row, parse_document
 from adapters.errors import DataError
+from training.turns import TurnJoiner
 
 __all__ = ["SHAPES", "TARGETS", "Shape", "choose_shape", "parse_mapping", "spread"]
 
@@ -99,14 +100,19 @@ class Shape:
         """Whether a table with these columns can be read so."""
         return set(self.columns.values()) <= set(columns)
 
-    def read(self, document: Any) -> tuple[Row | None, list[RowProblem]]:
-        """The row of one document; or None and what is wrong with it, in the names of the source."""
+    def read(self, document: Any, turns: TurnJoiner | None = None) -> tuple[Row | None, list[RowProblem]]:
+        """The row of one document; or None and what is wrong with it, in the names of the source.
+
+        With `turns` its conversation is mended first.
+        """
         if not isinstance(document, Mapping):
             return parse_document(document)
         try:
             made = self.make(document, {**self.optional, **self.columns})
         except _UnfitError as error:
             return None, [error.problem]
+        if turns is not None:
+            made = _mend_turns(made, turns)
         row, problems = parse_document(made.document)
         return row, [_in_source_names(problem, made, self.columns) for problem in problems]
 
@@ -256,6 +262,25 @@ def _as_map(shape: Shape, columns: Sequence[str]) -> str:
 def _list_columns(columns: Sequence[str]) -> str:
     shown = ", ".join(str(column)[:40] for column in columns[:_MAX_COLUMNS_SHOWN])
     return shown + (f" and {len(columns) - _MAX_COLUMNS_SHOWN} more" if len(columns) > _MAX_COLUMNS_SHOWN else "")
+
+
+def _mend_turns(made: _Made, turns: TurnJoiner) -> _Made:
+    """The same with turns in order: those of a conversation, or of the prompt that answers belong to."""
+    document = made.document
+    if isinstance(messages := document.get("messages"), list):
+        mended = turns.mend(messages, is_prompt=False)
+        paths = [made.paths[first] for first, _ in mended] if made.paths else ()
+        return replace(made, document={**document, "messages": [message for _, message in mended]}, paths=paths)
+    if isinstance(prompt := document.get("prompt"), list):
+        return replace(made, document={**document, "prompt": _mend_prompt(prompt, turns)})
+    if isinstance(asked := document.get("input"), Mapping) and isinstance(asked.get("messages"), list):
+        mended_input = {**asked, "messages": _mend_prompt(asked["messages"], turns)}
+        return replace(made, document={**document, "input": mended_input})
+    return made
+
+
+def _mend_prompt(messages: list[Any], turns: TurnJoiner) -> list[Any]:
+    return [message for _, message in turns.mend(messages, is_prompt=True)]
 
 
 def _in_source_names(problem: RowProblem, made: _Made, columns: Mapping[str, str]) -> RowProblem:

@@ -202,7 +202,7 @@ def test_data_convert_writes_nothing_when_every_row_is_left_out(tmp_path: Path, 
 
 def test_data_convert_names_the_folder_when_it_is_not_there(tmp_path: Path) -> None:
     """A path that can't be written is an error of one line."""
-    with pytest.raises(DataError, match=r"nowhere/out\.jsonl: can't be written: No such file or directory$"):
+    with pytest.raises(DataError, match=r"nowhere/out\.jsonl: can't be written: there is no folder .*/nowhere$"):
         _run(tmp_path, "convert", _write(tmp_path / "d.csv", CSV), str(tmp_path / "nowhere/out.jsonl"), *MAPPED)
 
 
@@ -326,7 +326,7 @@ def test_data_check_looks_at_prompts_alone_when_answers_are_to_be_sampled(
     result = _run(tmp_path, "check", source, *base, *sampling)
 
     assert "errors: 1, " in result.stdout
-    assert f"error: {source}:2: the prompt has " in result.stdout
+    assert re.search(rf"error: {source}:2: \d+ tokens in the prompt; at most 180 leave room", result.stdout)
 
 
 def test_data_commands_take_roles_when_speakers_have_names_of_their_own(tmp_path: Path, base: tuple[str, str]) -> None:
