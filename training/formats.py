@@ -27,6 +27,7 @@ __all__ = [
     "NumberedRow",
     "ReadOptions",
     "ReadRows",
+    "as_lines",
     "check_writable",
     "read_dataset",
     "read_rows",
@@ -200,6 +201,11 @@ def write_dataset(rows: Iterable[NumberedRow], path: Path, *, overwrite: bool = 
     return write_documents([row_document(numbered.row) for numbered in rows], path, overwrite=overwrite)
 
 
+def as_lines(rows: Iterable[NumberedRow]) -> bytes:
+    """Rows as the JSON lines that `write_dataset` writes."""
+    return b"".join(_as_line(row_document(numbered.row)) for numbered in rows)
+
+
 def write_documents(
     documents: Iterable[Mapping[str, Any]], path: Path, *, overwrite: bool = False, is_private: bool = False
 ) -> int:
@@ -212,12 +218,12 @@ def write_documents(
         ConflictError: there is such a file, and it is not to be overwritten.
         DataError: the file can't be written.
     """
-    lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
+    lines = [_as_line(document) for document in documents]
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
     try:
         temporary.touch(mode=0o600 if is_private else 0o666, exist_ok=False)
         with temporary.open("wb") as file:
-            file.write("".join(lines).encode())
+            file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
         (os.replace if overwrite else _place)(temporary, path)
@@ -228,6 +234,10 @@ def write_documents(
     finally:
         temporary.unlink(missing_ok=True)
     return len(lines)
+
+
+def _as_line(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, ensure_ascii=False) + "\n").encode()
 
 
 def _place(temporary: Path, path: Path) -> None:

@@ -17,7 +17,7 @@ from clients.cli.output import error_console
 if TYPE_CHECKING:
     from training.formats import Dataset, ReadOptions
 
-__all__ = ["DataSources", "advised", "check_share", "summarise"]
+__all__ = ["DataSources", "advised", "check_share", "read_source", "summarise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,12 @@ class DataSources:
     validation: Path | None
     validation_options: ReadOptions
 
+    @property
+    def given(self) -> list[tuple[Path, ReadOptions]]:
+        """The training data, and what is validated with if anything is."""
+        train = [(self.data, self.options)]
+        return train if self.validation is None else [*train, (self.validation, self.validation_options)]
+
     def read(self, method: Method, command: str) -> None:
         """Read all rows, and say what was recognised; `command` is what an error in rows advises.
 
@@ -37,9 +43,8 @@ class DataSources:
         """
         from training.kinds import check_kind
 
-        for source, options in ((self.data, self.options), (self.validation, self.validation_options)):
-            if source is not None:
-                check_kind(_read(source, options, command), method)
+        for source, options in self.given:
+            check_kind(read_source(source, options, command), method)
 
     def check_command(self, base: str | None, given: Mapping[str, Any]) -> str:
         """The command that looks at this data with the options and the settings of this run."""
@@ -82,7 +87,12 @@ def advised(command: str, params: tuple[str | None, ...] = (None,)) -> Iterator[
         raise
 
 
-def _read(source: Path, options: ReadOptions, command: str) -> Dataset:
+def read_source(source: Path, options: ReadOptions, command: str) -> Dataset:
+    """Read all rows of one source, and say what was recognised; `command` is what an error in rows advises.
+
+    Raises:
+        DataError: it can't be read, or has bad rows.
+    """
     from training.formats import read_rows
 
     found = read_rows(source, options)

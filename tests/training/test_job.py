@@ -246,7 +246,7 @@ def test_job_fails_with_the_line_when_a_row_is_too_long(place: JobPlace) -> None
     assert failed.status == "failed"
     assert failed.error is not None
     assert (failed.error.code, failed.error.param) == ("invalid_training_file", "training_file")
-    assert failed.error.message.startswith("training_file:2: ")
+    assert failed.error.message.startswith("rows.jsonl:2: ")
     assert "more than max_length 64" in failed.error.message
     assert str(place.core.home) not in failed.error.message
     other = _run(place).error
