@@ -191,3 +191,16 @@ def test_read_dataset_hashes_the_bytes_of_the_file_when_it_is_compressed(tmp_pat
 
     assert read_dataset(path).rows == read_dataset(other).rows
     assert read_dataset(path).sha256 != read_dataset(other).sha256
+
+
+def test_read_table_tells_rows_apart_when_files_of_a_folder_have_the_same_lines(tmp_path: Path) -> None:
+    """The same line of two files is two places; rows of a Parquet file are rows."""
+    write_rows(tmp_path / "a.jsonl", ROWS)
+    write_rows(tmp_path / "b.jsonl", ROWS)
+    _write_parquet(tmp_path / "c.parquet")
+
+    places = [row.place for row in read_table(tmp_path, name="f").rows]
+
+    assert ["f/a.jsonl:1", "f/a.jsonl:2", "f/b.jsonl:1", "f/b.jsonl:2", "f/c.parquet: row 1", "f/c.parquet: row 2"] == [
+        place.within("f") for place in places
+    ]
