@@ -35,6 +35,7 @@ ANSWERS: dict[str, tuple[Sequence[Mapping[str, Any]], str]] = {
         [{"the question": f"Where is {n}?", "the answer": f"It is at {n}"} for n in range(9)],
         "'user=the question,assistant=the answer'",
     ),
+    "short-texts": ([{"id": n, "q": f"q{n}", "a": f"a{n}"} for n in range(9)], "user=q,assistant=a"),
     "one-text": ([{"ref": n, "body": f"I say {n}"} for n in range(9)], "user=body,assistant=COLUMN"),
     "nothing-alike": ([{"a": n, "b": n, "c": n} for n in range(9)], "user=COLUMN,assistant=COLUMN"),
 }
