@@ -18,12 +18,13 @@ from adapters.errors import (
     RankTooHighError,
     TrainingDivergedError,
 )
+from adapters.files import FileService
 from adapters.methods import WIRE_METHODS
 from adapters.records import Job, JobError
 from training.config import TrainSettings
 from training.memory import MEMORY_ADVICE, is_about_memory
 
-__all__ = ["describe_failure", "hyperparameters_of", "resolve_settings", "tracker_environment"]
+__all__ = ["describe_failure", "hyperparameters_of", "name_data", "resolve_settings", "tracker_environment"]
 
 _HYPERPARAMETERS = {"n_epochs": "epochs"}  # the wire's name -> the setting's; all others are called the same
 _NO_SETTINGS = frozenset({"learning_rate_multiplier", "checkpoint_steps"})
@@ -52,11 +53,10 @@ def resolve_settings(job: Job, home: Path) -> TrainSettings:
         if multiplier is not None:
             flags["learning_rate"] = min(1.0, settings.learning_rate * multiplier)
             settings = TrainSettings.load(home, **flags)
+        is_validated = job.validation_file is not None or settings.validation_share is not None
         if "patience" in flags:
             settings.check_validation(is_given=job.validation_file is not None)
-        elif (
-            job.validation_file is None and settings.validation_share is None
-        ):  # the server's own patience is for jobs that are validated
+        elif not is_validated:  # the server's own patience is for jobs that are
             settings = settings.model_copy(update={"patience": None})
         return settings
     except ConfigurationError as error:
@@ -67,6 +67,18 @@ def hyperparameters_of(job: Job) -> Mapping[str, Any]:
     """Those that the client gave, by the wire's names."""
     found: Mapping[str, Any] = job.method[job.method["type"]]["hyperparameters"]
     return {name: value for name, value in found.items() if value is not None}
+
+
+def name_data(job: Job, files: FileService) -> dict[str, str]:
+    """What messages call a job's data: the names that its owner gave the files, by the field that named each.
+
+    Raises:
+        NotFoundError: a file is gone.
+    """
+    given = {"training_file": job.training_file, "validation_file": job.validation_file}
+    names = {param: files.get(file_id).filename for param, file_id in given.items() if file_id is not None}
+    is_clear = len(set(names.values())) == len(names)
+    return names if is_clear else {param: f"{name} ({param})" for param, name in names.items()}
 
 
 def tracker_environment(job: Job) -> dict[str, str]:

@@ -200,7 +200,7 @@ def test_validation_fails_the_job_beside_a_running_one_when_a_row_is_too_long(pl
     error = place.jobs.get(bad.id).error
     assert error is not None
     assert (error.code, error.param) == ("invalid_training_file", "training_file")
-    assert error.message.startswith("training_file:1: ")
+    assert error.message.startswith("rows.jsonl:1: ")
 
 
 def test_job_fails_when_its_settings_do_not_fit_together(place: JobPlace) -> None:
