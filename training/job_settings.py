@@ -23,7 +23,7 @@ from adapters.records import Job, JobError
 from training.config import TrainSettings
 from training.memory import MEMORY_ADVICE, is_about_memory
 
-__all__ = ["describe_failure", "hyperparameters_of", "resolve_settings", "tracker_environment"]
+__all__ = ["describe_failure", "hyperparameters_of", "is_about_disk", "resolve_settings", "tracker_environment"]
 
 _HYPERPARAMETERS = {"n_epochs": "epochs"}  # the wire's name -> the setting's; all others are called the same
 _NO_SETTINGS = frozenset({"learning_rate_multiplier", "checkpoint_steps"})
@@ -96,13 +96,19 @@ def describe_failure(error: Exception) -> JobError:
         return JobError("training_diverged", str(error), "method")
     if any(is_about_memory(cause) for cause in _causes(error)):
         return JobError("out_of_memory", f"the device has too little memory for this job: {MEMORY_ADVICE}", "method")
-    if any(_is_about_the_disk(cause) for cause in _causes(error)):
+    if any(is_about_disk(cause) for cause in _causes(error)):
         message = "the server's disk is full: free some space and create the job again"
         return JobError("disk_full", message)
     if isinstance(error, _TELLING):
         return JobError("training_failed", _PATH.sub("[a path of the server]", str(error)))
     kind = "training_failed" if isinstance(error, HotswapError) else "trainer_crashed"
     return JobError(kind, f"the trainer failed with {type(error).__name__}; the job's log on the server says why")
+
+
+def is_about_disk(error: BaseException) -> bool:
+    """Whether an error says that a disk or a quota is full."""
+    is_numbered = isinstance(error, OSError) and error.errno in _DISK_ERRORS
+    return is_numbered or bool(_DISK_WORDS.search(str(error)))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -113,8 +119,3 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(following))
         yield following
         following = following.__cause__ or following.__context__
-
-
-def _is_about_the_disk(error: BaseException) -> bool:
-    is_numbered = isinstance(error, OSError) and error.errno in _DISK_ERRORS
-    return is_numbered or bool(_DISK_WORDS.search(str(error)))

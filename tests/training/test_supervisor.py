@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import training.supervisor as supervisor_module
 from adapters.errors import DatabaseBusyError, NotFoundError
 from adapters.jobs import MAX_ATTEMPTS, Claim, JobOrder, JobService
 from tests.support.conversations import easy_rows, make_messages
@@ -251,6 +253,65 @@ def test_job_fails_when_its_trainer_crashes(place: JobPlace) -> None:
         assert failed.error is not None
         assert (failed.error.code, "exit code 3" in failed.error.message) == ("trainer_crashed", True)
     assert (place.core.home / "jobs" / first.id / "log.txt").read_text() == "reason\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"),
+    [
+        (errno.ENOSPC, "disk_full", "the server's disk is full: free some space and create the job again"),
+        (errno.ENOMEM, "out_of_memory", "has no memory for another process"),
+        (errno.EAGAIN, "out_of_memory", "or too many processes"),
+    ],
+)
+def test_job_fails_in_words_when_its_process_can_not_be_started(
+    place: JobPlace, monkeypatch: pytest.MonkeyPatch, number: int, code: str, words: str
+) -> None:
+    """What the system refuses at the start is the job's reason at once, not after three attempts; the next is taken."""
+    first, second = place.create(), place.create()
+    refusals = iter([OSError(number, os.strerror(number), "/home/of/the/server")])
+    make_scratch = supervisor_module.make_scratch
+
+    def refuse_once(folder: Path) -> Path:
+        for error in refusals:
+            raise error
+        return make_scratch(folder)
+
+    monkeypatch.setattr(supervisor_module, "make_scratch", refuse_once)
+    supervisor = _supervisor(place, ("-c", "import sys; sys.exit(3)"))
+    assert supervisor.run_one()
+    error = place.jobs.get(first.id).error
+    assert error is not None
+    assert error.code == code
+    assert error.message.startswith("the trainer could not be started: ")
+    assert words in error.message
+    assert "/home/of" not in error.message
+    assert supervisor.run_one()
+    assert place.jobs.get(second.id).status == "failed"
+    assert "exit code 3" in place.messages(second.id)[-1]
+
+
+def test_running_job_is_left_alone_when_a_new_one_can_not_be_started(place: JobPlace) -> None:
+    """A file lies where the new job's folder should be: that job fails, the other lane goes on, and so does its own."""
+    running = place.create()
+    blocked, good = (
+        place.jobs.create(JobOrder("tiny", place.upload(easy_rows(3)), supervised(), 0, alias="legal"))
+        for _ in range(2)
+    )
+    (place.core.home / "jobs").mkdir(exist_ok=True)
+    (place.core.home / "jobs" / blocked.id).write_text("no folder")
+    supervisor = _supervisor(place, ("-c", _HANGING), grace_s=0.1)
+    with _running(supervisor):
+        place.wait(lambda: place.jobs.get(blocked.id).status == "failed")
+        place.wait(lambda: place.jobs.get(good.id).status == "queued")
+        place.wait(lambda: place.jobs.get(running.id).status == "running")
+        assert not supervisor.stopping.is_set()
+    error = place.jobs.get(blocked.id).error
+    assert error is not None
+    assert error.code == "trainer_crashed"
+    assert error.message == (
+        "the process that validates the files could not be started: File exists; the server's log says where"
+    )
+    assert 1 == place.messages(running.id).count("The job is running")
 
 
 def test_job_fails_when_every_trainer_is_killed(place: JobPlace) -> None:
