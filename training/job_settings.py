@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from adapters.records import Job, JobError
 from training.config import TrainSettings
 from training.memory import MEMORY_ADVICE, is_about_memory
 
-__all__ = ["describe_failure", "hyperparameters_of", "is_about_disk", "resolve_settings", "tracker_environment"]
+__all__ = ["describe_failure", "hyperparameters_of", "resolve_settings", "tracker_environment"]
 
 _HYPERPARAMETERS = {"n_epochs": "epochs"}  # the wire's name -> the setting's; all others are called the same
 _NO_SETTINGS = frozenset({"learning_rate_multiplier", "checkpoint_steps"})
@@ -48,6 +49,8 @@ def resolve_settings(job: Job, home: Path) -> TrainSettings:
     given = {name: value for name, value in hyperparameters_of(job).items() if value != "auto"}
     multiplier = given.get("learning_rate_multiplier")
     flags = {_HYPERPARAMETERS.get(name, name): value for name, value in given.items() if name not in _NO_SETTINGS}
+    if isinstance(schema := flags.get("gate_format_schema"), Mapping):  # the setting is its text
+        flags["gate_format_schema"] = json.dumps(schema)
     kind = job.method["type"]
     flags |= {"method": WIRE_METHODS[kind], "start_from": job.start_from, "seed": job.seed}
     if job.integrations:
@@ -96,19 +99,13 @@ def describe_failure(error: Exception) -> JobError:
         return JobError("training_diverged", str(error), "method")
     if any(is_about_memory(cause) for cause in _causes(error)):
         return JobError("out_of_memory", f"the device has too little memory for this job: {MEMORY_ADVICE}", "method")
-    if any(is_about_disk(cause) for cause in _causes(error)):
+    if any(_is_about_the_disk(cause) for cause in _causes(error)):
         message = "the server's disk is full: free some space and create the job again"
         return JobError("disk_full", message)
     if isinstance(error, _TELLING):
         return JobError("training_failed", _PATH.sub("[a path of the server]", str(error)))
     kind = "training_failed" if isinstance(error, HotswapError) else "trainer_crashed"
     return JobError(kind, f"the trainer failed with {type(error).__name__}; the job's log on the server says why")
-
-
-def is_about_disk(error: BaseException) -> bool:
-    """Whether an error says that a disk or a quota is full."""
-    is_numbered = isinstance(error, OSError) and error.errno in _DISK_ERRORS
-    return is_numbered or bool(_DISK_WORDS.search(str(error)))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -119,3 +116,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(following))
         yield following
         following = following.__cause__ or following.__context__
+
+
+def _is_about_the_disk(error: BaseException) -> bool:
+    is_numbered = isinstance(error, OSError) and error.errno in _DISK_ERRORS
+    return is_numbered or bool(_DISK_WORDS.search(str(error)))

@@ -34,7 +34,7 @@ from adapters.processes import child_environment, parent_pid
 from adapters.records import Job, JobError, JobStatus
 from adapters.settings import CoreSettings, resolve_home
 from adapters.store import ArtifactStore
-from training.job_settings import is_about_disk
+from training.job_settings import describe_failure
 from training.memory import MEMORY_ADVICE
 from training.scratch import discard_scratch, make_scratch
 
@@ -52,7 +52,6 @@ _DATABASE_PATIENCE_S = 2.0  # no longer: a process has to be watched meanwhile
 _DATABASE_ERRORS = (OperationalError, DatabaseBusyError)
 _INSIST_EVERY_S = 5.0
 _LEAST_FREE_BYTES = 1_000_000
-_DISK_ADVICE = "the server's disk is full: free some space and create the job again"
 _NO_PROCESS_ERRORS = (errno.ENOMEM, errno.EAGAIN)
 _MAX_DEVICE_CHARS = 120
 _OUT_OF_MEMORY_COUNTS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
@@ -275,7 +274,7 @@ class Supervisor:
 
     def _describe_crash(self, lane: _Lane, returncode: int) -> JobError:
         if shutil.disk_usage(self._core.home).free < _LEAST_FREE_BYTES:
-            return JobError("disk_full", f"the {lane.worker} ended since {_DISK_ADVICE}")
+            return JobError("disk_full", f"the {lane.worker} ended since the server's disk is full: free some space")
         message = f"the {lane.worker} ended with exit code {returncode}; the job's log on the server says why"
         return JobError("trainer_crashed", message)
 
@@ -315,8 +314,9 @@ def _reason(error: OperationalError | DatabaseBusyError) -> str:
 def _describe_refusal(lane: _Lane, error: OSError) -> JobError:
     """Why the process of a job could not even be started; a path of the server is left to the log."""
     begin = f"the {lane.worker} could not be started: "
-    if is_about_disk(error):
-        return JobError("disk_full", begin + _DISK_ADVICE)
+    known = describe_failure(error)
+    if known.code == "disk_full":
+        return JobError(known.code, begin + known.message)
     if error.errno in _NO_PROCESS_ERRORS:
         advice = "the server's machine has no memory for another process, or too many processes: end what else needs it"
         return JobError("out_of_memory", f"{begin}{advice}, and create the job again")

@@ -238,7 +238,7 @@ def _inspect(
         return None, None
     train, *rest = [data.good_rows() for data in found if data.rows]
     report = inspect_data(train, rest[0] if rest else None, tokenizer=_load_tokenizer(core), settings=settings)
-    if report.train.tokens is None or train.kind not in ("chat", "text"):
+    if report.train.tokens is None or train.kind not in ROW_KINDS[settings.method]:
         return report, None
     folder = pull_base(core.base, core.home)
     return report, estimate_run(report.train.tokens, report.train.num_fit_rows, folder, core=core, settings=settings)
@@ -315,12 +315,14 @@ def _print_advice(names: list[str], given: Mapping[str, Any]) -> None:
 def _print_estimate(estimate: Estimate | None) -> None:
     if estimate is None:
         return
-    low, high = (format_seconds(seconds) for seconds in (estimate.seconds_low, estimate.seconds_high))
-    memory = format_bytes(estimate.memory_bytes)
-    console.print(
-        f"estimate for this machine, idle: {estimate.num_steps} steps in {low} to {high}, about {memory} of memory",
-        soft_wrap=True,
-    )
+    what = f"{estimate.num_steps} steps"
+    if estimate.not_estimated is None:
+        low, high = (format_seconds(seconds or 0) for seconds in (estimate.seconds_low, estimate.seconds_high))
+        least, most = (format_bytes(size or 0) for size in (estimate.memory_bytes_low, estimate.memory_bytes_high))
+        what += f" in {low} to {high}, {least} to {most} of memory"
+    else:
+        what += f"; time and memory are not estimated: {estimate.not_estimated}"
+    console.print(f"estimate for this machine, idle: {what}", soft_wrap=True)
 
 
 def _print_set(found: SetReport) -> None:

@@ -387,6 +387,18 @@ def test_data_show_is_refused_when_every_row_is_bad(tmp_path: Path, base: tuple[
         _run(tmp_path, "show", source, *base)
 
 
+def test_data_check_says_why_it_estimates_no_time_when_a_method_was_never_measured(
+    tmp_path: Path, base: tuple[str, str]
+) -> None:
+    """Its own steps, and not those of supervised training; of sft both figures are ranges."""
+    rows = str(write_rows(tmp_path / "rows.jsonl", [make_messages(f"q{number}", "a") for number in range(9)]))
+    sampling = ("--method", "rloo", "--reward", "tone@v1", "--generations", "4", "--max-answer-tokens", "8")
+    told = _run(tmp_path, "check", rows, *base, *sampling).stdout
+    assert "12 steps; time and memory are not estimated: most of a step is spent on writing answers" in told
+    told = _run(tmp_path, "check", rows, *base).stdout
+    assert re.search(r"idle: 6 steps in .* s to .* s, [0-9.]+ .B to [0-9.]+ .B of memory", told)
+
+
 def test_data_check_estimates_without_rows_that_it_refuses(tmp_path: Path, base: tuple[str, str]) -> None:
     """A few long rows that a run never sees must not ask for a larger machine; that they are left aside is said."""
     good = [make_messages(f"q{number}", "a") for number in range(4)]
