@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import re
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from adapters.errors import ConflictError, DataError
@@ -218,6 +220,23 @@ def test_data_show_marks_the_tokens_that_carry_loss_when_there_are_no_colours(
     assert "assistant\n⟦b<|im_end|>⟧" in shown
     assert 2 == shown.count("⟦")
     assert shown.startswith("line 1: ")
+
+
+def test_data_show_colours_the_tokens_that_carry_loss_when_it_writes_to_a_terminal(
+    tmp_path: Path, base: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Green and bold where there is loss, dim elsewhere; no marks between."""
+    terminal = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=200)
+    monkeypatch.setattr("clients.cli.data.console", terminal)
+    source = str(write_rows(tmp_path / "d.jsonl", [make_messages("q", "a")]))
+
+    _run(tmp_path, "show", source, *base)
+
+    assert isinstance(terminal.file, io.StringIO)
+    shown = terminal.file.getvalue()
+    assert "\x1b[1;32ma<|im_end|>\x1b[0m" in shown
+    assert "\x1b[2m" in shown
+    assert "⟦" not in shown
 
 
 def test_data_show_gives_tokens_and_mask_when_json_is_asked_for(tmp_path: Path, base: tuple[str, str]) -> None:
