@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Select, select
@@ -19,6 +19,7 @@ from adapters.tables import ExposureRow, FeedbackRow
 __all__ = ["AnsweredRequest", "ReportedValue", "UnitOutcomes", "read_history", "read_outcomes"]
 
 _ROWS_AT_ONCE = 5_000
+_LONGEST_MS = 86_400_000.0  # a longer answer is counted as a day's: any float may stand in a row, and dates end
 
 
 class AnsweredRequest(NamedTuple):
@@ -31,6 +32,11 @@ class AnsweredRequest(NamedTuple):
     total_ms: float
     completion_tokens: int
     has_feedback: bool
+
+    @property
+    def ended_at(self) -> datetime:
+        """When its answer was there, or had failed."""
+        return self.at + timedelta(milliseconds=min(self.total_ms, _LONGEST_MS))
 
 
 class ReportedValue(NamedTuple):
@@ -57,6 +63,16 @@ class UnitOutcomes:
         """When the unit came."""
         return self.requests[0].at
 
+    @property
+    def first_answered(self) -> AnsweredRequest:
+        """The request that was answered first, which need not be the one that was asked first."""
+        return min(self.requests, key=lambda request: request.ended_at)
+
+    @property
+    def answered_at(self) -> datetime:
+        """When its first answer was there, and the first of its rows was written."""
+        return self.first_answered.ended_at
+
 
 def read_outcomes(session: Session, experiment_id: str, stage: int) -> dict[str, list[UnitOutcomes]]:
     """By arm what came of each unit in one stage, the earliest exposed first; arms without units are not there.
@@ -76,7 +92,8 @@ def read_outcomes(session: Session, experiment_id: str, stage: int) -> dict[str,
 def read_history(session: Session, experiment: Experiment) -> list[UnitOutcomes]:
     """What the units of an experiment's present stage did on its alias before it began, whatever answered them then.
 
-    Units that did nothing are not there. Of a unit that was in arms of other experiments there are several.
+    Units that did nothing are not there. Of a unit that was in arms of other experiments there are several. What was
+    reported later, on an answer of before, is none of it: the arm has had a part in that.
     """
     if experiment.starts_at is None:
         return []
@@ -89,17 +106,19 @@ def read_history(session: Session, experiment: Experiment) -> list[UnitOutcomes]
         ExposureRow.experiment_id.is_distinct_from(experiment.id),
         ExposureRow.unit.in_(of_stage),
     )
-    return list(_read_units(session, before).values())
+    return list(_read_units(session, before, reported=(FeedbackRow.reported_at < experiment.starts_at,)).values())
 
 
-def _read_units(session: Session, wanted: Sequence[ColumnElement[bool]]) -> dict[tuple[str, str], UnitOutcomes]:
+def _read_units(
+    session: Session, wanted: Sequence[ColumnElement[bool]], *, reported: Sequence[ColumnElement[bool]] = ()
+) -> dict[tuple[str, str], UnitOutcomes]:
     """By arm and unit, in the order in which the units came; equal times are ordered by the responses' ids."""
     # Plain rows, some at a time: as many objects of the session, or all rows at once, would take twice as long.
     connection = session.connection()
     statement = (
         select(FeedbackRow.response_id, FeedbackRow.metric, FeedbackRow.value, FeedbackRow.reported_at)
         .join(ExposureRow, ExposureRow.response_id == FeedbackRow.response_id)
-        .where(*wanted)
+        .where(*wanted, *reported)
         .order_by(FeedbackRow.reported_at, FeedbackRow.response_id)
         .execution_options(yield_per=_ROWS_AT_ONCE)
     )
@@ -117,9 +136,9 @@ def _read_units(session: Session, wanted: Sequence[ColumnElement[bool]]) -> dict
         if has_feedback:
             asked[response] = found, at
     for response, metric, value, at in reports:
-        place = asked[response]
-        assert place is not None, "both are read of the same exposures"
-        place[0].reports.setdefault(metric, []).append(ReportedValue(value, at, place[1]))
+        # Two queries may see two states: a request whose feedback was read can be deleted before it is read itself.
+        if (place := asked[response]) is not None:
+            place[0].reports.setdefault(metric, []).append(ReportedValue(value, at, place[1]))
     return units
 
 

@@ -16,7 +16,7 @@ from adapters.errors import DataError, RankTooHighError
 from training.formats import Dataset, read_dataset
 from training.held_out import choose_validation
 from training.job_process import JobProcess, StoppedError, job_process
-from training.job_settings import describe_failure, resolve_settings
+from training.job_settings import describe_failure, name_data, resolve_settings
 from training.preflight import run_preflight
 
 __all__ = ["ValidationRun", "main"]
@@ -68,7 +68,8 @@ class ValidationRun:
     def _read(self, file_id: str, param: str) -> Dataset:
         self._check_standing()
         try:
-            return read_dataset(self._process.files.path(file_id), name=param)
+            name = name_data(self._claim.job, self._process.files)[param]
+            return read_dataset(self._process.files.path(file_id), name=name)
         except DataError as error:
             error.param = param
             raise

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-__all__ = ["adjusted_confidence", "holm_rejections", "thompson_weights"]
+__all__ = ["adjusted_confidence", "thompson_weights"]
 
 _NUM_QUANTILES = 2000
 
@@ -22,21 +22,6 @@ def adjusted_confidence(confidence: float, num_comparisons: int) -> float:
     if num_comparisons < 1:
         raise ValueError(f"expected at least one comparison, found {num_comparisons}")
     return 1 - (1 - confidence) / num_comparisons
-
-
-def holm_rejections(p_values: Sequence[float], *, confidence: float = 0.95) -> list[bool]:
-    """Which of several hypotheses are rejected so that a wrong one is among them with at most 1 - confidence.
-
-    With p-values that are valid at every look it holds at every look. Never rejects fewer than Bonferroni.
-
-    Source: Holm (1979), Scandinavian Journal of Statistics 6:65.
-    """
-    rejected = [False] * len(p_values)
-    for place, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
-        if p_values[index] > (1 - confidence) / (len(p_values) - place):
-            break
-        rejected[index] = True
-    return rejected
 
 
 def thompson_weights(

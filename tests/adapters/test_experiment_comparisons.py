@@ -8,13 +8,14 @@ from datetime import timedelta
 
 import pytest
 from scipy import stats
+from sqlalchemy import delete, event
 
 from adapters.experiment_comparisons import guard_confidence, stage_confidence
 from adapters.experiment_evaluation import ExperimentEvaluation
 from adapters.experiment_report import ArmReport, MetricReport, make_report
 from adapters.experiments import ExperimentService
 from adapters.exposures import FEEDBACK_WINDOW
-from adapters.outcomes import AnsweredRequest, UnitOutcomes, read_outcomes
+from adapters.outcomes import AnsweredRequest, UnitOutcomes, read_history, read_outcomes
 from adapters.records import (
     BUILT_IN_METRICS,
     AnalysisPlan,
@@ -26,7 +27,7 @@ from adapters.records import (
 )
 from adapters.registry import Registry
 from adapters.settled_values import first_outcomes
-from adapters.tables import ExperimentRow, ExposureRow, utc_now
+from adapters.tables import ExperimentRow, ExposureRow, FeedbackRow, utc_now
 from tests.support.experiments import HALVES, NO, SOLVED, YES, Start, add_users, age, points_to, win
 
 
@@ -179,6 +180,24 @@ def test_user_s_number_stays_when_it_was_counted_and_the_user_comes_back(
     assert (before.primary, before.guards) == (after.primary, after.guards)
 
 
+def test_user_s_number_stays_when_an_earlier_request_ends_later(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """What was answered first counts: the row of a request that hangs for a minute comes when others were counted."""
+    experiment = start()
+    add_users(registry, experiment, "A", [NO] * 30)
+    first = add_users(registry, experiment, "B", [YES] * 30)
+    before = evaluation.report(experiment.id).treatments[0]
+    slow = add_users(registry, experiment, "B", [None] * 30, error="the model failed", ttft_ms=60_000.0)
+    with registry.database.write() as session:
+        for old, new in zip(first, slow, strict=True):
+            row = session.get_one(ExposureRow, new)
+            row.unit = session.get_one(ExposureRow, old).unit
+            row.served_at -= timedelta(seconds=1)
+    after = evaluation.report(experiment.id).treatments[0]
+    assert (before.primary, before.guards) == (after.primary, after.guards)
+
+
 def test_late_feedback_is_counted_last_when_others_were_counted_before(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:
@@ -267,6 +286,27 @@ def test_first_answer_is_the_number_when_the_primary_metric_is_built_in(
     assert ([0.0] if metric == "feedback_rate" else expected) == later.values.tolist()
 
 
+def test_feedback_is_left_out_when_its_request_is_deleted_while_both_are_read(registry: Registry, start: Start) -> None:
+    """PostgreSQL shows each query its own moment: what the second one no longer finds is no outcome, and no error."""
+    experiment = start(guardrails=())
+    gone, _ = add_users(registry, experiment, "A", [YES, NO])
+
+    with registry.database.write() as session:
+        connection = session.connection()
+
+        seen: list[object] = []
+
+        @event.listens_for(connection, "before_execute")
+        def delete_before_the_second(*_: object) -> None:
+            seen.append(_)
+            if len(seen) == 2:
+                connection.execute(delete(FeedbackRow).where(FeedbackRow.response_id == gone))
+                connection.execute(delete(ExposureRow).where(ExposureRow.response_id == gone))
+
+        (unit,) = read_outcomes(session, experiment.id, 1)["A"]
+    assert [0.0] == [report.value for report in unit.reports["solved"]]
+
+
 def test_report_takes_users_once_when_they_ask_often(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:
@@ -317,6 +357,41 @@ def test_first_token_is_missed_when_answers_of_one_arm_never_come(
     assert found["ttft_ms"].interval is not None
     assert found["ttft_ms"].interval.high < 0
     assert "ttft_ms is known of fewer of B's answers" in " ".join([report.verdict.sentence, *report.verdict.notes])
+
+
+def test_what_was_before_ends_at_the_start_when_users_report_on_it_later(registry: Registry, start: Start) -> None:
+    """A user in an arm may still judge an answer of before: the arm has had a part in that, so it adjusts nothing."""
+    earlier = start(guardrails=())
+    (old, _) = add_users(registry, earlier, "A", [{}, YES])
+    service = ExperimentService(registry.database)
+    service.stop(earlier.id)
+    experiment = start(analysis="fixed", planned_units=2, guardrails=())
+    new = add_users(registry, experiment, "B", [YES, YES])
+    with registry.database.write() as session:
+        for place, row in enumerate(session.query(ExposureRow).filter_by(experiment_id=earlier.id)):
+            row.served_at -= timedelta(hours=1)
+            session.get_one(ExposureRow, new[place]).unit = row.unit
+    service.record_feedback(Feedback(old, "solved", 0.0))
+    with registry.database.read() as session:
+        history = read_history(session, service.get(experiment.id))
+    assert [False, True] == sorted("solved" in unit.reports for unit in history)
+
+
+def test_users_of_the_same_time_are_compared_when_fewer_of_one_arm_report(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Both arms alike, rarely solved at first and mostly later; of A's users 7 in 10 report, all along."""
+    experiment = start(planned_units=4000, guardrails=())
+    outcomes = [YES if place % 10 == 0 else NO for place in range(1000)]
+    outcomes += [NO if place % 10 == 0 else YES for place in range(1000)]
+    add_users(registry, experiment, "B", outcomes)
+    add_users(
+        registry, experiment, "A", [None if place % 10 in (3, 5, 7) else outcomes[place] for place in range(2000)]
+    )
+    primary = evaluation.report(experiment.id).treatments[0].primary
+    assert primary is not None
+    assert primary.interval is not None
+    assert -0.1 < primary.interval.low < 0 < primary.interval.high < 0.1
 
 
 def test_history_ends_with_the_present_interval_when_drawn(

@@ -130,12 +130,81 @@ def test_training_rows_teach_the_assistants_words_when_the_template_is_the_publi
 
     rows = render_training_rows(tokenizer, messages)
 
-    opening = "<think>\n\n</think>\n\n" if name == "qwen3" else ""  # which the server does not write for the model
+    opening = "<think>\n\n</think>\n\n" if name == "qwen3" else ""  # which the server leaves to the model
     assert [f"{opening}X1{end}", f"{opening}X2{end}"] == [text.strip("\n") for text in _learned(tokenizer, rows)]
     assert tokenizer.convert_tokens_to_ids(end) == end_of_turn_id(tokenizer)
     weighed: list[dict[str, Any]] = [messages[0], {**messages[1], "weight": 0}, *messages[2:]]
     learned = _learned(tokenizer, render_training_rows(tokenizer, weighed))
     assert [f"{opening}X2{end}"] == [text.strip("\n") for text in learned]
+    assert all(row.input_ids[:2].count(tokenizer.bos_token_id) <= 1 for row in rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_rows_are_one_when_earlier_turns_stand(family: TemplateFamily) -> None:
+    """A conversation of several turns costs one row, but for templates that write earlier turns anew."""
+    messages = make_messages("a?", "b", "c?", "d", system="Be brief." if family.has_system else None)
+
+    rows = render_training_rows(make_family_tokenizer(family), messages)
+
+    assert len(rows) == (1 if family.is_stable else 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_rows_begin_with_one_bos_when_the_template_writes_it(family: TemplateFamily) -> None:
+    """As often as the template writes it: the row has no other."""
+    tokenizer = make_family_tokenizer(family)
+    messages = make_messages("a?", "b", "c?", "d")
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+
+    row = render_training_rows(tokenizer, messages)[-1]
+
+    assert text.count(tokenizer.bos_token) == row.input_ids.count(tokenizer.bos_token_id)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_end_of_turn_is_the_templates_own_when_eos_is_another(family: TemplateFamily) -> None:
+    """Four of the families end a turn with another token than a sequence."""
+    tokenizer = make_family_tokenizer(family)
+
+    assert tokenizer.convert_tokens_to_ids(family.end_of_turn) == end_of_turn_id(tokenizer)
+
+
+def test_end_of_turn_is_none_when_the_template_has_none() -> None:
+    """Words alone, a template that refuses everything, and none at all."""
+    tokenizer = make_merging_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    found = []
+    for template in ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "{{ raise_exception('no') }}", None):
+        tokenizer.chat_template = template
+        found.append(end_of_turn_id(tokenizer))
+
+    assert [None, None, None] == found
+
+
+@pytest.mark.parametrize("answer", ["\nabc", "\n", "a", " a", "\n\n\na"])
+def test_later_prompts_are_the_servers_when_an_answer_begins_with_a_newline(answer: str) -> None:
+    """A newline behind a newline merges with it in the server's later prompts: the later turn is a row of its own."""
+    tokenizer = make_family_tokenizer(TEMPLATE_FAMILIES["chatml"])
+    messages = make_messages("q", answer, "c", "d")
+
+    rows = render_training_rows(tokenizer, messages)
+
+    assert [render_prompt(tokenizer, messages[:1]), render_prompt(tokenizer, messages[:3])] == _prompts(rows)
+    assert [f"{answer}<|im_end|>", "d<|im_end|>"] == _learned(tokenizer, rows)
+    assert len(rows) == (2 if answer[0] in "\na" else 1)
+
+
+def test_training_rows_keep_their_thoughts_when_each_turn_thinks() -> None:
+    """Each answer is learned with its own reasoning, behind turns that have lost theirs, as the server asks."""
+    tokenizer = make_family_tokenizer(TEMPLATE_FAMILIES["qwen3"])
+    messages = make_messages("1?", "<think>\nhm\n</think>\n\none", "2?", "<think>so</think>two")
+
+    rows = render_training_rows(tokenizer, messages)
+
+    assert _learned(tokenizer, rows) == [
+        "<think>\nhm\n</think>\n\none<|im_end|>",
+        "<think>\nso\n</think>\n\ntwo<|im_end|>",
+    ]
     assert "assistant\none<|im_end|>" in tokenizer.decode(rows[1].input_ids)
 
 
