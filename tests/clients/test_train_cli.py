@@ -111,10 +111,16 @@ def test_train_tells_the_step_and_the_folder_when_it_gets_ctrl_c(tmp_path: Path,
         text=True,
     )
     deadline = time.monotonic() + 120
-    while not any((tmp_path / "home").glob("runs/*/metrics.jsonl")) and time.monotonic() < deadline:
+    while (
+        not any((tmp_path / "home").glob("runs/*/metrics.jsonl"))
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.2)
+    has_begun = any((tmp_path / "home").glob("runs/*/metrics.jsonl"))
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=120)
+    assert has_begun, printed
     (folder,) = (tmp_path / "home" / "runs").iterdir()
     assert f"Metrics and sampled answers go to {folder}" in printed
     last = printed.splitlines()[-1]
