@@ -24,6 +24,7 @@ from adapters.statistics import (
     Interval,
     adjust_for_covariate,
     adjusted_confidence,
+    comparison_confidence,
     difference_interval,
     difference_sequence,
     mean_sequence,
@@ -31,20 +32,14 @@ from adapters.statistics import (
 
 __all__ = ["StageComparisons", "guard_confidence", "stage_confidence"]
 
-_FIRST_STAGE = 6 / math.pi**2  # of alpha: one over the sum of 1, 1/4, 1/9, ...
-_LEAST_ALPHA = 1e-9  # below it, one less it is one: floats end there
 _WIDEST_LOG = 50.0  # on a scale of logarithms: what is wider says nothing, and its exponential may be no float
 
 
 def stage_confidence(experiment: Experiment) -> float:
-    """The confidence of one interval, so that all comparisons and stages together keep the experiment's alpha.
-
-    Several treatments share it (each has its own chance to be taken for better by chance). Stages have 1, 1/4, 1/9, ...
-    of 6 / pi^2 of it, which add up to alpha however many there are: somebody who changes weights again and again gets
-    no new chance for it.
-    """
-    alpha = max(experiment.alpha * _FIRST_STAGE / experiment.stage**2, _LEAST_ALPHA)
-    return adjusted_confidence(1 - alpha, len(experiment.arms) - 1)
+    """The confidence of one comparison in the present stage; all of them together keep the experiment's alpha."""
+    return comparison_confidence(
+        experiment.alpha, num_treatments=len(experiment.arms) - 1, stage=experiment.stage
+    )
 
 
 def guard_confidence(experiment: Experiment) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -9,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-__all__ = ["adjusted_confidence", "holm_rejections", "thompson_weights"]
+__all__ = ["adjusted_confidence", "comparison_confidence", "holm_rejections", "thompson_weights"]
 
 _NUM_QUANTILES = 2000
+_FIRST_STAGE = 6 / math.pi**2  # of alpha: one over the sum of 1, 1/4, 1/9, ...
+_LEAST_ALPHA = 1e-9  # below it, one less it is one: floats end there
 
 
 def adjusted_confidence(confidence: float, num_comparisons: int) -> float:
@@ -22,6 +25,16 @@ def adjusted_confidence(confidence: float, num_comparisons: int) -> float:
     if num_comparisons < 1:
         raise ValueError(f"expected at least one comparison, found {num_comparisons}")
     return 1 - (1 - confidence) / num_comparisons
+
+
+def comparison_confidence(alpha: float, *, num_treatments: int, stage: int = 1) -> float:
+    """The confidence of one comparison with the control, so that all comparisons and stages together keep alpha.
+
+    Several treatments share it (each has its own chance to be taken for better by chance). Stages, counted from 1, have
+    1, 1/4, 1/9, ... of 6 / pi^2 of it, which add up to alpha however many there are: somebody who changes weights again
+    and again gets no new chance for it.
+    """
+    return adjusted_confidence(1 - max(alpha * _FIRST_STAGE / stage**2, _LEAST_ALPHA), num_treatments)
 
 
 def holm_rejections(p_values: Sequence[float], *, confidence: float = 0.95) -> list[bool]:

@@ -81,8 +81,9 @@ def power(
 ) -> None:
     """How many users an experiment takes, and how many days, looked at all along or once at the end."""
     from adapters.errors import InvalidInputError
-    from adapters.statistics import adjusted_confidence, duration_days, required_units
+    from adapters.statistics import comparison_confidence, duration_days, required_units
 
+    confidence = comparison_confidence(alpha, num_treatments=treatments)
     try:
         rows = []
         for analysis in ("sequential", "fixed"):
@@ -90,7 +91,7 @@ def power(
                 effect,
                 base_rate=base_rate,
                 std_dev=std_dev,
-                confidence=adjusted_confidence(1 - alpha, treatments),
+                confidence=confidence,
                 power=chance,
                 analysis="sequential" if analysis == "sequential" else "fixed",
             )
@@ -107,6 +108,7 @@ def power(
     print_table(["analysis", "you may look", "users in all arms", "days"], table, whole=["analysis"])
     console.print(
         f"With so many users a true difference of {effect:+g} is found with a probability of {chance:.0%}. "
+        f"Its intervals have {_percent(confidence)} confidence until weights are changed. "
         "A sequential experiment mostly ends earlier if the difference is larger, and looking can't fool you.",
         style="dim",
     )
