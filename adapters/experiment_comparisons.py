@@ -37,9 +37,7 @@ _WIDEST_LOG = 50.0  # on a scale of logarithms: what is wider says nothing, and 
 
 def stage_confidence(experiment: Experiment) -> float:
     """The confidence of one comparison in the present stage; all of them together keep the experiment's alpha."""
-    return comparison_confidence(
-        experiment.alpha, num_treatments=len(experiment.arms) - 1, stage=experiment.stage
-    )
+    return comparison_confidence(experiment.alpha, num_treatments=len(experiment.arms) - 1, stage=experiment.stage)
 
 
 def guard_confidence(experiment: Experiment) -> float:

@@ -100,7 +100,8 @@ class ShadowReport:
     """What came of a shadow, over the requests that both answered; differences are shadow minus live.
 
     `cut` are answers that ended at their limit of tokens. Means and shares are None while nothing was answered. Their
-    intervals take the requests of one user for one observation, and hold at every look at once.
+    intervals take the requests of one user for one observation, and are made for all looks at once
+    (`mean_of_units` says how far that is known).
     """
 
     shadow: Shadow

@@ -355,7 +355,7 @@ class ShadowList(_Record):
 
 
 class ShadowMean(_Record):
-    """A mean with the bounds of its 95 % interval, where there are some; it holds at every look at once."""
+    """A mean with the bounds of its 95 % interval, where there are some; it is made for all looks at once."""
 
     mean: float
     low: float | None
