@@ -257,7 +257,8 @@ class ShadowService:
             users = session.execute(_sums_by_user(shadow.id)).all()
         reasons: dict[str, dict[str, int]] = {"answered": {}, "dropped": {}, "failed": {}}
         for outcome, reason, count, _ in ends:
-            reasons[outcome][reason or ""] = count
+            told = reason or "no reason is known"  # none and an empty one are groups of their own in the database
+            reasons[outcome][told] = reasons[outcome].get(told, 0) + count
         return ShadowReport(
             shadow,
             num_answered=sum(reasons["answered"].values()),
