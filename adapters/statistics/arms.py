@@ -62,7 +62,8 @@ def thompson_weights(
 
     Args:
         arms: One number per unit, for each arm. All 0 or 1: posterior Beta(1 + ones, 1 + zeros); otherwise Student's t
-            around the mean. Arms with fewer than two units, or without variation, know nothing: all shares are equal.
+            around the mean. While an arm has fewer than two units of such other values, or does not vary, nothing is
+            known: all shares are equal. Shares of 0 and 1 are known from the first unit on, also of one arm alone.
         direction: What is better.
         floor: Least share of an arm, at most 1 / number of arms.
 

@@ -128,7 +128,10 @@ def _write_plot(report: ExperimentReport, path: Path) -> None:
     title = (
         f"{report.experiment.metric.name}: difference to {control}{unit} by users, {_percent(report.confidence)} sure"
     )
-    path.write_text(draw_effects_svg(effects, title=title), encoding="utf-8")
+    try:
+        path.write_text(draw_effects_svg(effects, title=title), encoding="utf-8")
+    except OSError as error:
+        raise InvalidInputError(f"{path} can't be written: {error.strerror}") from None
 
 
 def _points(report: ExperimentReport, arm: str) -> list[EffectPoint]:

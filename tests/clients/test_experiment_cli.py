@@ -125,6 +125,13 @@ def test_show_draws_no_effect_when_there_is_none_to_draw(home: Home, tmp_path: P
     assert not (tmp_path / "effect.svg").exists()
 
 
+def test_plot_is_refused_when_its_folder_is_not_there(home: Home, tmp_path: Path) -> None:
+    """With the path, and why."""
+    _win(home, home.start())
+    with pytest.raises(InvalidInputError, match=r"effect\.svg can't be written: No such file or directory"):
+        home.text("show", "legal", "--plot", str(tmp_path / "absent" / "effect.svg"))
+
+
 def test_person_decides_when_told_to(home: Home) -> None:
     """Promotion and rollback end an experiment; a difference in feedback is accepted for the log."""
     first = home.start()
