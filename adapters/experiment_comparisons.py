@@ -7,7 +7,7 @@ times.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime, timedelta
 from functools import cached_property
 
@@ -112,6 +112,7 @@ class StageComparisons:
             outcome=outcome_of(primary, self.smallest_effect()),
             guards=tuple(self._guard(arm, guardrail) for guardrail in experiment.guardrails),
             gaps=tuple(self._gap(arm, name) for name in watched if can_be_missing(name)),
+            feedback=self._gap(arm, "feedback_rate") if self._has_feedback_besides(watched) else None,
         )
 
     def smallest_effect(self) -> float | None:
@@ -170,8 +171,13 @@ class StageComparisons:
         margin = _margin_on_scale(guardrail, compared)
         return Guard(compared, margin, "no_data" if margin is None else guard_state(compared, margin))
 
+    def _has_feedback_besides(self, watched: Collection[str]) -> bool:
+        """Whether there is feedback of which nothing else is told: by other metrics than the plan's."""
+        reported = {name for units in self._outcomes.values() for unit in units for name in unit.reports}
+        return "feedback_rate" not in watched and not reported <= set(watched)
+
     def _gap(self, arm: Arm, metric: str) -> Comparison:
-        """How much more often the treatment's requests have a value of a metric at all.
+        """How much more often the treatment's requests have a value of a metric at all; `feedback_rate`: any feedback.
 
         Of all requests so far, since many clients report on a user's last answer alone. Such shares go on changing; an
         undue alarm, which that may raise more often, holds a promotion back until a person has looked.
@@ -203,7 +209,9 @@ class StageComparisons:
 
 
 def _coverage(unit: UnitOutcomes, metric: str) -> float:
-    """The share of a unit's requests that have a value of a metric."""
+    """The share of a unit's requests that have a value of a metric; `feedback_rate`: any feedback."""
+    if metric == "feedback_rate":
+        return sum(request.has_feedback for request in unit.requests) / len(unit.requests)
     return num_outcomes_of(unit, metric) / len(unit.requests)
 
 

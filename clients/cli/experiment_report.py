@@ -181,6 +181,8 @@ def _print_verdict(report: ExperimentReport) -> None:
 
 def _command(report: ExperimentReport) -> str | None:
     """What the verdict's next step is typed as."""
+    from adapters.experiment_report import has_accepted_feedback
+
     experiment, verdict = report.experiment, report.verdict
     if experiment.state == "draft":
         return f"start {experiment.id}" if experiment.starts_at is None else None
@@ -191,7 +193,7 @@ def _command(report: ExperimentReport) -> str | None:
     if report.split.fired:
         return f'accept {experiment.id} --split --reason "..."'
     gaps = (gap for treatment in report.treatments for gap in treatment.gaps if treatment.name == verdict.arm)
-    is_accepted = any(item.action == "accept_feedback" and item.stage == experiment.stage for item in report.decisions)
+    is_accepted = has_accepted_feedback(experiment, report.decisions)
     return f'accept {experiment.id} --reason "..."' if any(map(_differs, gaps)) and not is_accepted else None
 
 
@@ -281,13 +283,14 @@ def _print_gaps(report: ExperimentReport) -> None:
     from adapters.verdict_words import format_interval
 
     for treatment in report.treatments:
-        for gap in treatment.gaps:
+        for gap in (*treatment.gaps, *([treatment.feedback] if treatment.feedback else [])):
             if gap.interval is None or gap.control.mean is None or gap.treatment.mean is None:
                 continue
             judged = f"the arms differ, {format_interval(gap)}" if _differs(gap) else "no difference is shown"
             sides = ((report.arms[0].arm.name, gap.control.mean), (treatment.name, gap.treatment.mean))
             known = ", ".join(f"{mean * 100:.3g} % in {name}" for name, mean in sides)
-            console.print(f"{gap.metric} is known of so many of a user's answers: {known}; {judged}.", soft_wrap=True)
+            what = "There is feedback on" if gap is treatment.feedback else f"{gap.metric} is known of"
+            console.print(f"{what} so many of a user's answers: {known}; {judged}.", soft_wrap=True)
 
 
 def _differs(gap: Comparison) -> bool:

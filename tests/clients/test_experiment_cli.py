@@ -125,6 +125,15 @@ def test_show_draws_no_effect_when_there_is_none_to_draw(home: Home, tmp_path: P
     assert not (tmp_path / "effect.svg").exists()
 
 
+def test_show_compares_feedback_when_the_plan_names_none_of_it(home: Home) -> None:
+    """How often answers have any, in both arms."""
+    experiment = home.start(metric=Metric("length_finish_rate", "decrease"), guardrails=())
+    add_users(home.registry, experiment, "A", [{"liked": 1.0}, None] * 150)
+    add_users(home.registry, experiment, "B", [{"liked": 1.0}, None, None, None] * 75)
+    shown = home.text("show", "legal")
+    assert "There is feedback on so many of a user's answers: 50 % in A, 25 % in B; the arms differ, -25.0 po" in shown
+
+
 def test_plot_is_refused_when_its_folder_is_not_there(home: Home, tmp_path: Path) -> None:
     """With the path, and why."""
     _win(home, home.start())

@@ -50,7 +50,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def chat_endpoint(answer: Callable[[dict[str, Any]], str | None]) -> Iterator[ChatEndpoint]:
-    """An endpoint on a free port for the length of the block; `answer` makes the text from a request's body; None: 400."""
+    """An endpoint on a free port for the block; `answer` makes the text from a request's body, None a 400."""
     server = ChatEndpoint(answer)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
