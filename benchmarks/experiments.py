@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from adapters.statistics.planning import required_units
 from benchmarks import experiment_runs as runs_of
 from benchmarks.conditions import describe_host, format_conditions
-from benchmarks.experiment_runs import METRICS, Looks, Metric, Plan, Value
+from benchmarks.experiment_runs import HEARD_LESS, METRICS, RARE_THEN_OFTEN, Looks, Metric, Plan, Value
 from benchmarks.experiment_verdicts import ENDINGS, SITUATIONS, Situation, run_situation
 
 __all__ = ["SECTIONS", "Study", "build_studies", "format_study", "main", "run_chunk", "run_studies"]
 
 _CHUNK = 250
+_MANY = 5  # times the units where a treatment has few of them, or what changes takes time
 _SRM_ALPHA = 0.01
 _VALUES: dict[Value, str] = {
     "first": "the first outcome",
@@ -71,6 +72,14 @@ def build_studies(units: int) -> list[Study]:
     studies += [
         Study("errors", f"{metric.name}; 10/90", partial(_errors, metric, units, lopsided)) for metric in uneven
     ]
+    canary, many = Plan(units * _MANY / 2, treatment_share=0.05), units * _MANY
+    for metric, shares, moving in (
+        (METRICS[1], "5/95", canary),
+        (RARE_THEN_OFTEN, "5/95", canary),
+        (HEARD_LESS, "50/50", Plan(many / 2)),
+    ):
+        measure = partial(_errors, metric, many, moving)
+        studies.append(Study("errors", f"{metric.name}; {shares}; {many:,} users", measure, chunk=_CHUNK // _MANY // 2))
     for value, what in _VALUES.items():
         for concentration, new_share, who in (
             (2.0, 0.5, "users differ, 2 requests each"),
@@ -85,6 +94,8 @@ def build_studies(units: int) -> list[Study]:
     ]
     for metric, effect in ((METRICS[0], 0.1), (METRICS[1], 0.05), (METRICS[3], 0.2), (METRICS[4], 0.5)):
         studies.append(Study("coverage", f"{metric.name}, {effect:+g}", partial(_misses, metric, units, plan, effect)))
+    measure = partial(_misses, METRICS[1], units, lopsided, 0.05)
+    studies.append(Study("coverage", f"{METRICS[1].name}, +0.05; 10/90", measure))
     for metric, effect, deviation in ((Metric("binary, 0.4", rate=0.4), 0.1, None), (METRICS[3], 0.2, 1.0)):
         studies.append(Study("power", f"{metric.name}, {effect:+g}", partial(_power, metric, effect, deviation)))
     for share in (0.5, 0.48):
@@ -161,7 +172,8 @@ def _look(
 ) -> Looks:
     in_treatment = runs_of.assign(generator, (num_runs, units), plan.treatment_share)
     values = metric.values(generator, in_treatment, effect)
-    return Looks.of(values, in_treatment, is_binary=metric.rate is not None)
+    is_known = metric.known(generator, in_treatment)
+    return Looks.of(values, in_treatment, is_binary=metric.rate is not None, is_known=is_known)
 
 
 def _returning(

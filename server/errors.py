@@ -66,6 +66,8 @@ ANSWERS: dict[type[core.HotswapError], Answer] = {
     core.FeedbackTooLateError: Answer(409, "invalid_request_error", "feedback_too_late", should_retry=False),
     core.IntegrityError: Answer(500, "server_error", "integrity_error", is_public=False),
     core.DatabaseBusyError: Answer(503, "server_error", "database_busy", should_retry=True),
+    # Clients would repeat it at once; until somebody makes room it fails again.
+    core.StorageFullError: Answer(507, "server_error", "storage_full", should_retry=False),
     core.BaseModelError: Answer(500, "server_error", "base_model_error", is_public=False),
     core.OverloadedError: Answer(429, "rate_limit_error", "overloaded", should_retry=True),
     core.RateLimitError: Answer(429, "rate_limit_error", "rate_limit_exceeded", should_retry=True),
@@ -108,8 +110,9 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
         headers["www-authenticate"] = "Bearer"
     elif answer.status == 503:
         headers["retry-after"] = str(_RETRY_SOON_S)
-    if answer.status == 500:
-        _log.error("request_failed", path=request.url.path, error=str(error), kind=type(error).__name__)
+    if answer.status in (500, 507):
+        told = "; ".join([str(error), *getattr(error, "__notes__", ())])
+        _log.error("request_failed", path=request.url.path, error=told, kind=type(error).__name__)
     return JSONResponse(body, status_code=answer.status, headers=headers)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import IO
 
 from adapters.errors import ConfigurationError
 
-__all__ = ["check_home_free", "held_home"]
+__all__ = ["check_home_free", "held_home", "is_home_served"]
 
 _MAX_NOTE_CHARS = 200
+_WAITS_S = (0.05, 0.1)  # somebody may be looking whether a server runs
 
 
 def check_home_free(home: Path) -> None:
@@ -27,6 +29,15 @@ def check_home_free(home: Path) -> None:
     """
     with _locked(home):
         pass
+
+
+def is_home_served(home: Path) -> bool:
+    """Whether a server runs on this home, or is just starting."""
+    try:
+        check_home_free(home)
+    except ConfigurationError:
+        return True
+    return False
 
 
 @contextmanager
@@ -47,15 +58,25 @@ def held_home(home: Path, *, address: str) -> Iterator[None]:
 def _locked(home: Path) -> Iterator[IO[str]]:
     home.mkdir(parents=True, exist_ok=True)
     with (home / "serve.lock").open("a+") as file:
-        try:
-            # The kernel frees it when the processes that have it open are gone, however they end.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _take(file):
             file.seek(0)
             holder = file.read(_MAX_NOTE_CHARS).strip() or "one that is just starting"
             raise ConfigurationError(
                 f"a server runs on the home {home} already: {holder}; use or stop that one, or give this one another "
                 "home (--home FOLDER)",
                 param="home",
-            ) from None
+            )
         yield file
+
+
+def _take(file: IO[str]) -> bool:
+    """Lock the file, if nobody holds it for longer than it takes to look whether it is held."""
+    for wait_s in (*_WAITS_S, None):
+        try:
+            # The kernel frees it when the processes that have it open are gone, however they end.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if wait_s is not None:
+                time.sleep(wait_s)
+    return False

@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
+from adapters.disk import full_disk_told
 from adapters.errors import DeadlineExceededError, InvalidInputError, InvalidNameError, OverloadedError
 from adapters.imports import import_archive, import_folder
 from adapters.manifest import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, MANIFEST_FILE, REWARD_HEAD_FILE
@@ -103,8 +104,13 @@ class Uploads:
             InvalidInputError: the body has another form than it should, or breaks off.
             OverloadedError: so many uploads are under way.
             DeadlineExceededError: the body did not arrive in time.
+            StorageFullError: the disk is full.
         """
-        with self._place(most), tempfile.TemporaryDirectory(dir=self._folder) as name:
+        with (
+            self._place(most),
+            full_disk_told(self._folder, "the upload"),
+            tempfile.TemporaryDirectory(dir=self._folder) as name,
+        ):
             yield await self._read(request, shape, Path(name))
 
     async def run(

@@ -155,6 +155,16 @@ def test_architecture_names_files_that_exist_when_followed() -> None:
     assert [path for path in sorted(paths) if not (_ROOT / path).exists()] == []
 
 
+def test_architecture_names_every_module_when_followed() -> None:
+    """By its file's name; the commands, a module each, are named by the README."""
+    text = (_ROOT / "ARCHITECTURE.md").read_text()
+    named = set(re.findall(r"[`/](\w+\.py)", text))
+    modules = [path for package in ("adapters", "training", "server") for path in (_ROOT / package).rglob("*.py")]
+    told = [path for path in modules if path.name != "__init__.py" and "migrations" not in path.parts]
+    assert len(told) > 150
+    assert [str(path.relative_to(_ROOT)) for path in told if path.name not in named] == []
+
+
 def test_example_data_keeps_to_its_house_style_when_read() -> None:
     """Each domain can be told by its form, and has the promised number of rows."""
     from training.formats import read_dataset

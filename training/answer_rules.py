@@ -20,7 +20,6 @@ RULES = ("exact", "length", "format")
 class ComparisonPrompt:
     """A conversation up to where the assistant is to speak, in the wire's form; None where there is no good answer."""
 
-    line: int
     messages: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...]
     reference: str | None
@@ -62,14 +61,14 @@ def _to_prompt(numbered: NumberedRow) -> ComparisonPrompt:
     tools = tuple(document.get("tools", ()))
     if isinstance(row, ChatRow):
         *messages, last = document["messages"]
-        return ComparisonPrompt(numbered.line, _unweighted(messages), tools, _text(last))
+        return ComparisonPrompt(_unweighted(messages), tools, _text(last))
     messages = document["prompt"]
     good: dict[str, Any] | None = None
     if isinstance(row, PreferenceRow):
         (good,) = document["chosen"]
     elif isinstance(row, LabelledRow) and row.label:
         (good,) = document["completion"]
-    return ComparisonPrompt(numbered.line, _unweighted(messages), tools, None if good is None else _text(good))
+    return ComparisonPrompt(_unweighted(messages), tools, None if good is None else _text(good))
 
 
 def _unweighted(messages: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:

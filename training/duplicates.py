@@ -7,6 +7,7 @@ Rajaraman, Ullman, Mining of Massive Datasets, section 3.4); each is then compar
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["NEAR_SIMILARITY", "Duplicate", "find_duplicates"]
+from adapters.chat_rows import Row, row_document
+
+__all__ = ["NEAR_SIMILARITY", "Duplicate", "find_duplicates", "find_repeated"]
 
 NEAR_SIMILARITY = 0.8
 _NUM_BANDS, _ROWS_A_BAND = 10, 5  # finds 98 % of the pairs at a similarity of 0.8, and nearly all above
@@ -49,6 +52,18 @@ def find_duplicates(texts: Sequence[str], *, max_near: int = 200_000) -> list[Du
             found.append(Duplicate(index, first, is_exact=True))
         elif index < max_near and (near := sketches.add(index)) is not None:
             found.append(Duplicate(index, near, is_exact=False))
+    return found
+
+
+def find_repeated(rows: Sequence[Row]) -> list[int]:
+    """Indices of rows that equal an earlier one in all that is trained on: texts, weights, labels and tools."""
+    seen: set[str] = set()
+    found: list[int] = []
+    for index, row in enumerate(rows):
+        content = json.dumps(row_document(row), sort_keys=True)
+        if content in seen:
+            found.append(index)
+        seen.add(content)
     return found
 
 

@@ -14,18 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from adapters.chat_messages import RowProblem
-from adapters.chat_rows import EXPECTED_ROW, MAX_PROBLEMS_SHOWN, Row, RowKind, parse_document, row_document
+from adapters.chat_rows import EXPECTED_ROW, Row, RowKind, parse_document, row_document
 from adapters.errors import ConflictError, DataError
-from training.problems import LineProblem, group_problems
+from adapters.row_places import PlacedProblem, RowPlace, data_error, group_problems
 from training.readers import RawRow, read_table
 from training.recognise import Shape, choose_shape, spread
 from training.speakers import name_unknown_roles, rename_speakers
+from training.turns import TurnJoiner
 
 __all__ = [
     "Dataset",
     "NumberedRow",
     "ReadOptions",
     "ReadRows",
+    "as_lines",
+    "check_writable",
     "read_dataset",
     "read_rows",
     "write_dataset",
@@ -35,9 +38,9 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class NumberedRow:
-    """One row, and the line that it came from; of a source without lines, its number from 1."""
+    """One row, and the place in the source that it came from."""
 
-    line: int
+    place: RowPlace
     row: Row
 
 
@@ -70,6 +73,7 @@ class ReadOptions:
         subset: The part of a data set on the hub that it calls its configuration.
         encoding: That of a text file that is not UTF-8.
         roles: Which role each name of a speaker stands for (`training/speakers.py: parse_roles`).
+        join_turns: Whether turns that are out of order are mended (`training/turns.py`).
     """
 
     mapping: Mapping[str, str] | None = None
@@ -77,6 +81,7 @@ class ReadOptions:
     subset: str | None = None
     encoding: str | None = None
     roles: Mapping[str, str] | None = None
+    join_turns: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +110,7 @@ class ReadRows:
             DataError: some are bad; up to 20 are listed.
         """
         if self.problems:
-            shown = self.problems[:MAX_PROBLEMS_SHOWN]
-            raise DataError(shown, num_more=len(self.problems) - len(shown))
+            raise data_error(self.problems)
         return self.good_rows()
 
     def good_rows(self) -> Dataset:
@@ -160,23 +164,46 @@ def read_rows(source: Path | str, options: ReadOptions | None = None, *, name: s
         raws = [replace(raw, document=spread(raw.document)) for raw in raws]
     documents = [row.document for row in raws if isinstance(row.document, Mapping)]
     shape, columns = choose_shape(documents, options.mapping, table.name) if documents else (None, [])
+    turns = TurnJoiner() if options.join_turns else None
     rows: list[NumberedRow] = []
     bad: list[tuple[RawRow, list[RowProblem]]] = []
     for raw in raws:
-        row, found = _read_row(raw, shape)
+        row, found = _read_row(raw, shape, turns)
         if row is not None and rows and row.kind != rows[0].row.kind:
             found = [RowProblem("", f"a {row.kind} row among {rows[0].row.kind} rows; expected one kind in a file")]
         if row is not None and not found:
-            rows.append(NumberedRow(raw.line, row))
+            rows.append(NumberedRow(raw.place, row))
         if found:
             bad.append((raw, found))
     recognised = f"{table.layout}: {shape.describe(columns)}" if shape else table.layout
+    if turns is not None and (done := turns.describe()):
+        recognised = f"{recognised}; {done}"
     return ReadRows(table.name, table.sha256, recognised, tuple(rows), _as_sentences(bad, table.name), len(bad))
+
+
+def check_writable(path: Path, *, overwrite: bool = False) -> None:
+    """Say before the work what writing would say after it; a file may still come in between.
+
+    Raises:
+        ConflictError: there is such a file, and it is not to be overwritten.
+        DataError: its folder is none.
+    """
+    if not path.parent.is_dir():
+        raise DataError([f"{path}: can't be written: there is no folder {path.parent}"])
+    if path.is_dir():
+        raise DataError([f"{path}: can't be written: is a folder"])
+    if path.exists() and not overwrite:
+        raise ConflictError(f"{path} exists already; --force writes over it")
 
 
 def write_dataset(rows: Iterable[NumberedRow], path: Path, *, overwrite: bool = False) -> int:
     """Write rows as JSON lines; otherwise as `write_documents`."""
     return write_documents([row_document(numbered.row) for numbered in rows], path, overwrite=overwrite)
+
+
+def as_lines(rows: Iterable[NumberedRow]) -> bytes:
+    """Rows as the JSON lines that `write_dataset` writes."""
+    return b"".join(_as_line(row_document(numbered.row)) for numbered in rows)
 
 
 def write_documents(
@@ -191,12 +218,12 @@ def write_documents(
         ConflictError: there is such a file, and it is not to be overwritten.
         DataError: the file can't be written.
     """
-    lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
+    lines = [_as_line(document) for document in documents]
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
     try:
         temporary.touch(mode=0o600 if is_private else 0o666, exist_ok=False)
         with temporary.open("wb") as file:
-            file.write("".join(lines).encode())
+            file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
         (os.replace if overwrite else _place)(temporary, path)
@@ -207,6 +234,10 @@ def write_documents(
     finally:
         temporary.unlink(missing_ok=True)
     return len(lines)
+
+
+def _as_line(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, ensure_ascii=False) + "\n").encode()
 
 
 def _place(temporary: Path, path: Path) -> None:
@@ -220,10 +251,10 @@ def _place(temporary: Path, path: Path) -> None:
         temporary.replace(path)
 
 
-def _read_row(raw: RawRow, shape: Shape | None) -> tuple[Row | None, list[RowProblem]]:
+def _read_row(raw: RawRow, shape: Shape | None, turns: TurnJoiner | None) -> tuple[Row | None, list[RowProblem]]:
     if raw.problem:
         return None, [RowProblem("", raw.problem)]
-    return shape.read(raw.document) if shape else parse_document(raw.document)
+    return shape.read(raw.document, turns) if shape else parse_document(raw.document)
 
 
 def _as_sentences(bad: Sequence[tuple[RawRow, list[RowProblem]]], name: str) -> list[str]:
@@ -231,7 +262,10 @@ def _as_sentences(bad: Sequence[tuple[RawRow, list[RowProblem]]], name: str) -> 
     speakers = [[problem.role for problem in found if problem.role is not None] for _, found in bad]
     unknown = name_unknown_roles(speakers) if any(speakers) else ""
     return group_problems(
-        LineProblem(raw.file or name, raw.line, str(problem) if problem.role is None else unknown)
-        for raw, found in bad
-        for problem in found
+        (
+            PlacedProblem(raw.place, str(problem) if problem.role is None else unknown)
+            for raw, found in bad
+            for problem in found
+        ),
+        name,
     )

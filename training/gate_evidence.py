@@ -18,6 +18,7 @@ from training.losses import Evaluation
 from training.methods import TrainingRun
 from training.sampling import LONGER_THAN_REFERENCE, Sample, SamplePrompt, sample_answers
 from training.start import StoredVersion, read_version
+from training.watching import FORGETTING
 
 __all__ = ["PresentVersion", "find_present", "gather_evidence"]
 
@@ -67,15 +68,18 @@ def gather_evidence(
     return Evidence(
         candidate=candidate,
         base=yardstick.measure_base() if yardstick else None,
-        general=_measure_general(run) if speaks else None,
+        general=_measure_general(run, candidate) if speaks else None,
         samples=_sample(run, prompts) if speaks else (),
         present=_measure_present(yardstick, present) if present else None,
     )
 
 
-def _measure_general(run: TrainingRun[Any]) -> tuple[float, float]:
+def _measure_general(run: TrainingRun[Any], candidate: Evaluation | None) -> tuple[float, float]:
     forgetting = Forgetting(run)
-    return forgetting.measure(), forgetting.base_loss
+    rise = candidate.extra.get(FORGETTING) if candidate else None
+    if rise is None:  # without validation rows nothing has been measured of this state
+        return forgetting.measure(), forgetting.base_loss
+    return forgetting.base_loss + rise, forgetting.base_loss
 
 
 def _sample(run: TrainingRun[Any], prompts: Sequence[SamplePrompt]) -> list[Sample]:

@@ -4,16 +4,60 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from adapters.chat_rows import Row, row_document
+from adapters.errors import DataError
 from training.formats import Dataset
+from training.gate import MIN_ROWS
 
-__all__ = ["hold_out"]
+__all__ = ["Division", "divide", "hold_out"]
 
 # The same for all runs, whatever their seed: a version is compared with one that has not seen the held-out rows either.
 _SALT = b"hotswap validation share 1\n"
 _HASH_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """The rows of a run by their use.
+
+    Args:
+        train: What is trained on.
+        validation: What is held out; None if the share is too small for a row.
+        num_rows: Of both together.
+        warning: What the owner should know of the held-out rows, or an empty text.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    num_rows: int
+    warning: str
+
+    @property
+    def counts(self) -> str:
+        """`12 of 80 rows`: how many are held out."""
+        return f"{len(self.validation.rows) if self.validation else 0} of {self.num_rows} rows"
+
+
+def divide(data: Dataset, share: float) -> Division:
+    """Hold rows out for the validation of a run.
+
+    Raises:
+        DataError: none is left to train on.
+    """
+    train, held_out = hold_out(data, share)
+    done = Division(train, held_out if held_out.rows else None, len(data.rows), "")
+    if not train.rows:
+        message = f"{data.name}: validation_share {share:g} holds out {done.counts}, none is left to train on"
+        raise DataError([message])
+    if len(held_out.rows) >= MIN_ROWS:
+        return done
+    warning = (
+        f"validation_share {share:g} holds out {done.counts}; the gate compares with {MIN_ROWS} or more and will be "
+        "inconclusive: give a larger share, or more rows"
+    )
+    return replace(done, warning=warning)
 
 
 def hold_out(data: Dataset, share: float) -> tuple[Dataset, Dataset]:

@@ -25,7 +25,7 @@ from adapters.records import Actor, Job, NumberedVersion
 from adapters.registry import Registry
 from adapters.store import ArtifactStore
 from training.job_process import JobProcess, StoppedError, job_process
-from training.job_settings import describe_failure, hyperparameters_of, resolve_settings, tracker_environment
+from training.job_settings import describe_failure, hyperparameters_of, name_data, resolve_settings, tracker_environment
 from training.losses import Evaluation
 from training.progress import NextMove, StepMetrics, TrainedCounts
 from training.publication import AdapterSaver, MoveRule
@@ -189,7 +189,7 @@ class JobRun:
                 raise StoppedError from error
 
     def _data_file(self, file_id: str, param: str) -> DataFile:
-        return DataFile(self._files.path(file_id), param, param)
+        return DataFile(self._files.path(file_id), name_data(self._claim.job, self._files)[param], param)
 
     def _folder(self, job: Job) -> JobFolder:
         folder = checkpoints_folder(self._core.home, job.id)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from adapters.disk import is_about_the_disk
 from adapters.errors import (
     ConfigurationError,
     DataError,
@@ -18,21 +18,16 @@ from adapters.errors import (
     RankTooHighError,
     TrainingDivergedError,
 )
+from adapters.files import FileService
 from adapters.methods import WIRE_METHODS
 from adapters.records import Job, JobError
 from training.config import TrainSettings
 from training.memory import MEMORY_ADVICE, is_about_memory
 
-__all__ = ["describe_failure", "hyperparameters_of", "resolve_settings", "tracker_environment"]
+__all__ = ["describe_failure", "hyperparameters_of", "name_data", "resolve_settings", "tracker_environment"]
 
 _HYPERPARAMETERS = {"n_epochs": "epochs"}  # the wire's name -> the setting's; all others are called the same
 _NO_SETTINGS = frozenset({"learning_rate_multiplier", "checkpoint_steps"})
-_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-# What libraries say that write files without Python's help: safetensors, torch's zip writer, SQLite.
-_DISK_WORDS = re.compile(
-    r"No space left on device|File too large|Disk quota exceeded|database or disk is full|PytorchStreamWriter failed"
-    r"|inline_container\.cc.*unexpected pos"
-)
 # What these say is what to do about them.
 _TELLING = (ConfigurationError, FingerprintMismatchError, NotFoundError)
 _PATH = re.compile(r"(?<![\w.])~?(/[\w.@+~-]+)+/?")  # `and/or` is none: it begins with a name
@@ -58,11 +53,10 @@ def resolve_settings(job: Job, home: Path) -> TrainSettings:
         if multiplier is not None:
             flags["learning_rate"] = min(1.0, settings.learning_rate * multiplier)
             settings = TrainSettings.load(home, **flags)
+        is_validated = job.validation_file is not None or settings.validation_share is not None
         if "patience" in flags:
             settings.check_validation(is_given=job.validation_file is not None)
-        elif (
-            job.validation_file is None and settings.validation_share is None
-        ):  # the server's own patience is for jobs that are validated
+        elif not is_validated:  # the server's own patience is for jobs that are
             settings = settings.model_copy(update={"patience": None})
         return settings
     except ConfigurationError as error:
@@ -73,6 +67,18 @@ def hyperparameters_of(job: Job) -> Mapping[str, Any]:
     """Those that the client gave, by the wire's names."""
     found: Mapping[str, Any] = job.method[job.method["type"]]["hyperparameters"]
     return {name: value for name, value in found.items() if value is not None}
+
+
+def name_data(job: Job, files: FileService) -> dict[str, str]:
+    """What messages call a job's data: the names that its owner gave the files, by the field that named each.
+
+    Raises:
+        NotFoundError: a file is gone.
+    """
+    given = {"training_file": job.training_file, "validation_file": job.validation_file}
+    names = {param: files.get(file_id).filename for param, file_id in given.items() if file_id is not None}
+    is_clear = len(set(names.values())) == len(names)
+    return names if is_clear else {param: f"{name} ({param})" for param, name in names.items()}
 
 
 def tracker_environment(job: Job) -> dict[str, str]:
@@ -96,7 +102,7 @@ def describe_failure(error: Exception) -> JobError:
         return JobError("training_diverged", str(error), "method")
     if any(is_about_memory(cause) for cause in _causes(error)):
         return JobError("out_of_memory", f"the device has too little memory for this job: {MEMORY_ADVICE}", "method")
-    if any(_is_about_the_disk(cause) for cause in _causes(error)):
+    if any(is_about_the_disk(cause) for cause in _causes(error)):
         message = "the server's disk is full: free some space and create the job again"
         return JobError("disk_full", message)
     if isinstance(error, _TELLING):
@@ -113,8 +119,3 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(following))
         yield following
         following = following.__cause__ or following.__context__
-
-
-def _is_about_the_disk(error: BaseException) -> bool:
-    is_numbered = isinstance(error, OSError) and error.errno in _DISK_ERRORS
-    return is_numbered or bool(_DISK_WORDS.search(str(error)))

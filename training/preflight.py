@@ -16,27 +16,29 @@ from typing import Any
 import numpy as np
 
 from adapters.chat_messages import Message
-from adapters.chat_rows import MAX_PROBLEMS_SHOWN, ChatRow, LabelledRow, PreferenceRow, Row, RowKind, TextRow
+from adapters.chat_rows import ChatRow, LabelledRow, PreferenceRow, Row, RowKind, TextRow
 from adapters.chat_template import RenderedRow, end_of_turn_id
 from adapters.errors import DataError, InvalidInputError
 from adapters.methods import ROW_KINDS, SAMPLING_METHODS
+from adapters.row_places import PlacedProblem, RowPlace, data_error, group_problems, list_places
 from training.config import TrainSettings
 from training.duplicates import NEAR_SIMILARITY, find_duplicates
 from training.formats import Dataset
 from training.kinds import check_kind, check_labels
 from training.personal_data import count_personal_data
 from training.prompts import find_prompt_problems
-from training.rendering import render_row, token_rows
+from training.rendering import find_excess, render_row, token_rows
 
 __all__ = ["Preflight", "SetReport", "TokenStatistics", "find_unfit_rows", "inspect_data", "run_preflight"]
 
 # What came of one row: its rows of tokens, or why it has none.
 _Result = Sequence[RenderedRow] | str
 
-_MAX_LINES_SHOWN = 5
 _MIN_ROWS = 10
 _MIN_LOSS_SHARE = 0.01
 _NUM_BINS = 10
+_DUPLICATE_ADVICE = "hotswap data convert --drop-duplicates leaves them out"
+_PERSONAL_ADVICE = "leave these rows out or mask it before training: a version may repeat what it has learned"
 # The sign for a byte that could not be read, and what UTF-8 looks like when it is read as Windows-1252.
 _DAMAGED = re.compile("\ufffd|Ã[\x80-\xbf\u2013-\u203a\u0152-\u017e]|Â[\xa0-\xbf]|â€")
 
@@ -72,7 +74,7 @@ class TokenStatistics:
 class SetReport:
     """What one set of rows looks like. `tokens` is None if no row can be trained on; `num_fit_rows` is how many can.
 
-    `problems` stop a run; those that are a row's would be gone without the rows on `unfit_lines`.
+    `problems` stop a run; those that are a row's would be gone without the rows at `unfit_places`.
     """
 
     name: str
@@ -83,7 +85,7 @@ class SetReport:
     tokens: TokenStatistics | None
     personal_data: Mapping[str, int]
     problems: tuple[str, ...]
-    unfit_lines: tuple[int, ...]
+    unfit_places: tuple[RowPlace, ...]
     warnings: tuple[str, ...]
 
 
@@ -128,8 +130,7 @@ def run_preflight(
     report = inspect_data(train, validation, tokenizer=tokenizer, settings=settings)
     for found, param in zip(report.sets, (train_param, validation_param), strict=False):
         if found.problems:
-            shown = list(found.problems[:MAX_PROBLEMS_SHOWN])
-            raise DataError(shown, num_more=len(found.problems) - len(shown), param=param)
+            raise data_error(found.problems, param=param)
     return report
 
 
@@ -143,8 +144,8 @@ def inspect_data(train: Dataset, validation: Dataset | None, *, tokenizer: Any, 
     return Preflight(found[0], _compare(train, validation, found[1]))
 
 
-def find_unfit_rows(data: Dataset, *, tokenizer: Any, settings: TrainSettings) -> list[tuple[int, str]]:
-    """Lines of rows that can't be trained on with these settings, and why: those that a run would refuse, in full.
+def find_unfit_rows(data: Dataset, *, tokenizer: Any, settings: TrainSettings) -> list[PlacedProblem]:
+    """Rows that can't be trained on with these settings, and why: those that a run would refuse, in full.
 
     Rows that are too long, that the chat template refuses, or that train nothing. Of rloo and grpo prompts alone count:
     the answers in the rows are not trained on.
@@ -155,10 +156,10 @@ def find_unfit_rows(data: Dataset, *, tokenizer: Any, settings: TrainSettings) -
 def _inspect_set(data: Dataset, tokenizer: Any, settings: TrainSettings) -> SetReport:
     results = _render(data, tokenizer)
     unfit = _find_unfit(data, results, tokenizer, settings)
-    problems = [*_problems_of_kind(data, settings), *(f"{data.name}:{line}: {problem}" for line, problem in unfit)]
-    unfit_lines = tuple(dict.fromkeys(line for line, _ in unfit))
-    fit = [(line, rows) for line, rows in results if line not in set(unfit_lines) and not isinstance(rows, str)]
-    rendered = [(line, row) for line, rows in fit for row in rows]
+    problems = [*_problems_of_kind(data, settings), *group_problems(unfit, data.name)]
+    unfit_places = dict.fromkeys(problem.place for problem in unfit)
+    fit = [(place, rows) for place, rows in results if place not in unfit_places and not isinstance(rows, str)]
+    rendered = [(place, row) for place, rows in fit for row in rows]
     warnings = [*_warn_of_rows(data), *_warn_of_tokens(rendered, tokenizer)]
     personal, found = _find_personal_data(data)
     tokens = _token_statistics([row for _, row in rendered], tokenizer) if rendered else None
@@ -171,7 +172,7 @@ def _inspect_set(data: Dataset, tokenizer: Any, settings: TrainSettings) -> SetR
         tokens,
         personal,
         tuple(problems),
-        unfit_lines,
+        tuple(unfit_places),
         tuple(f"{data.name}: {warning}" for warning in (*warnings, *found)),
     )
 
@@ -186,15 +187,17 @@ def _problems_of_kind(data: Dataset, settings: TrainSettings) -> list[str]:
 
 
 def _find_unfit(
-    data: Dataset, results: Sequence[tuple[int, _Result]], tokenizer: Any, settings: TrainSettings
-) -> list[tuple[int, str]]:
+    data: Dataset, results: Sequence[tuple[RowPlace, _Result]], tokenizer: Any, settings: TrainSettings
+) -> list[PlacedProblem]:
     if settings.method in SAMPLING_METHODS and data.kind in ROW_KINDS[settings.method]:
         longest = settings.max_length - settings.max_answer_tokens
         return find_prompt_problems(tokenizer, data, max_length=longest)
-    found: list[tuple[int, str]] = []
-    for line, rows in results:
-        problems = [rows] if isinstance(rows, str) else _check_tokens(rows, tokenizer, settings.max_length)
-        found += [(line, problem) for problem in problems]
+    found: list[PlacedProblem] = []
+    for place, rows in results:
+        if isinstance(rows, str):
+            found.append(PlacedProblem(place, rows))
+        else:
+            found += _check_tokens(rows, place, tokenizer, settings.max_length)
     return found
 
 
@@ -218,71 +221,74 @@ def _compare(train: Dataset, validation: Dataset, report: SetReport) -> SetRepor
     texts = [_full_text(numbered.row) for numbered in (*train.rows, *validation.rows)]
     repeated = [found for found in find_duplicates(texts) if found.index >= num_train > found.first]
     for is_exact, words in ((True, "rows that stand in"), (False, "rows that nearly equal one of")):
-        lines = [validation.rows[found.index - num_train].line for found in repeated if found.is_exact == is_exact]
-        if lines:
+        places = [validation.rows[found.index - num_train].place for found in repeated if found.is_exact == is_exact]
+        if places:
             effect = "the validation loss will look better than it is"
-            warnings.append(f"{validation.name}: {words} {train.name}: {_count(lines)}; {effect}")
+            warnings.append(f"{validation.name}: {words} {train.name}: {_count(places)}; {effect}")
     return replace(report, problems=tuple(problems), warnings=tuple(warnings))
 
 
-def _render(data: Dataset, tokenizer: Any) -> list[tuple[int, _Result]]:
-    """The rows' tokens with their lines, also of those that are too long, or why there are none."""
-    results: list[tuple[int, _Result]] = []
+def _render(data: Dataset, tokenizer: Any) -> list[tuple[RowPlace, _Result]]:
+    """The rows' tokens with their places, also of those that are too long, or why there are none."""
+    results: list[tuple[RowPlace, _Result]] = []
     for numbered in data.rows:
         try:
             rows = [row for result in render_row(tokenizer, numbered.row) for row in token_rows(result)]
         except InvalidInputError as error:
-            results.append((numbered.line, str(error)))
+            results.append((numbered.place, str(error)))
         else:
-            results.append((numbered.line, rows))
+            results.append((numbered.place, rows))
     return results
 
 
-def _check_tokens(rows: Sequence[RenderedRow], tokenizer: Any, max_length: int) -> Iterator[str]:
-    longest = max(len(row.input_ids) for row in rows)
-    if longest > max_length:
-        yield f"{longest} tokens, more than max_length {max_length}"
+def _check_tokens(
+    rows: Sequence[RenderedRow], place: RowPlace, tokenizer: Any, max_length: int
+) -> Iterator[PlacedProblem]:
+    if problem := find_excess(rows, place, max_length):
+        yield problem
     if any(not any(row.loss_mask[1:]) for row in rows):
-        yield "no token carries loss: the row would train nothing"
+        yield PlacedProblem(place, "no token carries loss: the row would train nothing")
     bos = tokenizer.bos_token_id
     if bos is not None and any(row.input_ids[:2] == [bos, bos] for row in rows):
-        yield "begins with the beginning-of-sequence token twice: the chat template and the text both write it"
+        text = "begins with the beginning-of-sequence token twice: the chat template and the text both write it"
+        yield PlacedProblem(place, text)
 
 
 def _warn_of_rows(data: Dataset) -> Iterator[str]:
-    lines = [numbered.line for numbered in data.rows]
-    if len(lines) < _MIN_ROWS:
-        yield f"number of rows: {len(lines)}; fewer than {_MIN_ROWS} seldom teach a behaviour"
+    places = [numbered.place for numbered in data.rows]
+    if len(places) < _MIN_ROWS:
+        yield f"number of rows: {len(places)}; fewer than {_MIN_ROWS} seldom teach a behaviour"
     duplicates = find_duplicates([_full_text(numbered.row) for numbered in data.rows])
     limit = f" in {NEAR_SIMILARITY:.0%} of their text or more"
     for is_exact, words in (
         (True, "rows that equal an earlier one"),
         (False, f"rows that equal an earlier one{limit}"),
     ):
-        if found := [lines[duplicate.index] for duplicate in duplicates if duplicate.is_exact == is_exact]:
-            yield f"{words}: {_count(found)}"
+        advice = f"; {_DUPLICATE_ADVICE}" if is_exact else ""
+        if found := [places[duplicate.index] for duplicate in duplicates if duplicate.is_exact == is_exact]:
+            yield f"{words}: {_count(found)}{advice}"
     if found := _contradictions(data):
         yield f"rows that ask what an earlier one asks, and answer otherwise: {_count(found)}"
-    if found := [numbered.line for numbered in data.rows if _DAMAGED.search(_full_text(numbered.row))]:
+    if found := [numbered.place for numbered in data.rows if _DAMAGED.search(_full_text(numbered.row))]:
         yield f"rows with signs of a wrong encoding, such as Ã£ or \ufffd: {_count(found)}"
 
 
-def _contradictions(data: Dataset) -> list[int]:
-    """Lines of chat rows whose prompt an earlier row has with another answer."""
+def _contradictions(data: Dataset) -> list[RowPlace]:
+    """Places of chat rows whose prompt an earlier row has with another answer."""
     answers: dict[str, str] = {}
-    found: list[int] = []
+    found: list[RowPlace] = []
     for numbered in data.rows:
         if isinstance(numbered.row, ChatRow):
             *prompt, answer = numbered.row.messages
             text = _joined([answer])
             if answers.setdefault(_joined(prompt), text) != text:
-                found.append(numbered.line)
+                found.append(numbered.place)
     return found
 
 
-def _warn_of_tokens(rendered: Sequence[tuple[int, RenderedRow]], tokenizer: Any) -> Iterator[str]:
+def _warn_of_tokens(rendered: Sequence[tuple[RowPlace, RenderedRow]], tokenizer: Any) -> Iterator[str]:
     ends = _end_ids(tokenizer)
-    if found := [line for line, row in rendered if row.input_ids[-1] not in ends]:
+    if found := [place for place, row in rendered if row.input_ids[-1] not in ends]:
         effect = "a model trained on them does not learn to stop"
         yield f"rows that do not end with a token that ends the turn: {_count(found)}; {effect}"
     num_tokens = sum(len(row.input_ids) for _, row in rendered)
@@ -292,16 +298,17 @@ def _warn_of_tokens(rendered: Sequence[tuple[int, RenderedRow]], tokenizer: Any)
 
 
 def _find_personal_data(data: Dataset) -> tuple[dict[str, int], list[str]]:
-    """Counts by kind, and a warning for each kind with lines."""
+    """Counts by kind, and a warning for each kind with places."""
     counts: Counter[str] = Counter()
-    lines: dict[str, list[int]] = {}
+    places: dict[str, list[RowPlace]] = {}
     for numbered in data.rows:
         found = count_personal_data(_full_text(numbered.row))
         counts += found
         for kind in found:
-            lines.setdefault(kind, []).append(numbered.line)
+            places.setdefault(kind, []).append(numbered.place)
     warnings = [
-        f"likely personal data, {kind}: {count} found; rows: {_count(lines[kind])}" for kind, count in counts.items()
+        f"likely personal data, {kind}: {count} found; rows: {_count(places[kind])}; {_PERSONAL_ADVICE}"
+        for kind, count in counts.items()
     ]
     return dict(counts), warnings
 
@@ -362,9 +369,6 @@ def _joined(messages: Sequence[Message]) -> str:
     )
 
 
-def _count(lines: Sequence[int]) -> str:
-    """How many rows, and on which lines the first of them begin."""
-    different = list(dict.fromkeys(lines))
-    shown = ", ".join(map(str, different[:_MAX_LINES_SHOWN]))
-    more = f" and {len(different) - _MAX_LINES_SHOWN} more" if len(different) > _MAX_LINES_SHOWN else ""
-    return f"{len(different)} ({'line' if len(different) == 1 else 'lines'} {shown}{more})"
+def _count(places: Sequence[RowPlace]) -> str:
+    """How many rows, and where the first of them are."""
+    return f"{len(set(places))} ({list_places(places)})"

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapters.chat_messages import Message, Tool
-from adapters.chat_rows import MAX_PROBLEMS_SHOWN, ChatRow
+from adapters.chat_rows import ChatRow
 from adapters.chat_template import render_prompt
-from adapters.errors import DataError, InvalidInputError
+from adapters.errors import InvalidInputError
+from adapters.row_places import PlacedProblem, data_error, group_problems
 from training.formats import Dataset
 
 __all__ = ["RenderedPrompt", "find_prompt_problems", "render_prompts"]
@@ -37,36 +38,33 @@ def render_prompts(tokenizer: Any, dataset: Dataset, *, max_length: int) -> list
     """
     prompts, problems = _render_all(tokenizer, dataset, max_length)
     if problems:
-        shown = [f"{dataset.name}:{line}: {problem}" for line, problem in problems[:MAX_PROBLEMS_SHOWN]]
-        raise DataError(shown, num_more=len(problems) - len(shown))
+        raise data_error(group_problems(problems, dataset.name))
     return prompts
 
 
-def find_prompt_problems(tokenizer: Any, dataset: Dataset, *, max_length: int) -> list[tuple[int, str]]:
-    """What `render_prompts` would raise, in full, each with its line."""
+def find_prompt_problems(tokenizer: Any, dataset: Dataset, *, max_length: int) -> list[PlacedProblem]:
+    """What `render_prompts` would raise, in full, each with its place."""
     return _render_all(tokenizer, dataset, max_length)[1]
 
 
-def _render_all(
-    tokenizer: Any, dataset: Dataset, max_length: int
-) -> tuple[list[RenderedPrompt], list[tuple[int, str]]]:
+def _render_all(tokenizer: Any, dataset: Dataset, max_length: int) -> tuple[list[RenderedPrompt], list[PlacedProblem]]:
     prompts: list[RenderedPrompt] = []
-    problems: list[tuple[int, str]] = []
+    problems: list[PlacedProblem] = []
     for numbered in dataset.rows:
         try:
-            prompts.append(_render(tokenizer, numbered.row, max_length))
+            prompt = _render(tokenizer, numbered.row)
         except InvalidInputError as error:
-            problems.append((numbered.line, str(error)))
+            problems.append(PlacedProblem(numbered.place, str(error)))
+            continue
+        prompts.append(prompt)
+        if len(prompt.input_ids) > max_length:
+            text = f"tokens in the prompt; at most {max_length} leave room for max_answer_tokens within max_length"
+            problems.append(PlacedProblem(numbered.place, text, len(prompt.input_ids)))
     return prompts, problems
 
 
-def _render(tokenizer: Any, row: Any, max_length: int) -> RenderedPrompt:
+def _render(tokenizer: Any, row: Any) -> RenderedPrompt:
     assert isinstance(row, ChatRow), "the kind was checked when the data was read"
     messages, last = row.messages[:-1], row.messages[-1]
     ids = render_prompt(tokenizer, messages, row.tools)
-    if len(ids) > max_length:
-        raise InvalidInputError(
-            f"the prompt has {len(ids)} tokens; with an answer of max_answer_tokens it would exceed max_length: "
-            f"at most {max_length} are left for it"
-        )
     return RenderedPrompt(messages, row.tools, str(last["content"]), ids)

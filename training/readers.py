@@ -12,13 +12,14 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from adapters.chat_rows import load_document
 from adapters.errors import DataError
+from adapters.row_places import RowPlace
 
 __all__ = ["RawRow", "RawTable", "read_table"]
 
@@ -64,16 +65,14 @@ class RawRow:
     """One row as it was found: any JSON value, or why it can't be read.
 
     Args:
-        line: Where it begins: the line of a text file; elsewhere the row's number, from 1.
+        place: Where it begins: the line of a text file, elsewhere the row's number.
         document: An object with one key a column, if all is well.
         problem: What is wrong with it, or an empty text.
-        file: The file among several that it lies in, or an empty text.
     """
 
-    line: int
+    place: RowPlace
     document: Any
     problem: str = ""
-    file: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,12 +229,12 @@ def _read_json_lines(content: bytes) -> list[RawRow]:
     rows: list[RawRow] = []
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
-            rows.append(RawRow(number, *load_document(line)))
+            rows.append(RawRow(RowPlace(number), *load_document(line)))
     return rows
 
 
 def _read_json_list(content: bytes, shown: str) -> list[RawRow]:
-    """The items of one list, each with the line on which it begins."""
+    """The items of one list, each with the line on which it begins, or with its number where a line has several."""
     text = _decode(content, shown, None)
     decoder = json.JSONDecoder()
     rows: list[RawRow] = []
@@ -247,7 +246,7 @@ def _read_json_list(content: bytes, shown: str) -> list[RawRow]:
                 break
             line, counted = line + text.count("\n", counted, position), position
             document, position = decoder.raw_decode(text, position)
-            rows.append(RawRow(line, document))
+            rows.append(RawRow(RowPlace(line), document))
             position = _skip(text, position, " \t\r\n")
             if text[position : position + 1] == ",":
                 position += 1
@@ -259,7 +258,13 @@ def _read_json_list(content: bytes, shown: str) -> list[RawRow]:
         raise DataError([_describe_json_error(error, shown)]) from None
     except (RecursionError, ValueError) as error:
         raise DataError([f"{shown}:{line}: not JSON that can be read: {error}"]) from None
-    return rows
+    has_line_each = len({row.place for row in rows}) == len(rows)
+    return rows if has_line_each else _numbered(row.document for row in rows)
+
+
+def _numbered(documents: Iterable[Any]) -> list[RawRow]:
+    """Rows of what has no lines, or not one a row."""
+    return [RawRow(RowPlace(number, "row"), document) for number, document in enumerate(documents, start=1)]
 
 
 def _find_json_error(content: bytes, shown: str) -> str:
@@ -290,12 +295,12 @@ def _read_wrapped(document: dict[str, Any], shown: str) -> tuple[str, list[RawRo
     keys = [key for key, value in document.items() if key in _WRAPPERS and isinstance(value, list)]
     if not keys and len(found := _find_lists(document)) == 1:
         ((path, items),) = found.items()
-        return f"JSON, rows in {path!r}", [RawRow(index, item) for index, item in enumerate(items, start=1)]
+        return f"JSON, rows in {path!r}", _numbered(items)
     if not keys:
-        return "JSON, one row", [RawRow(1, document)]
+        return "JSON, one row", _numbered([document])
     if len(keys) > 1:
         raise DataError([f"{shown}: holds several lists of rows, {', '.join(keys)}; make a file of each"])
-    return f"JSON, rows in {keys[0]!r}", [RawRow(index, item) for index, item in enumerate(document[keys[0]], start=1)]
+    return f"JSON, rows in {keys[0]!r}", _numbered(document[keys[0]])
 
 
 def _find_lists(document: Mapping[str, Any], depth: int = 1) -> dict[str, list[Any]]:
@@ -335,18 +340,18 @@ def _read_csv(text: str, shown: str, delimiter: str | None) -> tuple[str, list[R
             if header is None:
                 header = _check_header(record, f"{shown}:{line}")
                 continue
-            rows.append(_make_record(header, record, line))
+            rows.append(_make_record(header, record, RowPlace(line)))
     except csv.Error as error:
         problem = f"{shown}:{begin}: can't be read as CSV: {error}; a quote inside quotes is written twice"
         raise DataError([problem]) from None
     return f"{'TSV' if delimiter == chr(9) else 'CSV'} with {_DELIMITERS.get(delimiter, repr(delimiter))}", rows
 
 
-def _make_record(header: list[str], record: list[str], line: int) -> RawRow:
+def _make_record(header: list[str], record: list[str], place: RowPlace) -> RawRow:
     if len(record) == len(header):
-        return RawRow(line, dict(zip(header, record, strict=True)))
+        return RawRow(place, dict(zip(header, record, strict=True)))
     problem = f"expected {len(header)} fields as in the header, found {len(record)}; put text with delimiters in quotes"
-    return RawRow(line, None, problem)
+    return RawRow(place, None, problem)
 
 
 def _find_delimiter(text: str) -> str:
@@ -388,7 +393,7 @@ def _read_parquet(content: bytes, shown: str) -> list[RawRow]:
         table = parquet.read_table(pa.BufferReader(content))
     except (pa.ArrowException, OSError) as error:
         raise DataError([f"{shown}: is no Parquet file that can be read: {error}"]) from None
-    return [RawRow(index, row) for index, row in enumerate(table.to_pylist(), start=1)]
+    return _numbered(table.to_pylist())
 
 
 def _read_folder(folder: Path, shown: str, split: str | None, encoding: str | None) -> RawTable:
@@ -407,7 +412,7 @@ def _read_folder(folder: Path, shown: str, split: str | None, encoding: str | No
     tables = [_read_file(path, f"{shown}/{path.relative_to(folder)}", encoding) for path in by_split[chosen]]
     if len(tables) == 1:
         return tables[0]
-    rows = [RawRow(row.line, row.document, row.problem, file=table.name) for table in tables for row in table.rows]
+    rows = [replace(row, place=replace(row.place, file=table.name)) for table in tables for row in table.rows]
     sha256 = hashlib.sha256("".join(table.sha256 for table in tables).encode()).hexdigest()
     return RawTable(shown, sha256, f"{len(tables)} files, {tables[0].layout}", rows)
 
@@ -461,8 +466,7 @@ def _from_datasets(found: Any, shown: str, split: str | None, where: str) -> Raw
     digest = hashlib.sha256()
     for document in documents:
         digest.update(json.dumps(document, sort_keys=True, default=str).encode())
-    rows = [RawRow(index, document) for index, document in enumerate(documents, start=1)]
-    return RawTable(shown, digest.hexdigest(), where, rows)
+    return RawTable(shown, digest.hexdigest(), where, _numbered(documents))
 
 
 def _rows_of(found: Any) -> Iterator[dict[str, Any]]:

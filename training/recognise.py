@@ -15,8 +15,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from adapters.chat_messages import RowProblem
-from adapters.chat_rows import EXPECTED_ROW, Row, parse_document
+from adapters.chat_rows import Row, parse_document
 from adapters.errors import DataError
+from training.shape_advice import find_speaker, list_columns, suggest_mapping, topic_advice, turn_advice
+from training.turns import TurnJoiner
 
 __all__ = ["SHAPES", "TARGETS", "Shape", "choose_shape", "parse_mapping", "spread"]
 
@@ -37,8 +39,6 @@ TARGETS = (
 )
 # A column that half of the rows lack is no sign of a shape.
 _MIN_SHARE = 0.5
-_MAX_COLUMNS_SHOWN = 12
-_SPEAKER_COLUMNS = ("speaker", "role", "sender")
 _MAX_DEPTH = 4
 _TOPIC_COLUMNS = ("label", "topic", "category", "class", "intent")
 _SHARE_ROLES = {
@@ -99,14 +99,19 @@ class Shape:
         """Whether a table with these columns can be read so."""
         return set(self.columns.values()) <= set(columns)
 
-    def read(self, document: Any) -> tuple[Row | None, list[RowProblem]]:
-        """The row of one document; or None and what is wrong with it, in the names of the source."""
+    def read(self, document: Any, turns: TurnJoiner | None = None) -> tuple[Row | None, list[RowProblem]]:
+        """The row of one document; or None and what is wrong with it, in the names of the source.
+
+        With `turns` its conversation is mended first.
+        """
         if not isinstance(document, Mapping):
             return parse_document(document)
         try:
             made = self.make(document, {**self.optional, **self.columns})
         except _UnfitError as error:
             return None, [error.problem]
+        if turns is not None:
+            made = _mend_turns(made, turns)
         row, problems = parse_document(made.document)
         return row, [_in_source_names(problem, made, self.columns) for problem in problems]
 
@@ -119,7 +124,7 @@ class Shape:
         used = self.used(columns)
         pairs = ", ".join(f"{target} = {name}" for target, name in used.items())
         ignored = [name for name in columns if name not in used.values()]
-        rest = f"; ignored: {_list_columns(ignored)}" if ignored else ""
+        rest = f"; ignored: {list_columns(ignored)}" if ignored else ""
         return f"{self.title} ({pairs}{rest})"
 
 
@@ -174,19 +179,19 @@ def choose_shape(documents: Sequence[Any], mapping: Mapping[str, str] | None, na
     frequent = _frequent_columns(documents)
     candidates = [shape for shape in SHAPES if shape.fits(frequent)]
     kept = [shape for shape in candidates if not any(_outdoes(other, shape) for other in candidates)]
-    if len(kept) == 1 and "text" in kept[0].columns and (speaker := _find_speaker(frequent)):
-        raise DataError([_turn_advice(name, speaker)])
+    if len(kept) == 1 and "text" in kept[0].columns and (speaker := find_speaker(frequent)):
+        raise DataError([turn_advice(name, speaker)])
     topic = next((column for column in _TOPIC_COLUMNS if column in frequent), None)
     if len(kept) == 1 and "text" in kept[0].columns and topic:
-        raise DataError([_topic_advice(name, kept[0].columns["text"], topic, columns)])
+        raise DataError([topic_advice(name, kept[0].columns["text"], topic, columns)])
     if len(kept) == 1:
         return kept[0], columns
     if not kept:
         plain = [spread(row) for row in documents]
         leaves = [key for key in _columns_of(plain) if not any(isinstance(row.get(key), Mapping) for row in plain)]
-        raise DataError([_no_shape(name, leaves)])
+        raise DataError([suggest_mapping(name, leaves, plain)])
     ways = "; ".join(f"{shape.title}: --map {_as_map(shape, columns)}" for shape in kept)
-    raise DataError([f"{name}: the columns {_list_columns(columns)} could be read in several ways; say which: {ways}"])
+    raise DataError([f"{name}: the columns {list_columns(columns)} could be read in several ways; say which: {ways}"])
 
 
 def _columns_of(documents: Sequence[Any]) -> list[str]:
@@ -209,43 +214,22 @@ def _outdoes(other: Shape, shape: Shape) -> bool:
 
 def _mapped_shape(mapping: Mapping[str, str], columns: Sequence[str], name: str) -> Shape:
     if missing := [column for column in mapping.values() if column not in columns]:
-        raise DataError([f"{name}: has no column {missing[0]!r:.60}; its columns are {_list_columns(columns)}"])
+        raise DataError([f"{name}: has no column {missing[0]!r:.60}; its columns are {list_columns(columns)}"])
     for title, targets, optional, make in _MAPPED:
         given = set(mapping)
         if set(targets) <= given <= {*targets, *optional}:
             return Shape(f"mapped to {title}", dict(mapping), make=make)
-    expected = "; ".join(", ".join(targets) for _, targets, _, _ in _MAPPED)
-    raise DataError([f"{name}: no row is made of {', '.join(mapping)} alone; map one of these sets: {expected}"])
+    expected = "; ".join(f"{', '.join(targets)} ({title})" for title, targets, _, _ in _MAPPED)
+    made = f"{name}: no row is made of {', '.join(mapping)} alone"
+    raise DataError([f"{made}; {_label_advice(mapping)}map one of these sets: {expected}"])
 
 
-def _no_shape(name: str, columns: Sequence[str]) -> str:
-    if not columns:
-        return f"{name}: no row has a column; {EXPECTED_ROW}"
-    first, *rest = columns
-    example = f"--map user={first},assistant={rest[0]}" if rest else f"--map text={first}"
-    return (
-        f"{name}: the columns {_list_columns(columns)} are no shape that is known; say which column is what, for "
-        f"example {example} (targets: {', '.join(TARGETS)})"
-    )
-
-
-def _find_speaker(columns: Sequence[str]) -> str | None:
-    return next((column for column in _SPEAKER_COLUMNS if column in columns), None)
-
-
-def _turn_advice(name: str, speaker: str) -> str:
-    return (
-        f"{name}: has a column {speaker!r} beside the text, as tables with one message a row have; expected one "
-        'conversation a row: gather the messages of each in a list, {"messages": [{"role": "user", "content": "..."}, '
-        '{"role": "assistant", "content": "..."}]}; if each text is to be learned by itself, give --map text=COLUMN'
-    )
-
-
-def _topic_advice(name: str, text: str, topic: str, columns: Sequence[str]) -> str:
-    return (
-        f"{name}: the columns {_list_columns(columns)} could be texts with their topics, or plain text; say which: "
-        f"--map user={text},assistant={topic} to answer a text with its {topic}, --map text={text} to learn the texts"
-    )
+def _label_advice(mapping: Mapping[str, str]) -> str:
+    """For whoever wants a text to be answered with its label, which is no target of its own."""
+    asked = next((mapping[target] for target in ("text", "user", "prompt", "input") if target in mapping), None)
+    if asked is None or "label" not in mapping:
+        return ""
+    return f"to answer a text with its label, --map user={asked},assistant={mapping['label']}; or "
 
 
 def _as_map(shape: Shape, columns: Sequence[str]) -> str:
@@ -253,9 +237,23 @@ def _as_map(shape: Shape, columns: Sequence[str]) -> str:
     return ",".join(f"{target}={column}" for target, column in shape.used(columns).items())
 
 
-def _list_columns(columns: Sequence[str]) -> str:
-    shown = ", ".join(str(column)[:40] for column in columns[:_MAX_COLUMNS_SHOWN])
-    return shown + (f" and {len(columns) - _MAX_COLUMNS_SHOWN} more" if len(columns) > _MAX_COLUMNS_SHOWN else "")
+def _mend_turns(made: _Made, turns: TurnJoiner) -> _Made:
+    """The same with turns in order: those of a conversation, or of the prompt that answers belong to."""
+    document = made.document
+    if isinstance(messages := document.get("messages"), list):
+        mended = turns.mend(messages, is_prompt=False)
+        paths = [made.paths[first] for first, _ in mended] if made.paths else ()
+        return replace(made, document={**document, "messages": [message for _, message in mended]}, paths=paths)
+    if isinstance(prompt := document.get("prompt"), list):
+        return replace(made, document={**document, "prompt": _mend_prompt(prompt, turns)})
+    if isinstance(asked := document.get("input"), Mapping) and isinstance(asked.get("messages"), list):
+        mended_input = {**asked, "messages": _mend_prompt(asked["messages"], turns)}
+        return replace(made, document={**document, "input": mended_input})
+    return made
+
+
+def _mend_prompt(messages: list[Any], turns: TurnJoiner) -> list[Any]:
+    return [message for _, message in turns.mend(messages, is_prompt=True)]
 
 
 def _in_source_names(problem: RowProblem, made: _Made, columns: Mapping[str, str]) -> RowProblem:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from adapters.chat_messages import Message
-from adapters.chat_rows import MAX_PROBLEMS_SHOWN, ChatRow, LabelledRow, PreferenceRow, Row, TextRow
+from adapters.chat_rows import ChatRow, LabelledRow, PreferenceRow, Row, TextRow
 from adapters.chat_template import RenderedRow, render_plain_text, render_training_row, render_training_rows
-from adapters.errors import DataError, InvalidInputError
+from adapters.errors import InvalidInputError
+from adapters.row_places import PlacedProblem, RowPlace, data_error, group_problems
 from training.formats import Dataset
 
 __all__ = [
@@ -62,17 +63,19 @@ def render_dataset(tokenizer: Any, dataset: Dataset, *, max_length: int) -> list
         DataError: rows that are too long or that the chat template refuses, by file and line.
     """
     rendered: list[Rendered] = []
-    problems: list[str] = []
+    problems: list[PlacedProblem] = []
     for numbered in dataset.rows:
         try:
             results = render_row(tokenizer, numbered.row)
-            _check_length(results, max_length)
         except InvalidInputError as error:
-            problems.append(f"{dataset.name}:{numbered.line}: {error}")
+            problems.append(PlacedProblem(numbered.place, str(error)))
             continue
+        rows = [row for result in results for row in token_rows(result)]
+        if problem := find_excess(rows, numbered.place, max_length):
+            problems.append(problem)
         rendered += results
     if problems:
-        raise DataError(problems[:MAX_PROBLEMS_SHOWN], num_more=max(0, len(problems) - MAX_PROBLEMS_SHOWN))
+        raise data_error(group_problems(problems, dataset.name))
     return rendered
 
 
@@ -105,14 +108,14 @@ def token_rows(rendered: Rendered) -> tuple[RenderedRow, ...]:
             return (rendered.row,)
 
 
+def find_excess(rows: Sequence[RenderedRow], place: RowPlace, max_length: int) -> PlacedProblem | None:
+    """What is wrong with the row at a place, if the longest of its rows of tokens is too long."""
+    longest = max(len(row.input_ids) for row in rows)
+    return PlacedProblem(place, f"tokens, more than max_length {max_length}", longest) if longest > max_length else None
+
+
 def _render_answer(tokenizer: Any, row: PreferenceRow | LabelledRow, answer: Message) -> RenderedRow:
     return render_training_row(tokenizer, (*row.prompt, answer), row.tools, only_last=True)
-
-
-def _check_length(results: Sequence[Rendered], max_length: int) -> None:
-    longest = max(len(row.input_ids) for result in results for row in token_rows(result))
-    if longest > max_length:
-        raise InvalidInputError(f"{longest} tokens, more than max_length {max_length}")
 
 
 def collate(rows: Sequence[RenderedRow], *, pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -17,8 +17,7 @@ from adapters.routing.prompts import prompts_of
 from adapters.settings import CoreSettings
 from training.config import TrainSettings
 from training.formats import Dataset, ReadOptions, read_rows
-from training.gate import MIN_ROWS
-from training.held_out import hold_out
+from training.held_out import divide
 from training.methods import check_trainable, render_rows
 from training.preflight import run_preflight
 from training.sampling import SamplePrompt, make_prompts, read_prompts
@@ -121,19 +120,13 @@ def prepare_data(
 
 
 def _divide(data: Dataset, share: float, file: DataFile, listener: DataListener) -> tuple[Dataset, Dataset | None]:
-    """Hold rows out; None if the share is too small for one."""
-    train, held_out = hold_out(data, share)
-    counts = f"{len(held_out.rows)} of {len(data.rows)} rows"
-    if not train.rows:
-        message = f"{data.name}: validation_share {share:g} holds out {counts}, none is left to train on"
-        raise DataError([message], param=file.param)
-    listener.on_stage(f"Held out {counts} for validation")
-    if len(held_out.rows) < MIN_ROWS:
-        listener.on_warning(
-            f"validation_share {share:g} holds out {counts}; the gate compares with {MIN_ROWS} or more and will be "
-            "inconclusive: give a larger share, or more rows"
-        )
-    return train, held_out if held_out.rows else None
+    """Hold rows out, and say so; None if the share is too small for one."""
+    with _blaming(file.param):
+        division = divide(data, share)
+    listener.on_stage(f"Held out {division.counts} for validation")
+    if division.warning:
+        listener.on_warning(division.warning)
+    return division.train, division.validation
 
 
 def _sampled_prompts(tokenizer: Any, rows: Sequence[Row], settings: TrainSettings) -> list[SamplePrompt]:

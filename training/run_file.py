@@ -19,14 +19,14 @@ __all__ = ["RunFile", "read_run_file"]
 
 _MAX_BYTES = 1 << 20
 _READING_KEYS = ("split", "validation_split", "subset", "encoding")
-_OWN_KEYS = ("alias", "data", "validation", "map", "roles", *_READING_KEYS)
+_OWN_KEYS = ("alias", "data", "validation", "map", "roles", "join_turns", *_READING_KEYS)
 
 
 @dataclass(frozen=True, slots=True)
 class RunFile:
     """What a file says about a run; None where it says nothing. Paths are relative to the file's folder no more.
 
-    `mapping` is which column is what, `user=question`, `roles` who is who, `agent=assistant`; with the four below they
+    `mapping` is which column is what, `user=question`, `roles` who is who, `agent=assistant`; with the five below they
     say how the data is read.
     """
 
@@ -35,6 +35,7 @@ class RunFile:
     validation: Path | None = None
     mapping: list[str] | None = None
     roles: list[str] | None = None
+    join_turns: bool = False
     split: str | None = None
     validation_split: str | None = None
     subset: str | None = None
@@ -66,6 +67,7 @@ def read_run_file(path: Path) -> RunFile:
         validation=_place(path, document, "validation"),
         mapping=_pairs(path, document, "map", "columns by name (user: question)"),
         roles=_pairs(path, document, "roles", "roles by speaker (agent: assistant)"),
+        join_turns=_flag(path, document, "join_turns"),
         settings=settings,
         **{key: _text(path, document, key) for key in _READING_KEYS},
     )
@@ -114,6 +116,13 @@ def _text(path: Path, document: Mapping[str, Any], key: str) -> str | None:
     if value is None or isinstance(value, str):
         return value
     raise ConfigurationError(f"{path}: key {key}: expected text, found {value!r:.80}")
+
+
+def _flag(path: Path, document: Mapping[str, Any], key: str) -> bool:
+    value = document.get(key, False)
+    if isinstance(value, bool):
+        return value
+    raise ConfigurationError(f"{path}: key {key}: expected true or false, found {value!r:.80}")
 
 
 def _pairs(path: Path, document: Mapping[str, Any], key: str, expected: str) -> list[str] | None:

@@ -15,7 +15,7 @@ from adapters.base_model import load_tokenizer
 from adapters.errors import DataError, RankTooHighError
 from training.formats import Dataset, read_dataset
 from training.job_process import JobProcess, StoppedError, job_process
-from training.job_settings import describe_failure, resolve_settings
+from training.job_settings import describe_failure, name_data, resolve_settings
 from training.preflight import run_preflight
 
 __all__ = ["ValidationRun", "main"]
@@ -65,7 +65,8 @@ class ValidationRun:
     def _read(self, file_id: str, param: str) -> Dataset:
         self._check_standing()
         try:
-            return read_dataset(self._process.files.path(file_id), name=param)
+            name = name_data(self._claim.job, self._process.files)[param]
+            return read_dataset(self._process.files.path(file_id), name=name)
         except DataError as error:
             error.param = param
             raise

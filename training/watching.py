@@ -20,12 +20,12 @@ from training.progress import StepMetrics
 from training.run_log import RunLog
 from training.sampling import Sample, find_flaw
 
-__all__ = ["STATE_FILE", "Best", "Ended", "RunListener", "Watch", "WatchPlan"]
+__all__ = ["FORGETTING", "STATE_FILE", "Best", "Ended", "RunListener", "Watch", "WatchPlan"]
 
 STATE_FILE = "watch.safetensors"
 _WEIGHTS, _EVALUATION = "weights/", "evaluation/"
 _STATE = "state"
-_FORGETTING = "forgetting"
+FORGETTING = "forgetting"  # in an evaluation's `extra`: by how much the loss on general text has risen, nats a token
 _ALWAYS_RAISED: tuple[AlarmKind, ...] = ("not_a_number", "forgetting")
 _ARRAYS = ("losses", "weights", "num_right", "scores")
 
@@ -137,10 +137,10 @@ class Watch:
             return None
         evaluation = self._plan.measure()
         if self._plan.forgetting is not None:
-            evaluation = replace(evaluation, extra={**evaluation.extra, _FORGETTING: self._plan.forgetting()})
+            evaluation = replace(evaluation, extra={**evaluation.extra, FORGETTING: self._plan.forgetting()})
         loss, accuracy = evaluation.loss, evaluation.accuracy
         self._log.note("evaluation", metrics.step, {"valid_loss": loss, "valid_accuracy": accuracy, **evaluation.extra})
-        self._evaluations.append(EvaluationPoint(metrics.step, loss, accuracy, evaluation.extra.get(_FORGETTING)))
+        self._evaluations.append(EvaluationPoint(metrics.step, loss, accuracy, evaluation.extra.get(FORGETTING)))
         self._listener.on_evaluation(metrics, evaluation)
         self._raise_alarms(metrics.step)
         self._keep_if_best(metrics, evaluation)
@@ -201,7 +201,7 @@ class Watch:
             self.ended_at = Ended(metrics.step, metrics.num_tokens)
 
     def _rank(self, evaluation: Evaluation) -> tuple[bool, float]:
-        keeps = evaluation.extra.get(_FORGETTING, 0.0) <= self._plan.max_forgetting
+        keeps = evaluation.extra.get(FORGETTING, 0.0) <= self._plan.max_forgetting
         return not keeps, evaluation.loss
 
     def _sample(self, step: int) -> None:
@@ -236,7 +236,7 @@ def _read_history(log: RunLog) -> tuple[list[StepPoint], list[EvaluationPoint], 
     lines: list[dict[str, Any]] = log.lines()
     steps = [StepPoint(x["step"], x["train_loss"], x["gradient_norm"]) for x in lines if x["kind"] == "step"]
     evaluations = [
-        EvaluationPoint(x["step"], x["valid_loss"], x["valid_accuracy"], x.get(_FORGETTING))
+        EvaluationPoint(x["step"], x["valid_loss"], x["valid_accuracy"], x.get(FORGETTING))
         for x in lines
         if x["kind"] == "evaluation"
     ]

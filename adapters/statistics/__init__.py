@@ -4,17 +4,16 @@ Pure functions of numbers; nothing here knows experiments, a database or a clock
 number means and when it does not hold.
 """
 
-from adapters.statistics.arms import adjusted_confidence, comparison_confidence, holm_rejections, thompson_weights
+from adapters.statistics.arms import adjusted_confidence, comparison_confidence, thompson_weights
 from adapters.statistics.covariates import AdjustedValues, adjust_for_covariate
 from adapters.statistics.intervals import Interval, MeanEstimate, difference_interval, mean_interval
 from adapters.statistics.mixtures import MIN_UNITS
-from adapters.statistics.planning import duration_days, reached_power, required_units
+from adapters.statistics.planning import duration_days, required_units
 from adapters.statistics.preferences import Rating, bradley_terry
 from adapters.statistics.ratios import ratio_values
 from adapters.statistics.sample_ratio import SampleRatio, sample_ratio
 from adapters.statistics.sequences import (
     DEFAULT_PLANNED_UNITS,
-    difference_p_value,
     difference_sequence,
     mean_sequence,
 )
@@ -32,14 +31,11 @@ __all__ = [
     "bradley_terry",
     "comparison_confidence",
     "difference_interval",
-    "difference_p_value",
     "difference_sequence",
     "duration_days",
-    "holm_rejections",
     "mean_interval",
     "mean_sequence",
     "ratio_values",
-    "reached_power",
     "required_units",
     "sample_ratio",
     "thompson_weights",

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-__all__ = ["adjusted_confidence", "comparison_confidence", "holm_rejections", "thompson_weights"]
+__all__ = ["adjusted_confidence", "comparison_confidence", "thompson_weights"]
 
 _NUM_QUANTILES = 2000
 _FIRST_STAGE = 6 / math.pi**2  # of alpha: one over the sum of 1, 1/4, 1/9, ...
@@ -35,21 +35,6 @@ def comparison_confidence(alpha: float, *, num_treatments: int, stage: int = 1) 
     and again gets no new chance for it.
     """
     return adjusted_confidence(1 - max(alpha * _FIRST_STAGE / stage**2, _LEAST_ALPHA), num_treatments)
-
-
-def holm_rejections(p_values: Sequence[float], *, confidence: float = 0.95) -> list[bool]:
-    """Which of several hypotheses are rejected so that a wrong one is among them with at most 1 - confidence.
-
-    With p-values that are valid at every look it holds at every look. Never rejects fewer than Bonferroni.
-
-    Source: Holm (1979), Scandinavian Journal of Statistics 6:65.
-    """
-    rejected = [False] * len(p_values)
-    for place, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
-        if p_values[index] > (1 - confidence) / (len(p_values) - place):
-            break
-        rejected[index] = True
-    return rejected
 
 
 def thompson_weights(

@@ -18,9 +18,10 @@ from scipy import special
 
 from adapters.statistics.mixtures import tuned_time
 
-__all__ = ["Bets", "mean_share_bounds", "share_bounds", "share_evidence", "share_p_value"]
+__all__ = ["Bets", "mean_share_bounds", "share_bounds", "share_evidence"]
 
 _Array = NDArray[np.float64]
+Places = tuple[Sequence[int] | NDArray[np.int64], Sequence[int] | NDArray[np.int64]]
 _Side = int  # 1: the difference is larger than supposed; -1: smaller
 
 # Overall levels around which the gamblers suppose the truth to lie, from rare events to rare failures; how much of the
@@ -29,6 +30,7 @@ _LEVELS = (0.002, 0.02, 0.1, 0.5, 0.9, 0.98, 0.998)
 _QUANTILES = (1 / 6, 3 / 6, 5 / 6)
 _MAX_BET = 1.9
 _MAX_BLOCK = 10
+_FIRST_STRETCH = 25  # blocks
 _NUM_HALVINGS = 30
 _TINY = 1e-9
 _LEAST = -700.0  # the log of a fortune that counts as nothing
@@ -48,8 +50,11 @@ class Bets:
     @classmethod
     def planned(cls, *, confidence: float, planned_units: float, treatment_share: float = 0.5) -> Bets:
         """Bets that are best when so many units are there, of which the treatment has a share."""
-        ratio = Fraction(treatment_share / (1 - treatment_share)).limit_denominator(_MAX_BLOCK)
-        block = (max(ratio.numerator, 1), ratio.denominator)
+        larger = max(treatment_share, 1 - treatment_share)
+        ratio = Fraction(larger / (1 - larger)).limit_denominator(_MAX_BLOCK)  # of the larger: 1 : 19, never 0 : 1
+        block = (ratio.numerator, ratio.denominator)
+        if treatment_share < 1 / 2:
+            block = (block[1], block[0])
         share = block[0] / sum(block)
         levels = np.repeat(_LEVELS, len(_QUANTILES))
         quantiles = np.tile(special.ndtri((1 + np.asarray(_QUANTILES)) / 2), len(_LEVELS))
@@ -57,9 +62,13 @@ class Bets:
         sizes = np.minimum(quantiles * np.sqrt(tuned_time(confidence) / information), _MAX_BET)
         return cls(block, levels, sizes)
 
-    def num_blocks(self, num_treatment: int, num_control: int) -> int:
-        """Whole blocks in so many units; what is left over waits for its block."""
-        return min(num_treatment // self.block[0], num_control // self.block[1])
+    def strata(self, places: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """[units] of which stretch of time each unit is, by its place among all that came.
+
+        The first stretch is of 25 whole blocks, the next of 75, 125, ...: blocks are made within a stretch, of which a
+        longer one leaves fewer units over, and what may change within it weighs less the more there are.
+        """
+        return np.sqrt(np.asarray(places) / (_FIRST_STRETCH * sum(self.block))).astype(np.int64)
 
 
 def share_bounds(
@@ -68,6 +77,7 @@ def share_bounds(
     bets: Bets,
     *,
     confidence: float,
+    places: Places | None = None,
     within: tuple[float, float] = (-1.0, 1.0),
 ) -> tuple[float, float]:
     """Both ends of the exact sequence for mean(treatment) - mean(control), within -1 and 1.
@@ -77,22 +87,17 @@ def share_bounds(
         control: Likewise.
         bets: Planned beforehand.
         confidence: Two-sided, over all looks together.
+        places: Each unit's place among all that came, of treatment and control: those that came at about the same time
+            are set against each other. None: nothing changes with time.
         within: Ends that are known otherwise; where the exact sequence's lie outside, these are given back, which takes
             one look instead of many.
     """
-    counted = _count(treatment, control, bets)
+    counted = _count(treatment, control, bets, places)
     threshold = math.log(2 / (1 - confidence))
     outside = max(within[0], -1.0), min(within[1], 1.0)
     low = _edge(lambda point: float(share_evidence(*counted, point, bets, side=1)) >= threshold, outside[0], 1.0)
     high = _edge(lambda point: float(share_evidence(*counted, point, bets, side=-1)) >= threshold, outside[1], -1.0)
     return low, high
-
-
-def share_p_value(treatment: Sequence[float] | _Array, control: Sequence[float] | _Array, bets: Bets) -> float:
-    """The exact p-value for "no difference", valid at every look."""
-    counted = _count(treatment, control, bets)
-    best = max(float(share_evidence(*counted, 0.0, bets, side=side)) for side in (1, -1))
-    return min(1.0, 2 * math.exp(-best))
 
 
 def share_evidence(
@@ -165,14 +170,28 @@ def _edge(is_excluded: Callable[[float], bool], outside: float, inside: float) -
 
 
 def _count(
-    treatment: Sequence[float] | _Array, control: Sequence[float] | _Array, bets: Bets
+    treatment: Sequence[float] | _Array, control: Sequence[float] | _Array, bets: Bets, places: Places | None
 ) -> tuple[_Array, _Array, _Array]:
-    num_blocks = bets.num_blocks(len(treatment), len(control))
+    """The distinct values, and how often each occurs in whole blocks of treatment and control."""
+    arms = [np.asarray(side, float) for side in (treatment, control)]
+    strata = [np.zeros(len(arm), np.int64) for arm in arms] if places is None else [bets.strata(p) for p in places]
+    length = max((int(side.max()) for side in strata if len(side)), default=0) + 1
+    sizes = [np.bincount(side, minlength=length) for side in strata]
+    num_blocks = np.minimum(sizes[0] // bets.block[0], sizes[1] // bets.block[1])
     used = [
-        np.asarray(side[: num_blocks * size], float)
-        for side, size in zip((treatment, control), bets.block, strict=True)
+        arm[_ranks(side) < num_blocks[side] * size] for arm, side, size in zip(arms, strata, bets.block, strict=True)
     ]
-    values, places = np.unique(np.concatenate(used), return_inverse=True)
-    first, second = places[: len(used[0])], places[len(used[0]) :]
-    counts = [np.bincount(side, minlength=len(values)).astype(float) for side in (first, second)]
+    values, found = np.unique(np.concatenate(used), return_inverse=True)
+    counts = [
+        np.bincount(side, minlength=len(values)).astype(float)
+        for side in (found[: len(used[0])], found[len(used[0]) :])
+    ]
     return values, counts[0], counts[1]
+
+
+def _ranks(strata: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[units] the place of each among those of its own stratum."""
+    order = np.argsort(strata, kind="stable")
+    ranks = np.empty(len(strata), np.int64)
+    ranks[order] = np.arange(len(strata)) - np.searchsorted(strata[order], strata[order])
+    return ranks

@@ -9,7 +9,7 @@ from scipy import special
 
 from adapters.statistics.mixtures import tuned_time
 
-__all__ = ["duration_days", "reached_power", "required_units"]
+__all__ = ["duration_days", "required_units"]
 
 Analysis = Literal["sequential", "fixed"]
 
@@ -43,23 +43,6 @@ def required_units(
     spread = _spread(effect, base_rate, std_dev, treatment_share)
     reach = _boundary(confidence, analysis) + float(special.ndtri(power))
     return max(2, math.ceil(spread * (max(reach, 0.0) / effect) ** 2))
-
-
-def reached_power(
-    num_units: int,
-    effect: float,
-    *,
-    base_rate: float | None = None,
-    std_dev: float | None = None,
-    confidence: float = 0.95,
-    treatment_share: float = 0.5,
-    analysis: Analysis = "sequential",
-) -> float:
-    """The probability of finding a true difference with so many units; the inverse of `required_units`."""
-    _check(effect, 0.5, treatment_share, confidence)
-    spread = _spread(effect, base_rate, std_dev, treatment_share)
-    signal = abs(effect) * math.sqrt(num_units / spread)
-    return float(special.ndtr(signal - _boundary(confidence, analysis)))
 
 
 def duration_days(num_units: int, *, units_per_day: float, traffic_percent: float = 100.0) -> int:

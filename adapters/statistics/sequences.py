@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.statistics.betting import Bets, mean_share_bounds, share_bounds, share_p_value
+from adapters.statistics.betting import Bets, Places, mean_share_bounds, share_bounds
 from adapters.statistics.intervals import Interval
-from adapters.statistics.mixtures import ArmMoments, difference_bounds, difference_evidence, mean_bounds
+from adapters.statistics.mixtures import ArmMoments, difference_bounds, mean_bounds
 
-__all__ = ["DEFAULT_PLANNED_UNITS", "EXACT_PART", "difference_p_value", "difference_sequence", "mean_sequence"]
+__all__ = ["DEFAULT_PLANNED_UNITS", "EXACT_PART", "difference_sequence", "mean_sequence"]
 
 DEFAULT_PLANNED_UNITS = 10_000
 # Of the error that a share's sequence may make, the part that the exact sequence may make; the rest is the asymptotic
@@ -33,6 +33,7 @@ def difference_sequence(
     planned_units: float = DEFAULT_PLANNED_UNITS,
     treatment_share: float = 0.5,
     is_share: bool | None = None,
+    places: Places | None = None,
 ) -> Interval | None:
     """Interval for mean(treatment) - mean(control) that holds at every look at once with probability `confidence`.
 
@@ -45,6 +46,10 @@ def difference_sequence(
         treatment_share: The treatment's planned share of both arms' units.
         is_share: Whether values lie between 0 and 1 by their nature, as rates and yes-or-no answers do: then there is
             an interval from the first units on, and for arms without variation. None: if all are 0 or 1.
+        places: Each unit's place among all that came, from 0, of treatment and control; whoever has no outcome (yet)
+            has one too, so that the others' stay. The exact part then sets units against each other that came at about
+            the same time: needed where levels change with time, and the arms are of very different size or outcomes
+            are known more often in one of them. None: one after the other.
 
     Returns:
         None where nothing is excluded yet: other than for shares, below `MIN_UNITS` an arm or where one does not vary.
@@ -62,39 +67,15 @@ def difference_sequence(
         asymptotic = _asymptotic(first, second, _part(confidence, 1 - EXACT_PART), planned_units)
         exact_confidence = _part(confidence, EXACT_PART)
         bets = Bets.planned(confidence=exact_confidence, planned_units=planned_units, treatment_share=treatment_share)
-        low, high = share_bounds(treatment, control, bets, confidence=exact_confidence, within=asymptotic)
-        if low > high:  # they contradict each other, as where users change in time: what either of them holds
-            exact = share_bounds(treatment, control, bets, confidence=exact_confidence)
+        low, high = share_bounds(
+            treatment, control, bets, confidence=exact_confidence, places=places, within=asymptotic
+        )
+        if not low <= first.mean - second.mean <= high:  # the two contradict each other: what either of them holds
+            exact = share_bounds(treatment, control, bets, confidence=exact_confidence, places=places)
             low, high = max(min(asymptotic[0], exact[0]), -1.0), min(max(asymptotic[1], exact[1]), 1.0)
     if (math.isinf(low) and math.isinf(high)) or (low, high) == (-1.0, 1.0):
         return None
     return Interval(first.mean - second.mean, low, high, confidence)
-
-
-def difference_p_value(
-    treatment: Values,
-    control: Values,
-    *,
-    confidence: float = 0.95,
-    planned_units: float = DEFAULT_PLANNED_UNITS,
-    treatment_share: float = 0.5,
-    is_share: bool | None = None,
-) -> float:
-    """A p-value for "no difference" that may be looked at after every unit; 1 where nothing is excluded yet.
-
-    It is at most 1 - confidence where `difference_sequence` with the same arguments excludes zero, and only there.
-    """
-    if not len(treatment) or not len(control):
-        return 1.0
-    treatment, control = np.asarray(treatment, dtype=float), np.asarray(control, dtype=float)
-    first, second = ArmMoments.of(treatment), ArmMoments.of(control)
-    if not _are_shares(treatment, control, is_share):
-        return _asymptotic_p_value(first, second, confidence, planned_units)
-    exact_confidence = _part(confidence, EXACT_PART)
-    bets = Bets.planned(confidence=exact_confidence, planned_units=planned_units, treatment_share=treatment_share)
-    asymptotic = _asymptotic_p_value(first, second, _part(confidence, 1 - EXACT_PART), planned_units)
-    exact = share_p_value(treatment, control, bets)
-    return min(1.0, asymptotic / (1 - EXACT_PART), exact / EXACT_PART)
 
 
 def mean_sequence(
@@ -137,8 +118,3 @@ def _asymptotic(
 ) -> tuple[float, float]:
     low, high = difference_bounds(treatment, control, confidence=confidence, planned_units=planned_units)
     return float(low), float(high)
-
-
-def _asymptotic_p_value(treatment: ArmMoments, control: ArmMoments, confidence: float, planned_units: float) -> float:
-    evidence = difference_evidence(treatment, control, 0.0, confidence=confidence, planned_units=planned_units)
-    return min(1.0, math.exp(-float(evidence)) if evidence > 0 else 1.0)

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from adapters.errors import DataError
-from adapters.methods import METHOD_OF_KIND, ROW_KINDS, Method
+from adapters.methods import METHOD_OF_KIND, Method
+from clients.cli.data_report import MAX_PROBLEMS_SHOWN, print_advice, print_estimate, print_method, print_report
+from clients.cli.data_sources import check_share, summarise
 from clients.cli.options import (
     BaseOption,
     DeviceOption,
     EncodingOption,
     HomeOption,
+    JoinTurnsOption,
     JsonOption,
     MapOption,
     RolesOption,
@@ -29,17 +31,18 @@ from clients.cli.options import (
     read_options,
     reading_flags,
 )
-from clients.cli.output import console, error_console, format_bytes, format_seconds, print_json
+from clients.cli.output import console, error_console, print_json
 from clients.cli.settings_flags import with_settings
 from training.config import TrainSettings
 
 if TYPE_CHECKING:
     from adapters.chat_rows import RowKind
     from adapters.chat_template import RenderedRow
+    from adapters.row_places import RowPlace
     from adapters.settings import CoreSettings
     from training.estimate import Estimate
     from training.formats import Dataset, ReadRows
-    from training.preflight import Preflight, SetReport
+    from training.preflight import Preflight
 
 __all__ = ["app"]
 
@@ -47,8 +50,6 @@ app = typer.Typer(help="Training data: convert any shape to rows, show their tok
 _SourceArgument = Annotated[
     str, typer.Argument(metavar="SOURCE", help="A file (JSONL, JSON, CSV, TSV, Parquet), a folder, or a hub id.")
 ]
-_MAX_LINES = 20
-_BAR_WIDTH = 40
 _BY_ROWS = "by the rows"
 
 
@@ -58,6 +59,7 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Where to write the rows, one a line.")],
     mapping: MapOption = None,
     roles: RolesOption = None,
+    join_turns: JoinTurnsOption = False,
     split: SplitOption = None,
     subset: SubsetOption = None,
     encoding: EncodingOption = None,
@@ -67,6 +69,9 @@ def convert(
         typer.Option(
             "--drop-bad", help="Leave out rows that can't be read, or not be trained on (too long), and say which."
         ),
+    ] = False,
+    drop_duplicates: Annotated[
+        bool, typer.Option("--drop-duplicates", help="Leave out rows that equal an earlier one, and say which.")
     ] = False,
     method: Annotated[
         str | None, typer.Option("--method", help="With --drop-bad: which method's needs count.", show_default=_BY_ROWS)
@@ -78,38 +83,57 @@ def convert(
     base: BaseOption = None,
 ) -> None:
     """Write the rows of SOURCE as JSON lines that can be trained on and uploaded."""
-    from training.formats import read_rows, write_dataset
+    from training.formats import check_writable, read_rows, write_dataset
 
-    found = read_rows(source, read_options(mapping, split, subset, encoding, roles))
+    check_writable(out, overwrite=force)  # told before minutes are spent on reading
+    found = read_rows(source, read_options(mapping, split, subset, encoding, roles, join_turns=join_turns))
     if not drop_bad or not found.rows:
         data = found.as_dataset()
-        _say(_summary(data))
+        _say(summarise(data))
     else:
-        _say(_summary(found.good_rows()))
+        _say(summarise(found.good_rows()))
         flags = {"method": method, "max_length": max_length}
         data = _drop_unfit(found, load_core(home, base=base), {k: v for k, v in flags.items() if v is not None})
+    if drop_duplicates:
+        data = _drop_duplicates(data)
     num_rows = write_dataset(data.rows, out, overwrite=force)
     console.print(f"{num_rows} {data.kind} rows written to {out}", markup=False)
 
 
 def _drop_unfit(found: ReadRows, core: CoreSettings, flags: Mapping[str, Any]) -> Dataset:
     """The rows that a run with these flags would take; says which are left out, and how many."""
+    from adapters.row_places import group_problems
     from training.preflight import find_unfit_rows
 
     data = found.good_rows()
     settings, _ = _choose_settings(data.kind, core.home, flags)
     unfit = find_unfit_rows(data, tokenizer=_load_tokenizer(core), settings=settings)
-    problems = [*found.problems, *(f"{data.name}:{line}: {problem}" for line, problem in unfit)]
-    for problem in problems[:_MAX_LINES]:
+    problems = [*found.problems, *group_problems(unfit, data.name)]
+    for problem in problems[:MAX_PROBLEMS_SHOWN]:
         _say(f"left out: {problem}")
-    if len(problems) > _MAX_LINES:
-        _say(f"... and {len(problems) - _MAX_LINES} more problems")
-    lines = {line for line, _ in unfit}
-    kept = tuple(numbered for numbered in data.rows if numbered.line not in lines)
+    if len(problems) > MAX_PROBLEMS_SHOWN:
+        _say(f"... and {len(problems) - MAX_PROBLEMS_SHOWN} more problems")
+    places = {problem.place for problem in unfit}
+    kept = tuple(numbered for numbered in data.rows if numbered.place not in places)
     if problems:
         _say(f"rows left out: {found.num_bad + len(data.rows) - len(kept)}, kept: {len(kept)}")
     if not kept:
         raise DataError([f"{data.name}: no row is left to be written"])
+    return replace(data, rows=kept)
+
+
+def _drop_duplicates(data: Dataset) -> Dataset:
+    """The rows without those that equal an earlier one; says which are left out, and how many."""
+    from adapters.row_places import list_places
+    from training.duplicates import find_repeated
+
+    repeated = find_repeated([numbered.row for numbered in data.rows])
+    if not repeated:
+        return data
+    _say(f"left out: {data.name}: {list_places(data.rows[index].place for index in repeated)}: equal an earlier row")
+    dropped = set(repeated)
+    kept = tuple(numbered for index, numbered in enumerate(data.rows) if index not in dropped)
+    _say(f"duplicates left out: {len(repeated)}, kept: {len(kept)}")
     return replace(data, rows=kept)
 
 
@@ -126,6 +150,7 @@ def show(
     rows: Annotated[int, typer.Option("--rows", min=1, max=1000, help="How many rows.")] = 3,
     mapping: MapOption = None,
     roles: RolesOption = None,
+    join_turns: JoinTurnsOption = False,
     split: SplitOption = None,
     subset: SubsetOption = None,
     encoding: EncodingOption = None,
@@ -137,19 +162,19 @@ def show(
     from training.formats import read_rows
     from training.rendering import render_row, token_rows
 
-    options = read_options(mapping, split, subset, encoding, roles)
+    options = read_options(mapping, split, subset, encoding, roles, join_turns=join_turns)
     found = read_rows(source, options)
     dataset = found.good_rows() if found.rows else found.as_dataset()
     tokenizer = _load_tokenizer(load_core(home, base=base))
-    _say(_summary(dataset))
+    _say(summarise(dataset))
     shown = [
-        (numbered.line, tokens)
+        (numbered.place, tokens)
         for numbered in dataset.rows[:rows]
         for result in render_row(tokenizer, numbered.row)
         for tokens in token_rows(result)
     ]
     if json:
-        print_json([_as_document(line, tokens, tokenizer) for line, tokens in shown])
+        print_json([_as_document(place, tokens, tokenizer) for place, tokens in shown])
     else:
         _print_rows(shown, tokenizer)
     if found.num_bad:
@@ -157,10 +182,10 @@ def show(
         _say(f"rows that can't be read: {found.num_bad}; what is wrong with them: {command}")
 
 
-def _print_rows(rows: Sequence[tuple[int, RenderedRow]], tokenizer: Any) -> None:
-    for line, tokens in rows:
-        num_loss = sum(tokens.loss_mask)
-        console.print(f"line {line}: {len(tokens.input_ids)} tokens, {num_loss} of them carry loss", style="bold")
+def _print_rows(rows: Sequence[tuple[RowPlace, RenderedRow]], tokenizer: Any) -> None:
+    for place, tokens in rows:
+        counts = f"{len(tokens.input_ids)} tokens, {sum(tokens.loss_mask)} of them carry loss"
+        console.print(f"{place.within('')}: {counts}", style="bold", markup=False, soft_wrap=True)
         _print_tokens(tokens, tokenizer)
 
 
@@ -172,6 +197,7 @@ def check(
     validation: Annotated[str | None, typer.Option("--validation", help="Validation data, as SOURCE.")] = None,
     mapping: MapOption = None,
     roles: RolesOption = None,
+    join_turns: JoinTurnsOption = False,
     split: SplitOption = None,
     validation_split: ValidationSplitOption = None,
     subset: SubsetOption = None,
@@ -188,42 +214,42 @@ def check(
     from training.formats import read_rows
 
     core = load_core(home, base=base, device=device)
-    found = [read_rows(source, read_options(mapping, split, subset, encoding, roles))]
+    check_share(source, validation, flags.get("validation_share"))
+    options = read_options(mapping, split, subset, encoding, roles, join_turns=join_turns)
+    found = [read_rows(source, options)]
     if validation is not None:
-        found.append(read_rows(validation, read_options(mapping, validation_split, subset, encoding, roles)))
+        found.append(read_rows(validation, replace(options, split=validation_split)))
     settings, is_usual = _choose_settings(found[0].kind, core.home, flags)
     report, estimate = _inspect(found, core, settings)
     problems = [problem for data in found for problem in data.problems]
     problems += [problem for data in (report.sets if report else ()) for problem in data.problems]
     if json:
-        warnings = report.warnings if report else []
-        print_json(
-            {
-                "method": settings.method,
-                "problems": problems,
-                "warnings": warnings,
-                "report": report,
-                "estimate": estimate,
-            }
-        )
+        _print_document(settings.method, problems, report, estimate)
     else:
         if is_usual:
-            _print_method(settings.method)
-        _print_report(report, problems)
-        unfit = [data.name for data in found if data.problems and data.rows]
-        if unfit := [*unfit, *(data.name for data in (report.unfit_sets if report else ()))]:
-            given = {
-                "map": ",".join(mapping or ()),
-                "roles": ",".join(roles or ()),
-                "split": split,
-                "subset": subset,
-                "encoding": encoding,
-            }
-            given |= {name: flags.get(name) for name in ("method", "max_length")}
-            _print_advice(unfit, given)
-        _print_estimate(estimate)
+            print_method(settings.method)
+        print_report(report, problems)
+        if unfit := _find_unfit_sources(found, report):
+            own = {f"--{name.replace('_', '-')}": flags.get(name) for name in ("method", "max_length")}
+            given = [part for name, value in own.items() if value for part in (name, str(value))]
+            print_advice(unfit, [*reading_flags(options), *given])
+        print_estimate(estimate)
     if problems:
         raise typer.Exit(1)
+
+
+def _print_document(method: Method, problems: list[str], report: Preflight | None, estimate: Estimate | None) -> None:
+    warnings = report.warnings if report else []
+    found = {"problems": problems, "warnings": warnings, "report": report, "estimate": estimate}
+    print_json({"method": method, **found})
+
+
+def _find_unfit_sources(found: Sequence[ReadRows], report: Preflight | None) -> list[str]:
+    """Names of sources with rows that can't be used, and with others beside them."""
+    unread = [data.name for data in found if data.problems and data.rows]
+    if len(found) == 1:  # rows that are held out are of the one source, too
+        return [found[0].name] if unread or (report and report.unfit_sets) else []
+    return [*unread, *(data.name for data in (report.unfit_sets if report else ()))]
 
 
 def _inspect(
@@ -236,12 +262,25 @@ def _inspect(
 
     if not found[0].rows:
         return None, None
-    train, *rest = [data.good_rows() for data in found if data.rows]
-    report = inspect_data(train, rest[0] if rest else None, tokenizer=_load_tokenizer(core), settings=settings)
+    train, validation = _divide([data.good_rows() for data in found if data.rows], settings.validation_share)
+    report = inspect_data(train, validation, tokenizer=_load_tokenizer(core), settings=settings)
     if report.train.tokens is None or train.kind not in ("chat", "text"):
         return report, None
     folder = pull_base(core.base, core.home)
     return report, estimate_run(report.train.tokens, report.train.num_fit_rows, folder, core=core, settings=settings)
+
+
+def _divide(sets: Sequence[Dataset], share: float | None) -> tuple[Dataset, Dataset | None]:
+    """The rows of a run by their use; of one source as `validation_share` has it, which is said."""
+    from training.held_out import divide
+
+    if len(sets) > 1 or share is None:
+        return sets[0], sets[1] if len(sets) > 1 else None
+    division = divide(sets[0], share)
+    _say(f"{sets[0].name}: {division.counts} are held out for validation")
+    if division.warning:
+        _say(f"warning: {division.warning}")
+    return division.train, division.validation
 
 
 def _load_tokenizer(core: CoreSettings) -> Any:
@@ -253,10 +292,6 @@ def _load_tokenizer(core: CoreSettings) -> Any:
 
 def _say(text: str) -> None:
     error_console.print(text, markup=False, soft_wrap=True)
-
-
-def _summary(dataset: Dataset) -> str:
-    return f"{dataset.name}: {len(dataset.rows)} rows; {dataset.recognised}"
 
 
 def _spans(row: RenderedRow, tokenizer: Any) -> Iterator[tuple[bool, str]]:
@@ -279,67 +314,7 @@ def _print_tokens(row: RenderedRow, tokenizer: Any) -> None:
     console.print(text, soft_wrap=True)
 
 
-def _as_document(line: int, row: RenderedRow, tokenizer: Any) -> dict[str, Any]:
+def _as_document(place: RowPlace, row: RenderedRow, tokenizer: Any) -> dict[str, Any]:
+    where = {place.unit: place.number, **({"file": place.file} if place.file else {})}
     spans = [{"loss": carries_loss, "text": text} for carries_loss, text in _spans(row, tokenizer)]
-    return {"line": line, "input_ids": row.input_ids, "loss_mask": row.loss_mask, "spans": spans}
-
-
-def _print_report(report: Preflight | None, problems: list[str]) -> None:
-    warnings = report.warnings if report else ()
-    for found in report.sets if report else ():
-        _print_set(found)
-    for warning in warnings:
-        console.print(f"[yellow]warning[/yellow]: {escape(warning)}", soft_wrap=True)
-    for problem in problems[:_MAX_LINES]:
-        console.print(f"[red]error[/red]: {escape(problem)}", soft_wrap=True)
-    if len(problems) > _MAX_LINES:
-        console.print(f"... and {len(problems) - _MAX_LINES} more errors")
-    console.print(f"errors: {len(problems)}, warnings: {len(warnings)}")
-
-
-def _print_method(method: Method) -> None:
-    others = [name for name, kinds in ROW_KINDS.items() if name != method and set(kinds) & set(ROW_KINDS[method])]
-    more = f"; --method {' or '.join(others)} takes such rows, too" if others else ""
-    console.print(f"method: {method}, the usual one for such rows{more}", soft_wrap=True)
-
-
-def _print_advice(names: list[str], given: Mapping[str, Any]) -> None:
-    """How to be rid of rows that can't be used: a command with the options that were given here."""
-    console.print("Mend the rows, give a higher --max-length where they are too long, or leave them out:")
-    options = [part for name, value in given.items() if value for part in (f"--{name.replace('_', '-')}", str(value))]
-    for name in dict.fromkeys(names):
-        command = ["hotswap", "data", "convert", name, "OUT.jsonl", "--drop-bad", *options]
-        console.print(f"  {shlex.join(command)}", soft_wrap=True, markup=False)
-
-
-def _print_estimate(estimate: Estimate | None) -> None:
-    if estimate is None:
-        return
-    low, high = (format_seconds(seconds) for seconds in (estimate.seconds_low, estimate.seconds_high))
-    memory = format_bytes(estimate.memory_bytes)
-    console.print(
-        f"estimate for this machine, idle: {estimate.num_steps} steps in {low} to {high}, about {memory} of memory",
-        soft_wrap=True,
-    )
-
-
-def _print_set(found: SetReport) -> None:
-    console.print(f"{found.name}: {found.num_rows} {found.kind} rows; {found.recognised}", soft_wrap=True, markup=False)
-    tokens = found.tokens
-    if tokens is None:
-        return
-    if found.num_fit_rows < found.num_rows:
-        console.print(f"  figures without rows that a run refuses ({found.num_rows - found.num_fit_rows}):")
-    console.print(f"  tokens: {tokens.total}, {tokens.loss_share:.1%} of them carry loss")
-    spread = f"half of the rows have at most {tokens.median}, 95% at most {tokens.p95}"
-    console.print(f"  tokens a row: {tokens.shortest} to {tokens.longest}; {spread}")
-    console.print(f"  ends of turns that are learned: {_list_counts(tokens.ends)}")
-    most = max(count for _, _, count in tokens.histogram)
-    width = len(str(tokens.histogram[-1][1]))
-    for first, last, count in tokens.histogram:
-        bar = "█" * round(_BAR_WIDTH * count / most) or ("▏" if count else "")
-        console.print(f"  {first:>{width}} to {last:>{width}} tokens {count:>6} {bar}")
-
-
-def _list_counts(counts: Mapping[int, int]) -> str:
-    return ", ".join(f"{number} in each of {rows} rows" for number, rows in counts.items())
+    return {**where, "input_ids": row.input_ids, "loss_mask": row.loss_mask, "spans": spans}

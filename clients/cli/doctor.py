@@ -18,6 +18,7 @@ from clients.cli.output import console, format_bytes, print_json
 __all__ = ["doctor"]
 
 _MIN_FREE_BYTES = 2_000_000_000
+_LEAST_FREE_BYTES = 200_000_000  # two checkpoints of an adapter with its optimizer, the version, logs
 _MIN_MEMORY_BYTES = 4_000_000_000
 _DEFAULT_PORT = 8000
 _MARKS = {"ok": "[green]ok[/green]     ", "note": "[yellow]note[/yellow]   ", "missing": "[red]missing[/red]"}
@@ -40,7 +41,7 @@ def doctor(
     findings = [
         _check_python(),
         _check_memory(),
-        _check_disk(core.home),
+        _check_disk(core.base, core.home),
         *_check_torch(core.device),
         _check_bitsandbytes(),
         _check_compiler(),
@@ -70,12 +71,25 @@ def _check_memory() -> Finding:
     )
 
 
-def _check_disk(home: Path) -> Finding:
+def _check_disk(base: str, home: Path) -> Finding:
+    from adapters.base_files import EMBEDDED_BASES, find_base
+    from adapters.disk import free_bytes
+    from adapters.errors import BaseModelError
+
     existing = next(folder for folder in (home, *home.parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
     if not os.access(existing, os.W_OK):
         return Finding("home", "missing", f"{home} can't be written to")
-    return Finding("home", "ok" if free > _MIN_FREE_BYTES else "note", f"{home}, {format_bytes(free)} free")
+    needed, what = _LEAST_FREE_BYTES, "a training run"
+    try:
+        find_base(base, home)
+    except BaseModelError:
+        if base in EMBEDDED_BASES:
+            needed, what = needed + EMBEDDED_BASES[base].needed_bytes, f"{what} and the base model"
+    free = free_bytes(home)
+    text = f"{home}, {format_bytes(free)} free"
+    if free < needed:
+        return Finding("home", "missing", f"{text}: too little, {what} may take {format_bytes(needed)}")
+    return Finding("home", "ok" if free > _MIN_FREE_BYTES else "note", text)
 
 
 def _check_torch(device: str) -> list[Finding]:

@@ -1,16 +1,37 @@
-"""`hotswap jobs create`: a job from files of this machine, in the table of the home folder, where a server finds it."""
+"""`hotswap jobs create`: a job from data of this machine, in the table of the home folder, where a server finds it.
+
+Whatever `hotswap train` reads is made rows here, as an upload has to be; a file of rows is stored as it is.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from io import BytesIO
 from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clients.cli.data_sources import DataSources, read_source
 from clients.cli.job_output import print_job
-from clients.cli.options import BaseOption, HomeOption, JsonOption, load_core
+from clients.cli.options import (
+    BaseOption,
+    EncodingOption,
+    HomeOption,
+    JoinTurnsOption,
+    JsonOption,
+    MapOption,
+    RolesOption,
+    SplitOption,
+    SubsetOption,
+    ValidationSplitOption,
+    load_core,
+    read_options,
+    reading_flags,
+)
 from clients.cli.output import console, print_json
+from server.home_lock import is_home_served
 
 if TYPE_CHECKING:
     from adapters.files import FileService
@@ -18,11 +39,14 @@ if TYPE_CHECKING:
     from adapters.records import Job
     from adapters.settings import CoreSettings
     from server.fine_tuning_schemas import CreateJobRequest
+    from training.formats import ReadOptions
 
 __all__ = ["create_job"]
 
-_DataOption = Annotated[Path, typer.Option("--data", help="JSONL file of rows, as hotswap data convert writes them.")]
-_ValidationOption = Annotated[Path | None, typer.Option("--validation", help="JSONL file to measure on.")]
+_DataOption = Annotated[
+    Path, typer.Option("--data", help="A file (JSONL, JSON, CSV, TSV, Parquet), a folder, or a hub id, as of train.")
+]
+_ValidationOption = Annotated[Path | None, typer.Option("--validation", help="The same, to measure on.")]
 _ModelOption = Annotated[str, typer.Option("--model", help="base, or a version to go on from: legal@v2.")]
 _SuffixOption = Annotated[str | None, typer.Option("--suffix", help="Alias to publish under, for example legal.")]
 _MethodOption = Annotated[
@@ -44,11 +68,20 @@ def create_job(
     hyperparameters: _SetOption = None,
     seed: _SeedOption = None,
     priority: _PriorityOption = 0,
+    mapping: MapOption = None,
+    roles: RolesOption = None,
+    join_turns: JoinTurnsOption = False,
+    split: SplitOption = None,
+    validation_split: ValidationSplitOption = None,
+    subset: SubsetOption = None,
+    encoding: EncodingOption = None,
     home: HomeOption = None,
     base: BaseOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Queue a job over files of this machine; hotswap serve on the same home folder trains it."""
+    """Queue a job over data of this machine; hotswap serve on the same home folder trains it."""
+    from adapters.disk import full_disk_told
+
     core = load_core(home, base=base)
     chosen = dict(_read_pair(pair) for pair in hyperparameters or ())
     order: dict[str, Any] = {
@@ -58,15 +91,22 @@ def create_job(
         "seed": seed,
         "priority": priority,
     }
-    job = _place(core, order, data, validation)
+    options = read_options(mapping, split, subset, encoding, roles, join_turns=join_turns)
+    sources = DataSources(data, options, validation, replace(options, split=validation_split))
+    with full_disk_told(core.home, "the job"):
+        job = _place(core, order, sources, base)
     if json:
         print_json(job)
         return
     print_job(job)
-    console.print(f"hotswap serve on this home folder trains it. Try: hotswap jobs show {job.id}", markup=False)
+    is_served = is_home_served(core.home)
+    who = "the server on this home folder" if is_served else "no server runs on this home folder: hotswap serve"
+    console.print(
+        f"{who} checks its files and trains it. Try: hotswap jobs show {job.id}", markup=False, soft_wrap=True
+    )
 
 
-def _place(core: CoreSettings, order: dict[str, Any], data: Path, validation: Path | None) -> Job:
+def _place(core: CoreSettings, order: dict[str, Any], sources: DataSources, base: str | None) -> Job:
     """Store the files and queue the job; if it is refused, the files are deleted again."""
     from adapters.database import open_database
     from adapters.files import FileService
@@ -78,10 +118,10 @@ def _place(core: CoreSettings, order: dict[str, Any], data: Path, validation: Pa
     files = FileService(database, core.home / "files", max_bytes=settings.max_file_bytes)
     stored: list[str] = []
     try:
-        for name, path in (("training_file", data), ("validation_file", validation)):
-            if path is not None:
-                stored.append(_upload(files, path))
-                order[name] = stored[-1]
+        command = sources.check_command(base, {})
+        for name, (source, options) in zip(("training_file", "validation_file"), sources.given, strict=False):
+            stored.append(_upload(files, source, options, command))
+            order[name] = stored[-1]
         jobs = JobService(database, max_queued=settings.max_queued_jobs)
         return _accept(core, jobs, _check_order(order))
     except Exception:
@@ -105,14 +145,31 @@ def _read_pair(pair: str) -> tuple[str, Any]:
         return name, value
 
 
-def _upload(files: FileService, path: Path) -> str:
+def _upload(files: FileService, source: Path, options: ReadOptions, command: str) -> str:
+    """Store a source and return the file's id: a file of rows as it is, any other as the rows that it is read as."""
     from adapters.errors import InvalidInputError
+    from training.formats import as_lines
+
+    if not reading_flags(options) and _is_rows_file(source):
+        try:
+            with source.open("rb") as content:
+                return files.upload(content, source.name).id
+        except OSError as error:
+            raise InvalidInputError(f"{source}: can't be read: {error.strerror}", param="data") from None
+    dataset = read_source(source, options, command)
+    return files.upload(BytesIO(as_lines(dataset.rows)), f"{source.name.partition('.')[0] or 'data'}.jsonl").id
+
+
+def _is_rows_file(path: Path) -> bool:
+    """Whether a file can be uploaded as it is; what is wrong with another is told when it is read."""
+    from adapters.errors import DataError
+    from adapters.rows_file import check_rows_file
 
     try:
-        with path.open("rb") as content:
-            return files.upload(content, path.name).id
-    except OSError as error:
-        raise InvalidInputError(f"{path}: can't be read: {error.strerror}", param="data") from None
+        check_rows_file(path)
+    except (DataError, OSError):
+        return False
+    return True
 
 
 def _check_order(order: dict[str, Any]) -> CreateJobRequest:

@@ -6,35 +6,56 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from clients.cli.output import console, format_loss, print_table
+from clients.cli.output import console, format_loss, format_seconds, print_table
 
 if TYPE_CHECKING:
     from adapters.jobs import JobService
     from adapters.records import Job
 
-__all__ = ["print_job", "print_progress"]
+__all__ = ["describe_progress", "print_job", "print_progress"]
 
 _MAX_SHOWN = 10
 _MAX_STEPS_SHOWN = 5
 
 
-def print_job(job: Job) -> None:
-    """Its state, and what it was asked for."""
+def print_job(job: Job, *, progress: str | None = None, filenames: Mapping[str, str] | None = None) -> None:
+    """Its state, what it was asked for, and what it made; what does not hold of it has no row.
+
+    `progress` is what `describe_progress` says, `filenames` what the files were called where they came from, by id.
+    """
     rows = [
         ("status", job.status),
+        ("how far", progress),
         ("place in the queue", job.queue_position),
         ("priority", job.priority),
         ("method", job.method["type"]),
         ("model", job.model),
         ("alias", job.alias),
-        ("training file", job.training_file),
-        ("validation file", job.validation_file),
+        ("training file", _name_file(job.training_file, filenames or {})),
+        ("validation file", _name_file(job.validation_file, filenames or {})),
         ("trained tokens", job.trained_tokens),
-        ("time left", _format_left(job)),
         ("made", job.fine_tuned_model),
         ("error", f"{job.error.code}: {job.error.message}" if job.error else None),
     ]
-    print_table(["", job.id], rows)
+    print_table(["", job.id], [row for row in rows if row[1] is not None])
+
+
+def describe_progress(jobs: JobService, job: Job, *, is_served: bool) -> str | None:
+    """How far a job is, or what it waits for; `is_served` says whether a server runs on this home folder."""
+    measured = jobs.metrics(job.id)
+    step = None
+    if measured:
+        newest = measured[-1]
+        step = f"step {newest['step']} of {newest['total_steps']}, loss {format_loss(newest['train_loss'])}"
+    if job.status == "running":
+        return _describe_running(jobs, job, step)
+    if job.status not in ("validating_files", "queued"):
+        return step
+    if not is_served:
+        wait = "waits for a server: hotswap serve on this home folder trains it"
+    else:
+        wait = "its files are being checked" if job.status == "validating_files" else "waits for its turn"
+    return f"{step}; {wait}" if step else wait
 
 
 def print_progress(jobs: JobService, job_id: str) -> None:
@@ -48,11 +69,16 @@ def print_progress(jobs: JobService, job_id: str) -> None:
         console.print(f"warning: {warning.message}", style="yellow", markup=False)
 
 
-def _format_left(job: Job) -> str | None:
-    if job.estimated_finish is None or job.status != "running":
-        return None
-    left = job.estimated_finish - datetime.now(UTC)
-    return f"about {max(0, round(left.total_seconds()))} s"
+def _describe_running(jobs: JobService, job: Job, step: str | None) -> str | None:
+    if step and job.estimated_finish is not None:
+        left = max(0.0, (job.estimated_finish - datetime.now(UTC)).total_seconds())
+        return f"{step}, about {format_seconds(left)} left"
+    newest, _ = jobs.events(job.id, limit=1, level="info")  # the stage: the base model is being loaded, say
+    return "; ".join(part for part in (step, newest[0].message if newest else None) if part) or None
+
+
+def _name_file(file_id: str | None, filenames: Mapping[str, str]) -> str | None:
+    return f"{file_id} ({filenames[file_id]})" if file_id and file_id in filenames else file_id
 
 
 def _loss_rows(measured: Sequence[Mapping[str, Any]]) -> list[tuple[object, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,10 +11,11 @@ import typer
 
 from adapters.methods import WIRE_METHODS
 from clients.cli.job_orders import create_job
-from clients.cli.job_output import print_job, print_progress
+from clients.cli.job_output import describe_progress, print_job, print_progress
 from clients.cli.options import HomeOption, JsonOption, load_core, open_registry
 from clients.cli.output import console, format_moment, print_gate, print_json, print_table
 from clients.cli.plots import print_metrics
+from server.home_lock import is_home_served
 
 if TYPE_CHECKING:
     from adapters.jobs import JobService
@@ -57,7 +59,7 @@ def show(
     if json:
         print_json({field.name: getattr(job, field.name) for field in fields(job)} | {"gate": gate})
         return
-    print_job(job)
+    _print_described(jobs, job, home)
     print_progress(jobs, job_id)
     if plot:
         print_metrics(jobs.metrics(job_id), WIRE_METHODS[job.method["type"]])
@@ -79,19 +81,22 @@ def events(job_id: _JobArgument, limit: _LimitOption = 50, home: HomeOption = No
 @app.command("cancel")
 def cancel(job_id: _JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
     """End a job for good; nothing of it is published."""
-    _print_turned(_open(home).cancel(job_id), json=json)
+    jobs = _open(home)
+    _print_turned(jobs, jobs.cancel(job_id), home, json=json)
 
 
 @app.command("pause")
 def pause(job_id: _JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
     """Stop a job after a checkpoint."""
-    _print_turned(_open(home).pause(job_id), json=json)
+    jobs = _open(home)
+    _print_turned(jobs, jobs.pause(job_id), home, json=json)
 
 
 @app.command("resume")
 def resume(job_id: _JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
     """Queue a paused job again; it goes on from its checkpoint."""
-    _print_turned(_open(home).resume(job_id), json=json)
+    jobs = _open(home)
+    _print_turned(jobs, jobs.resume(job_id), home, json=json)
 
 
 def _open(home: Path | None) -> JobService:
@@ -103,8 +108,27 @@ def _open(home: Path | None) -> JobService:
     return JobService(open_registry(home).database, max_queued=max_queued)
 
 
-def _print_turned(job: Job, *, json: bool) -> None:
+def _print_turned(jobs: JobService, job: Job, home: Path | None, *, json: bool) -> None:
     if json:
         print_json(job)
     else:
-        print_job(job)
+        _print_described(jobs, job, home)
+
+
+def _print_described(jobs: JobService, job: Job, home: Path | None) -> None:
+    core = load_core(home)
+    progress = describe_progress(jobs, job, is_served=is_home_served(core.home))
+    print_job(job, progress=progress, filenames=_find_filenames(jobs, job, core.home))
+
+
+def _find_filenames(jobs: JobService, job: Job, home: Path) -> dict[str, str]:
+    """By id what the job's files were called where they came from; those that are deleted are not there."""
+    from adapters.errors import NotFoundError
+    from adapters.files import FileService
+
+    files = FileService(jobs.database, home / "files", max_bytes=0)
+    found = {}
+    for file_id in filter(None, (job.training_file, job.validation_file)):
+        with suppress(NotFoundError):
+            found[file_id] = files.get(file_id).filename
+    return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import MutableMapping
 from typing import Annotated, Any
 
 import typer
@@ -27,8 +29,11 @@ from clients.cli import (
     shadow,
     train,
 )
+from clients.cli.settings_flags import panelled
+from server.config import ServeSettings
+from training.config import TrainSettings
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "tell_people"]
 
 
 class _RootGroup(TyperGroup):
@@ -51,10 +56,10 @@ app = typer.Typer(
     context_settings={"auto_envvar_prefix": "HOTSWAP", "help_option_names": ["-h", "--help"]},
 )
 app.command("demo")(demo.demo)
-app.command("train")(train.train)
+app.command("train", cls=panelled(TrainSettings, ("Data", train.DATA_OPTIONS)))(train.train)
 data.app.command("from-feedback")(feedback_data.from_feedback)
 app.add_typer(data.app, name="data")
-app.command("serve")(serve.serve)
+app.command("serve", cls=panelled(ServeSettings))(serve.serve)
 app.command("chat")(chat.chat)
 app.add_typer(adapters.app, name="adapters")
 experiments.app.command("replay")(replay.replay)
@@ -83,6 +88,7 @@ def root(
 
 def main() -> None:
     """Run the command line."""
+    tell_people()
     try:
         app()
     except Exception as error:
@@ -91,6 +97,23 @@ def main() -> None:
             raise
         typer.echo("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), err=True)
         sys.exit(1)
+
+
+def tell_people() -> None:
+    """Show what the packages would log as lines for people, beside what a command prints; a server logs otherwise."""
+    import structlog
+
+    structlog.configure(
+        processors=[structlog.processors.format_exc_info, _make_line],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+def _make_line(logger: Any, method: str, event: MutableMapping[str, Any]) -> str:
+    more = ", ".join(f"{name} {value}" for name, value in event.items() if name not in ("event", "exception"))
+    line = f"{event['event']}".replace("_", " ") + (f" ({more})" if more else "")
+    return "\n".join([line, *filter(None, [event.get("exception")])])
 
 
 def _is_expected(error: Exception) -> bool:

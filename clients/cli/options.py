@@ -18,6 +18,7 @@ __all__ = [
     "DeviceOption",
     "EncodingOption",
     "HomeOption",
+    "JoinTurnsOption",
     "JsonOption",
     "MapOption",
     "RolesOption",
@@ -58,6 +59,13 @@ RolesOption = Annotated[
     list[str] | None,
     typer.Option(
         "--roles", metavar="NAME=ROLE", help="Who is who in the messages: customer=user,agent=assistant,bot=assistant."
+    ),
+]
+JoinTurnsOption = Annotated[
+    bool,
+    typer.Option(
+        "--join-turns",
+        help="Join what one speaker says in a row; drop what the assistant says first and the user last.",
     ),
 ]
 SplitOption = Annotated[str | None, typer.Option("--split", help="Which split, of a source that has several.")]
@@ -108,13 +116,15 @@ def read_options(
     subset: str | None,
     encoding: str | None,
     roles: list[str] | None = None,
+    *,
+    join_turns: bool = False,
 ) -> ReadOptions:
     """What the flags say of how a source is to be read."""
     from training.formats import ReadOptions
     from training.recognise import parse_mapping
     from training.speakers import parse_roles
 
-    return ReadOptions(parse_mapping(mapping or []), split, subset, encoding, parse_roles(roles or []))
+    return ReadOptions(parse_mapping(mapping or []), split, subset, encoding, parse_roles(roles or []), join_turns)
 
 
 def reading_flags(options: ReadOptions) -> list[str]:
@@ -126,4 +136,5 @@ def reading_flags(options: ReadOptions) -> list[str]:
         "--subset": options.subset,
         "--encoding": options.encoding,
     }
-    return [part for name, value in given.items() if value for part in (name, value)]
+    flags = [part for name, value in given.items() if value for part in (name, value)]
+    return [*flags, "--join-turns"] if options.join_turns else flags

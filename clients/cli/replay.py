@@ -26,6 +26,7 @@ from clients.cli.judging import (
 from clients.cli.options import (
     EncodingOption,
     HomeOption,
+    JoinTurnsOption,
     MapOption,
     RolesOption,
     SplitOption,
@@ -78,6 +79,7 @@ def replay(
     url: UrlOption = "http://127.0.0.1:8000",
     mapping: MapOption = None,
     roles: RolesOption = None,
+    join_turns: JoinTurnsOption = False,
     split: SplitOption = None,
     subset: SubsetOption = None,
     encoding: EncodingOption = None,
@@ -85,7 +87,8 @@ def replay(
 ) -> None:
     """Compare versions: hotswap experiments replay legal --a v1 --b v2 --prompts FILE --output report.json."""
     models = _model_names(alias, [a, b, *(also or [])])
-    asked, num_repeated = _read_prompts(prompts, read_options(mapping, split, subset, encoding, roles), limit)
+    reading = read_options(mapping, split, subset, encoding, roles, join_turns=join_turns)
+    asked, num_repeated = _read_prompts(prompts, reading, limit)
     scoring = Scoring(list(rule or ()) or ([] if judge else ["exact", "length"]), answer_pattern, _read(answer_schema))
     scoring.check()
     options = {"temperature": temperature, "seed": seed, "store": False}
@@ -125,9 +128,10 @@ def _read_prompts(source: str, options: ReadOptions, limit: int) -> tuple[list[C
     from training.formats import read_rows
 
     found = comparison_prompts(read_rows(source, options).as_dataset())
-    asked = {json.dumps([prompt.messages, prompt.tools], sort_keys=True): prompt for prompt in reversed(found)}
-    different = sorted(asked.values(), key=lambda prompt: prompt.line)
-    return different[:limit], len(found) - len(different)
+    asked: dict[str, ComparisonPrompt] = {}
+    for prompt in found:
+        asked.setdefault(json.dumps([prompt.messages, prompt.tools], sort_keys=True), prompt)
+    return list(asked.values())[:limit], len(found) - len(asked)
 
 
 def _check_compared(measures: Sequence[Measure], answers: dict[str, list[Given]]) -> None:

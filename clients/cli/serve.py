@@ -54,7 +54,8 @@ def _announce(core: CoreSettings, settings: ServeSettings) -> None:
         f"  API keys    {_describe_keys(keys)}",
         f'  try         hotswap chat {names[0].split("@")[0] if names else "base"} "Hello" --url {url}',
         *(["              (with HOTSWAP_API_KEY set to a key's secret)"] if keys else []),
-        "Loading the base model; GET /ready answers 200 when it is up. Ctrl+C stops.",
+        "Loading the base model. Until that is done connections are refused; then the log says engine_ready, and",
+        "GET /ready answers 200. Ctrl+C stops.",
     ]
     for line in lines:
         error_console.print(line, markup=False, soft_wrap=True)

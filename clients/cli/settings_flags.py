@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
-from adapters.settings import SettingsSection
+from adapters.settings import CONFIG_FILE_NAME, SettingsSection
 
-__all__ = ["with_settings"]
+__all__ = ["panelled", "with_settings"]
 
 _REPLACED = "flags"
+_OTHERS = "Other options"
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
@@ -42,6 +44,40 @@ def with_settings(section: type[SettingsSection]) -> Callable[[Callable[..., Non
         return run
 
     return decorate
+
+
+def panelled(section: type[SettingsSection], first: tuple[str, Sequence[str]] | None = None) -> type[TyperCommand]:
+    """A command whose help has the settings in a panel of their own, at its end, and no names of variables.
+
+    Names of variables would be cut to nothing; docs/configuration.md has them all.
+
+    Args:
+        section: Whose settings the command takes.
+        first: The title of the panel that the help begins with, and the options that stand there.
+    """
+    title, leading = first or ("", ())
+    settings = f"Settings, also of {CONFIG_FILE_NAME} and the environment: docs/configuration.md"
+    order = [title, _OTHERS, settings]
+
+    class PanelledCommand(TyperCommand):
+        """Sorts its options into the panels."""
+
+        def get_params(self, ctx: Any) -> list[Any]:
+            """All of them, that for help included."""
+            params = super().get_params(ctx)
+            for param in params:
+                if isinstance(param, TyperOption):
+                    is_setting = param.name in section.model_fields and param.name not in SettingsSection.model_fields
+                    own = settings if is_setting else _OTHERS
+                    param.rich_help_panel = title if param.name in leading else own
+                    param.show_envvar = False
+            return sorted(params, key=_place)
+
+    def _place(param: Any) -> tuple[int, int]:
+        panel = getattr(param, "rich_help_panel", None) or _OTHERS  # an argument has a panel of its own
+        return order.index(panel), leading.index(param.name) if param.name in leading else 0
+
+    return PanelledCommand
 
 
 def _parameters(section: type[SettingsSection]) -> Iterator[inspect.Parameter]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
+import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -14,13 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 from rich.markup import escape
 
-from adapters.errors import ConfigurationError, DataError
+from adapters.errors import ConfigurationError, InvalidNameError
 from adapters.methods import Method
+from adapters.records import check_alias_name
+from clients.cli.data_sources import DataSources, advised, check_share
 from clients.cli.options import (
     BaseOption,
     DeviceOption,
     EncodingOption,
     HomeOption,
+    JoinTurnsOption,
     JsonOption,
     MapOption,
     RolesOption,
@@ -29,7 +33,6 @@ from clients.cli.options import (
     ValidationSplitOption,
     load_core,
     read_options,
-    reading_flags,
 )
 from clients.cli.output import console, error_console, format_loss, format_seconds, make_table, print_gate, print_json
 from clients.cli.plots import print_curves
@@ -41,11 +44,17 @@ from training.run_log import PUBLISHING, name_run_folder
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from training.formats import ReadOptions
+    from adapters.settings import CoreSettings
     from training.progress import StepMetrics
     from training.worker import TrainingResult
 
-__all__ = ["train"]
+__all__ = ["DATA_OPTIONS", "train"]
+
+# What is read, and how: the help begins with them.
+DATA_OPTIONS = (
+    *("data", "validation", "validation_share", "mapping", "roles"),
+    *("split", "validation_split", "subset", "encoding", "config"),
+)
 
 _DataOption = Annotated[
     Path | None, typer.Option("--data", help="A file (JSONL, JSON, CSV, TSV, Parquet), a folder, or a hub id.")
@@ -67,6 +76,7 @@ def train(
     validation: _ValidationOption = None,
     mapping: MapOption = None,
     roles: RolesOption = None,
+    join_turns: JoinTurnsOption = False,
     split: SplitOption = None,
     validation_split: ValidationSplitOption = None,
     subset: SubsetOption = None,
@@ -82,86 +92,66 @@ def train(
     By --method: on chat rows (sft), pairs (dpo, reward), labels (kto) or rewards (rloo, grpo).
     """
     core = load_core(home, base=base, device=device)
-    from training.formats import read_rows
-    from training.kinds import check_kind
-
     run = read_run_file(config) if config else RunFile()
     alias, data, validation = alias or run.alias, data or run.data, validation or run.validation
     if alias is None or data is None:
         missing = "an ALIAS to publish under" if alias is None else "--data"
         raise ConfigurationError(f"{missing} is needed, by flag or in the file of --config")
+    _check_alias(alias)
     given = run.settings | flags | ({"promote": "never"} if no_promote else {})
-    if validation is not None and given.get("validation_share") is not None:
-        raise ConfigurationError(
-            f"validation_share holds out rows of {data}, but {validation} is given to validate with: give one of both"
-        )
+    check_share(data, validation, given.get("validation_share"))
     settings = _load_settings(core.home, config, given)
-    mapping, roles = mapping or run.mapping, roles or run.roles
-    subset, encoding = subset or run.subset, encoding or run.encoding
-    options = read_options(mapping, split or run.split, subset, encoding, roles)
-    validation_options = read_options(mapping, validation_split or run.validation_split, subset, encoding, roles)
-    command = _check_command(data, validation, options, validation_options.split, base, given)
-    folder = name_run_folder(core.home)
-    with ProgressView(alias, error_console if json else console, folder) as view:
-        # Importing the trainer takes seconds: bad data is reported before.
-        for path, how in ((data, options), (validation, validation_options)):
-            if path is not None:
-                found = read_rows(path, how)
-                with _advised(command):
-                    dataset = found.as_dataset()
-                summary = f"{dataset.name}: {len(dataset.rows)} rows; {dataset.recognised}"
-                error_console.print(summary, markup=False, soft_wrap=True)
-                check_kind(dataset, settings.method)
-        # The training libraries warn about their own future arguments; nobody who trains can act on that.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        from training.worker import run_training
-
-        view.on_stage(f"Metrics and sampled answers go to {folder}")
-        with _advised(command, params=("data", "validation")):
-            result = run_training(
-                alias,
-                data,
-                validation,
-                core=core,
-                settings=settings,
-                listener=view,
-                options=options,
-                validation_options=validation_options,
-                folder=folder,
-            )
+    options = read_options(
+        mapping or run.mapping,
+        split or run.split,
+        subset or run.subset,
+        encoding or run.encoding,
+        roles or run.roles,
+        join_turns=join_turns or run.join_turns,
+    )
+    validation_options = replace(options, split=validation_split or run.validation_split)
+    sources = DataSources(data, options, validation, validation_options)
+    with ProgressView(alias, error_console if json else console, name_run_folder(core.home)) as view:
+        result = _train(alias, sources, core, settings, sources.check_command(base, given), view)
     if json:
         print_json(result)
     else:
         _print_result(result, settings.method)
 
 
-@contextmanager
-def _advised(command: str, params: tuple[str | None, ...] = (None,)) -> Iterator[None]:
-    """Say beside errors in rows what shows all of them; an error in the file of prompts, say, is of another param."""
+def _check_alias(alias: str) -> None:
+    """Refuse a name before anything is read; a note says which name like it would do."""
     try:
-        yield
-    except DataError as error:
-        if error.param in params:
-            error.add_note(f"every problem, and how to leave rows out: {command}")
+        check_alias_name(alias)
+    except InvalidNameError as error:
+        similar = re.sub(r"[^a-z0-9._-]+", "-", alias.lower()).strip("._-")[:63]
+        with suppress(InvalidNameError):
+            error.add_note(f"{check_alias_name(similar)} would do")
         raise
 
 
-def _check_command(
-    data: Path,
-    validation: Path | None,
-    options: ReadOptions,
-    validation_split: str | None,
-    base: str | None,
-    given: Mapping[str, Any],
-) -> str:
-    """The command that looks at this run's data with this run's options."""
-    parts = ["hotswap", "data", "check", str(data)]
-    more = {"validation": validation, "validation-split": validation_split, "base": base}
-    more |= {
-        name.replace("_", "-"): given.get(name) for name in ("method", "max_length", "max_answer_tokens", "reward")
-    }
-    flags = [part for name, value in more.items() if value for part in (f"--{name}", str(value))]
-    return shlex.join([*parts, *reading_flags(options), *flags])
+def _train(
+    alias: str, sources: DataSources, core: CoreSettings, settings: TrainSettings, command: str, view: ProgressView
+) -> TrainingResult:
+    """Read and check the rows, and only then import the trainer, which takes seconds; `command` shows bad rows."""
+    sources.read(settings.method, command)
+    # The training libraries warn about their own future arguments; nobody who trains can act on that.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    from training.worker import run_training
+
+    view.on_stage(f"Metrics and sampled answers go to {view.folder}")
+    with advised(command, params=("data", "validation")):
+        return run_training(
+            alias,
+            sources.data,
+            sources.validation,
+            core=core,
+            settings=settings,
+            listener=view,
+            options=sources.options,
+            validation_options=sources.validation_options,
+            folder=view.folder,
+        )
 
 
 def _load_settings(home: Path, config: Path | None, given: Mapping[str, Any]) -> TrainSettings:
@@ -185,7 +175,7 @@ class ProgressView:
 
         self._alias = alias
         self._output = output
-        self._folder = folder
+        self.folder = folder
         self._progress = Progress(
             TextColumn("  [bold]{task.description}"),
             BarColumn(),
@@ -257,7 +247,7 @@ class ProgressView:
         if self._reached is None:
             return "stopped before the first step; nothing was published"
         step, num_steps = self._reached
-        return f"stopped at step {step} of {num_steps}; nothing was published; metrics are in {self._folder}"
+        return f"stopped at step {step} of {num_steps}; nothing was published; metrics are in {self.folder}"
 
 
 def _print_result(result: TrainingResult, method: Method) -> None:

@@ -1,4 +1,4 @@
-"""Checking a file of chat rows a line at a time: every bad line by its number, no more memory than a line takes."""
+"""What a row of each kind may be, and what is said of a row that is none."""
 
 from __future__ import annotations
 
@@ -10,71 +10,16 @@ import pytest
 
 from adapters.chat_rows import (
     ChatRow,
-    CheckedFile,
     LabelledRow,
     PreferenceRow,
     Row,
     TextRow,
-    check_rows_file,
     parse_row,
     row_document,
 )
 from adapters.errors import DataError
+from adapters.rows_file import CheckedFile, check_rows_file
 from tests.support.conversations import easy_rows, make_messages, write_rows
-from training.formats import read_dataset
-
-
-def test_check_rows_file_counts_rows_when_all_are_good(tmp_path: Path) -> None:
-    """Blank lines are no rows."""
-    path = write_rows(tmp_path / "good.jsonl", easy_rows(3))
-    path.write_bytes(path.read_bytes() + b"\n  \n")
-    assert CheckedFile("chat", 3) == check_rows_file(path)
-
-
-def test_check_rows_file_names_lines_and_counts_the_rest_when_many_are_bad(tmp_path: Path) -> None:
-    """Twenty problems are shown, the others counted; the good line between them is not named."""
-    path = tmp_path / "bad.jsonl"
-    good = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
-    path.write_text("{\n" + good + "[]\n" * 24)
-    with pytest.raises(DataError) as caught:
-        check_rows_file(path)
-    assert caught.value.param == "file"
-    assert len(caught.value.problems) == 20
-    assert caught.value.problems[0].startswith("line 1: not JSON")
-    assert caught.value.problems[1].startswith("line 3: expected a row with")
-    assert str(caught.value).endswith("... and 5 more")
-
-
-def test_check_rows_file_refuses_a_file_without_rows_when_it_is_blank(tmp_path: Path) -> None:
-    """An empty file trains nothing."""
-    path = tmp_path / "empty.jsonl"
-    path.write_text("\n\n")
-    with pytest.raises(DataError, match="holds no rows"):
-        check_rows_file(path)
-
-
-def test_check_rows_file_goes_on_behind_a_line_when_it_is_too_long(tmp_path: Path) -> None:
-    """A line of nine million bytes is one problem of one line, and the number of the next is right."""
-    path = tmp_path / "long.jsonl"
-    path.write_bytes(b"x" * 9_000_000 + b"\n{\n")
-    with pytest.raises(DataError) as caught:
-        check_rows_file(path)
-    assert caught.value.problems[0] == "line 1: longer than 4194304 bytes"
-    assert caught.value.problems[1].startswith("line 2: not JSON")
-    assert len(caught.value.problems) == 2
-
-
-def test_check_rows_file_finds_what_the_trainer_finds_when_lines_are_bad(tmp_path: Path) -> None:
-    """What is uploaded without complaint can be trained, and what the trainer refuses can't be uploaded."""
-    bad = [{"messages": []}, {"messages": [{"role": "user", "content": " "}]}, {"text": 7}]
-    path = write_rows(tmp_path / "bad.jsonl", bad)
-    with pytest.raises(DataError) as uploaded:
-        check_rows_file(path)
-    with pytest.raises(DataError) as trained:
-        read_dataset(path, name="f")
-    expected = [problem.replace("f:", "line ", 1) for problem in trained.value.problems]
-    assert len(expected) == 3
-    assert expected == uploaded.value.problems
 
 
 def test_row_is_refused_when_a_key_would_change_its_meaning(tmp_path: Path) -> None:
@@ -85,20 +30,6 @@ def test_row_is_refused_when_a_key_would_change_its_meaning(tmp_path: Path) -> N
     write_rows(path, [{**row, "functions": []}])
     with pytest.raises(DataError, match="line 1: field functions: is not supported"):
         check_rows_file(path)
-
-
-def test_check_gives_up_when_nothing_fits(tmp_path: Path) -> None:
-    """A file of nonsense is refused after 1,000 wrong lines, and what is said of it stays short."""
-    path = tmp_path / "rows.jsonl"
-    path.write_text("0\n" * 5000)
-    with pytest.raises(DataError) as caught:
-        check_rows_file(path)
-    assert "980 more" in str(caught.value)
-    users = {"messages": [{"role": "user", "content": "x"}] * 5000}
-    path.write_text(json.dumps(users))
-    with pytest.raises(DataError) as caught:
-        check_rows_file(path)
-    assert len(str(caught.value)) < 500
 
 
 CALL: dict[str, Any] = {"id": "c1", "type": "function", "function": {"name": "look_up", "arguments": '{"order": 7}'}}
@@ -295,10 +226,3 @@ BAD_ROWS = {
 def test_parse_row_names_the_field_when_a_row_is_bad(document: dict[str, Any], expected: str) -> None:
     """One sentence says which field, what was expected and what was found."""
     assert (None, [expected]) == parse_row(json.dumps(document).encode())
-
-
-def test_check_rows_file_refuses_a_row_when_it_is_of_another_kind_than_the_first(tmp_path: Path) -> None:
-    """A method trains on one kind; a stray row of another is named by its line."""
-    path = write_rows(tmp_path / "mixed.jsonl", [{"text": "a"}, make_messages("a", "b"), {"text": "c"}])
-    with pytest.raises(DataError, match=r"^line 2: a chat row among text rows; expected one kind in a file$"):
-        check_rows_file(path)

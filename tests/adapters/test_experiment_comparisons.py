@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import pytest
 from scipy import stats
+from sqlalchemy import delete, event
 
 from adapters.experiment_comparisons import guard_confidence, stage_confidence
 from adapters.experiment_evaluation import ExperimentEvaluation
@@ -26,7 +27,7 @@ from adapters.records import (
 )
 from adapters.registry import Registry
 from adapters.settled_values import first_outcomes
-from adapters.tables import ExperimentRow, ExposureRow, utc_now
+from adapters.tables import ExperimentRow, ExposureRow, FeedbackRow, utc_now
 from tests.support.experiments import HALVES, NO, SOLVED, YES, Start, add_users, age, points_to, win
 
 
@@ -179,6 +180,24 @@ def test_user_s_number_stays_when_it_was_counted_and_the_user_comes_back(
     assert (before.primary, before.guards) == (after.primary, after.guards)
 
 
+def test_user_s_number_stays_when_an_earlier_request_ends_later(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """What was answered first counts: the row of a request that hangs for a minute comes when others were counted."""
+    experiment = start()
+    add_users(registry, experiment, "A", [NO] * 30)
+    first = add_users(registry, experiment, "B", [YES] * 30)
+    before = evaluation.report(experiment.id).treatments[0]
+    slow = add_users(registry, experiment, "B", [None] * 30, error="the model failed", ttft_ms=60_000.0)
+    with registry.database.write() as session:
+        for old, new in zip(first, slow, strict=True):
+            row = session.get_one(ExposureRow, new)
+            row.unit = session.get_one(ExposureRow, old).unit
+            row.served_at -= timedelta(seconds=1)
+    after = evaluation.report(experiment.id).treatments[0]
+    assert (before.primary, before.guards) == (after.primary, after.guards)
+
+
 def test_late_feedback_is_counted_last_when_others_were_counted_before(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:
@@ -265,6 +284,27 @@ def test_first_answer_is_the_number_when_the_primary_metric_is_built_in(
     )
     assert expected == found.values.tolist()
     assert ([0.0] if metric == "feedback_rate" else expected) == later.values.tolist()
+
+
+def test_feedback_is_left_out_when_its_request_is_deleted_while_both_are_read(registry: Registry, start: Start) -> None:
+    """PostgreSQL shows each query its own moment: what the second one no longer finds is no outcome, and no error."""
+    experiment = start(guardrails=())
+    gone, _ = add_users(registry, experiment, "A", [YES, NO])
+
+    with registry.database.write() as session:
+        connection = session.connection()
+
+        seen: list[object] = []
+
+        @event.listens_for(connection, "before_execute")
+        def delete_before_the_second(*_: object) -> None:
+            seen.append(_)
+            if len(seen) == 2:
+                connection.execute(delete(FeedbackRow).where(FeedbackRow.response_id == gone))
+                connection.execute(delete(ExposureRow).where(ExposureRow.response_id == gone))
+
+        (unit,) = read_outcomes(session, experiment.id, 1)["A"]
+    assert [0.0] == [report.value for report in unit.reports["solved"]]
 
 
 def test_report_takes_users_once_when_they_ask_often(

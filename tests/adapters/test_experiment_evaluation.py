@@ -222,7 +222,7 @@ def test_row_is_written_when_the_verdict_changes_and_not_at_every_look(
     add_users(registry, experiment, "B", [None] * 300, error="the model failed")
     evaluation.evaluate_all()
     kinds = [decision.numbers["kind"] for decision in _decisions(registry, experiment)[1:]]
-    assert ["promote", "inconclusive"] == kinds  # the split fired before the guardrail did
+    assert ["promote", "roll_back"] == kinds
 
 
 def test_outcomes_are_read_again_when_something_has_come(

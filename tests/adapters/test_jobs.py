@@ -258,7 +258,7 @@ def test_turns_are_refused_when_the_job_is_at_its_end(jobs: JobService, file_id:
     """The message names the status; cancelling twice is cancelling once."""
     job = _create(jobs, file_id)
     running = _claim(jobs)
-    with pytest.raises(ConflictError, match="is running; expected paused"):
+    with pytest.raises(ConflictError, match="is running; only a paused job can be resumed"):
         jobs.resume(running.job.id)
     cancelled = jobs.cancel(job.id)
     assert jobs.cancel(job.id) == cancelled
@@ -345,7 +345,8 @@ def test_turns_lead_where_the_table_says_when_made_in_every_state(
     for turn, expected in ((jobs.pause, after_pause), (jobs.resume, after_resume), (jobs.cancel, after_cancel)):
         job = jobs.get(reach(jobs, file_id).id)
         if expected is None:
-            with pytest.raises(ConflictError, match=f"is {job.status}; expected"):
+            why = "; only a paused job can be" if job.status == "running" else " and stays so; it can't be"
+            with pytest.raises(ConflictError, match=f"is {job.status}{why} {turn.__name__}"):
                 turn(job.id)
             assert jobs.get(job.id) == job
         else:

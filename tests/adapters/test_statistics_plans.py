@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations
 
 import numpy as np
 import pytest
@@ -21,9 +20,7 @@ from adapters.statistics import (
     bradley_terry,
     difference_interval,
     duration_days,
-    holm_rejections,
     ratio_values,
-    reached_power,
     required_units,
     sample_ratio,
     thompson_weights,
@@ -41,32 +38,12 @@ def test_required_units_equal_statsmodels_when_one_look_is_planned(power: float,
     assert math.ceil(control * (1 + ratio)) == pytest.approx(found, abs=1)
 
 
-def test_reached_power_equals_statsmodels_when_rates_are_compared() -> None:
-    """The unpooled variance of two rates; the far tail is left out on either side here, not there."""
-    expected = power_proportions_2indep(0.05, 0.4, 1500, alternative="two-sided", return_results=False)
-    assert reached_power(3000, 0.05, base_rate=0.4, analysis="fixed") == pytest.approx(float(expected), abs=2e-3)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.floats(0.01, 0.3),
-    st.floats(0.1, 0.6),
-    st.floats(0.5, 0.99),
-    st.sampled_from(["sequential", "fixed"]),
-    st.sampled_from([0.1, 0.5]),
-)
-def test_required_units_reach_their_power_and_one_less_does_not_when_inverted(
-    effect: float, rate: float, power: float, analysis: str, share: float
-) -> None:
-    """The two functions are each other's inverse."""
-    kind = "sequential" if analysis == "sequential" else "fixed"
-    units = required_units(effect, base_rate=rate, power=power, treatment_share=share, analysis=kind)  # type: ignore[arg-type]
-    reached = [
-        reached_power(number, effect, base_rate=rate, treatment_share=share, analysis=kind)  # type: ignore[arg-type]
-        for number in (units, units - 1)
-    ]
-    assert reached[0] >= power - 1e-9
-    assert reached[1] < power or units == 2
+@pytest.mark.parametrize("power", [0.8, 0.95])
+def test_required_units_reach_their_power_when_rates_are_compared(power: float) -> None:
+    """The unpooled variance of two rates, as statsmodels has it, which rounds otherwise."""
+    units = required_units(0.05, base_rate=0.4, power=power, analysis="fixed")
+    found = power_proportions_2indep(0.05, 0.4, units / 2, alternative="two-sided", return_results=False)
+    assert float(found) == pytest.approx(power, abs=2e-3)
 
 
 def test_a_sequence_needs_more_units_than_one_look_when_both_are_planned() -> None:
@@ -146,20 +123,6 @@ def test_cuped_refuses_a_covariate_of_other_units_when_numbers_differ() -> None:
     """A value without its past can't be adjusted."""
     with pytest.raises(ValueError, match="covariate for each"):
         adjust_for_covariate([1.0, 2.0], [1.0], [1.0], [1.0])
-
-
-def test_holm_rejects_what_closed_testing_rejects_when_p_values_are_given() -> None:
-    """A hypothesis falls when Bonferroni's test rejects every family that it belongs to: Holm's is the short cut."""
-    generator = np.random.default_rng(1)
-    num_rejected = 0
-    for size in generator.integers(1, 6, size=100):
-        p_values = (generator.random(size) ** 2 / 10).tolist()
-        families = [f for number in range(1, size + 1) for f in combinations(range(size), number)]
-        passed = {family for family in families if min(p_values[index] for index in family) > 0.05 / len(family)}
-        expected = [not any(index in family for family in passed) for index in range(size)]
-        assert expected == holm_rejections(p_values, confidence=0.95)
-        num_rejected += sum(expected)
-    assert 80 < num_rejected < 300
 
 
 def test_adjusted_confidence_shares_the_error_when_there_are_several_comparisons() -> None:

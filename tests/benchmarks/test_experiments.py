@@ -8,7 +8,9 @@ import pytest
 from adapters.statistics import difference_sequence
 from adapters.statistics.mixtures import ArmMoments
 from benchmarks.experiment_runs import (
+    HEARD_LESS,
     METRICS,
+    RARE_THEN_OFTEN,
     Looks,
     Metric,
     Plan,
@@ -29,7 +31,8 @@ _METRICS = {metric.name: metric for metric in METRICS}
 def _look(metric: Metric, shape: tuple[int, int], *, effect: float = 0.0, share: float = 0.5, seed: int = 1) -> Looks:
     generator = np.random.default_rng(seed)
     in_treatment = assign(generator, shape, share)
-    return Looks.of(metric.values(generator, in_treatment, effect), in_treatment, is_binary=metric.rate is not None)
+    values, is_known = metric.values(generator, in_treatment, effect), metric.known(generator, in_treatment)
+    return Looks.of(values, in_treatment, is_binary=metric.rate is not None, is_known=is_known)
 
 
 def _ever(flags: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> float:
@@ -67,6 +70,16 @@ def test_sequence_keeps_its_error_when_a_small_arm_is_skewed() -> None:
     assert _ever(find_exclusions(looks, 0.0, Plan(500, treatment_share=0.1))) <= 0.08
 
 
+@pytest.mark.parametrize(("metric", "share"), [(RARE_THEN_OFTEN, 0.05), (HEARD_LESS, 0.5)])
+def test_sequence_keeps_its_error_when_rates_change_in_time(metric: Metric, share: float) -> None:
+    """Both arms' alike: the small arm's users are set against those of their own time, and so are those who report.
+
+    One after the other, without a look at when they came, it errs in most of these experiments.
+    """
+    looks = _look(metric, (40, 8000), share=share)
+    assert _ever(find_exclusions(looks, 0.0, Plan(4000, treatment_share=share))) <= 0.1
+
+
 def test_sequence_keeps_its_error_when_units_come_back() -> None:
     """The first outcome of users who make 10 requests each; their means so far are what is not covered."""
     generator = np.random.default_rng(1)
@@ -91,7 +104,11 @@ def test_simulator_decides_as_the_product_when_a_run_is_looked_at(name: str, sha
             for count in (1, 30, 60, 121, 240):
                 seen, mask = values[run, :count], in_treatment[run, :count]
                 interval = difference_sequence(
-                    seen[mask].tolist(), seen[~mask].tolist(), planned_units=100, treatment_share=share
+                    seen[mask].tolist(),
+                    seen[~mask].tolist(),
+                    planned_units=100,
+                    treatment_share=share,
+                    places=(np.flatnonzero(mask), np.flatnonzero(~mask)),
                 )
                 expected = interval is not None and not interval.low <= difference <= interval.high
                 assert expected == flags[run, count - 1]

@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from typer.testing import CliRunner
 
 from adapters.archive import VersionArchive
 from adapters.database import open_database
-from adapters.errors import ConfigurationError, HotswapError, OverloadedError
+from adapters.errors import ConfigurationError, HotswapError, OverloadedError, StorageFullError
 from adapters.files import FileService
 from adapters.jobs import JobOrder, JobService
 from adapters.store import ArtifactStore
-from clients.cli.main import app
+from clients.cli.main import app, tell_people
 from server.home_lock import held_home
 from tests.support.conversations import easy_rows, write_rows
+from tests.support.disk import small_disk
 from tests.support.jobs import pass_all
 from tests.support.tiny import save_random_adapter
 
@@ -216,11 +218,37 @@ def test_unknown_key_in_the_config_file_is_an_error_when_loaded(shell: Shell) ->
         shell.text("adapters", "list")
 
 
+def test_what_is_logged_is_a_line_for_people_when_a_command_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """On standard error, beside what the command prints; details stay in the server's log."""
+    before = structlog.get_config()
+    try:
+        tell_people()
+        log = structlog.get_logger()
+        log.debug("looked_up")
+        log.info("fetching_the_base_model", name="tiny", megabytes=93)
+    finally:
+        structlog.configure(**before)
+    assert ("", "fetching the base model (name tiny, megabytes 93)\n") == tuple(capsys.readouterr())
+
+
 def test_doctor_says_what_it_found_when_run(shell: Shell) -> None:
     """Every topic has a state and a sentence."""
     findings = {finding["topic"]: finding for finding in shell.json("doctor")}
     assert findings["base model"]["state"] == "ok"
     assert set(findings) >= {"python", "memory", "torch", "device", "bitsandbytes", "compiler", "config"}
+
+
+def test_doctor_fails_when_the_home_is_too_small(shell: Shell, tmp_path: Path) -> None:
+    """Nothing can be trained in a megabyte: what is missing is said, and how much it takes."""
+    with small_disk(tmp_path / "disk", kilobytes=1024) as disk:
+        environment = {**shell.environment, "HOTSWAP_HOME": str(disk / "home"), "HOTSWAP_BASE": "smollm2-135m"}
+        result = CliRunner().invoke(app, ["doctor"], env=environment)
+    assert 1 == result.exit_code
+    (line,) = [line for line in result.stdout.splitlines() if " home " in line]
+    assert line.startswith(
+        f"missing home         {disk}/home, 1.0 MB free: too little, a training run and the base model"
+    )
+    assert line.endswith("may take 580.0 MB")
 
 
 @pytest.mark.parametrize("name", ["VERSION", "INSTALL_COMPLETION", "SHOW_COMPLETION", "HELP"])
@@ -552,6 +580,38 @@ def test_job_is_refused_with_its_reason_when_created(
     assert [path for path in (tmp_path / "home" / "files").glob("*") if path.is_file()] == []
 
 
+def test_job_says_that_the_disk_is_full_when_it_can_not_be_created(shell: Shell, tmp_path: Path) -> None:
+    """It is not the user's file that fails; the home's place is named, and nothing is queued."""
+    rows = write_rows(tmp_path / "rows.jsonl", easy_rows(2) * 2000)
+    with small_disk(tmp_path / "home" / "files", kilobytes=64):
+        with pytest.raises(StorageFullError, match=r"^no space left for the file; nothing of it was kept") as caught:
+            shell.text("jobs", "create", "--data", str(rows))
+        assert caught.value.__notes__[0].startswith(f"the disk of {tmp_path}/home/files has 0.")
+    assert [] == shell.json("jobs", "list")
+
+
+def test_job_says_what_it_waits_for_when_nobody_works_on_it(shell: Shell, tmp_path: Path) -> None:
+    """Without a server for one; with it for the check of its files, and for its turn; at its end for nothing."""
+    home, rows = tmp_path / "home", write_rows(tmp_path / "rows.jsonl", easy_rows(2))
+    created = shell.text("jobs", "create", "--data", str(rows))
+    assert "no server runs on this home folder: hotswap serve checks its files and trains it" in created
+    (job,) = shell.json("jobs", "list")
+    waiting = [shell.text("jobs", "show", job["id"])]
+    with held_home(home, address="http://127.0.0.1:8000"):
+        waiting.append(shell.text("jobs", "show", job["id"]))
+        database = open_database(f"sqlite:///{home / 'hotswap.db'}")
+        pass_all(JobService(database))
+        waiting.append(shell.text("jobs", "show", job["id"]))
+        database.close()
+        assert "the server on this home folder checks" in shell.text("jobs", "create", "--data", str(rows))
+    expected = ("waits for a server: hotswap serve", "its files are being checked", "waits for its turn")
+    assert [True] * 3 == [words in " ".join(shown.split()) for words, shown in zip(expected, waiting, strict=True)]
+    assert " - " not in " ".join(waiting)
+    cancelled = shell.text("jobs", "cancel", job["id"])
+    assert "how far" not in cancelled
+    assert "rows.jsonl" in cancelled
+
+
 def test_job_shows_losses_checkpoints_and_warnings_when_it_runs(shell: Shell, tmp_path: Path) -> None:
     """How far it is, when it will be done, and what its owner should know."""
     rows = write_rows(tmp_path / "rows.jsonl", easy_rows(2))
@@ -563,13 +623,16 @@ def test_job_shows_losses_checkpoints_and_warnings_when_it_runs(shell: Shell, tm
     claim = jobs.claim(lease_s=60)
     assert claim is not None
     jobs.note(claim, "training_file: 3 rows appear twice", level="warn")
+    jobs.note(claim, "Loading the base model tiny (none)")
+    assert "Loading the base model tiny" in shell.text("jobs", "show", job_id)
     for step in range(1, 9):
         data = {"step": step, "total_steps": 9, "train_loss": 1 / step} | ({"valid_loss": 0.625} if step == 2 else {})
         jobs.note_metrics(claim, f"Step {step}", data, trained_tokens=step, seconds_left=90)
     jobs.add_checkpoint(claim, 2, {}, digest="a" * 64)
     database.close()
     shown = shell.text("jobs", "show", job_id)
-    for part in ("running", "about 9", "2/9", "0.625", "8/9", "0.125", "warning: training_file: 3 rows appear twice"):
+    assert "step 8 of 9, loss 0.125, about" in " ".join(shown.split())
+    for part in ("running", "2/9", "0.625", "8/9", "0.125", "warning: training_file: 3 rows appear twice"):
         assert part in shown, part
     assert f"legal:{job_id[6:18]}:ckpt-step-2" in shown
     assert "3/9" not in shown

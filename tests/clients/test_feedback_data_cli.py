@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from adapters.chat_rows import check_rows_file
 from adapters.conversations import Conversation, ConversationLog
 from adapters.database import Database
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
 from adapters.experiments import ExperimentService
 from adapters.records import Binding, Exposure, Feedback
+from adapters.rows_file import check_rows_file
 from clients.cli.main import app
 
 

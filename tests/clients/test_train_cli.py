@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from clients.cli.main import app
 from clients.cli.train import ProgressView
 from tests.support.conversations import easy_rows, write_rows
 
@@ -120,3 +122,23 @@ def test_train_tells_the_step_and_the_folder_when_it_gets_ctrl_c(tmp_path: Path,
     assert last.endswith(f" of 100000; nothing was published; metrics are in {folder}")
     assert process.returncode == 130
     assert not list((tmp_path / "home").glob("store/*"))
+
+
+@pytest.mark.parametrize(("command", "first"), [("train", "Data"), ("serve", "Other options")])
+def test_help_begins_with_what_is_needed_first_when_asked_for(command: str, first: str) -> None:
+    """The settings come last, without the names of variables, which still count."""
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "120"}).stdout
+    panels = [line.split("─ ")[1].split(" ─")[0] for line in shown.splitlines() if line.startswith("╭─")]
+    assert first == next(panel for panel in panels if panel != "Arguments")
+    assert panels[-1].startswith("Settings, also of hotswap.toml and the environment")
+    assert "HOTSWAP" not in shown
+    options = [line.split()[1] for line in shown.splitlines() if line.startswith("│ --")]
+    assert ("--data" if command == "train" else "--home") == options[0]
+    assert len(options) > 20
+
+
+def test_setting_is_read_from_its_variable_when_the_help_does_not_name_it(tmp_path: Path) -> None:
+    """As before."""
+    environment = {"HOTSWAP_HOME": str(tmp_path), "HOTSWAP_TRAIN_RANK": "0"}
+    result = CliRunner().invoke(app, ["train", "legal", "--data", "rows.jsonl"], env=environment)
+    assert "rank" in str(result.exception)

@@ -17,10 +17,12 @@ from adapters.jobs import JobOrder
 from server.services import Services
 from server.uploads import MAX_UPLOADS
 from tests.support.conversations import easy_rows, write_rows
+from tests.support.disk import small_disk
 from tests.support.engine import Site, on_site
 from tests.support.sdk import with_sdk
 
 _BOUNDARY = "b0"
+_NO_ROOM = "no space left for the file; nothing of it was kept"
 _FORM = {"content-type": f"multipart/form-data; boundary={_BOUNDARY}"}
 
 
@@ -245,6 +247,22 @@ def test_requests_are_answered_when_as_many_uploads_as_may_be_are_stuck(site: Si
         return answer.status_code, [upload.status_code for upload in await asyncio.gather(*stuck)]
 
     assert (200, [200] * MAX_UPLOADS) == on_site(site, scenario)
+
+
+@pytest.mark.parametrize("folder", ["uploads", "files"])
+def test_upload_is_507_when_the_disk_is_full(folder: str, site: Site, content: bytes, tmp_path: Path) -> None:
+    """While the body arrives, or where it is kept: told without a path, not to be repeated, and nothing is left."""
+    large = content * (100_000 // len(content))
+    form: dict[str, Any] = {"data": {"purpose": "fine-tune"}, "files": {"file": ("rows.jsonl", large)}}
+    with small_disk(tmp_path / folder, kilobytes=64):
+        (tmp_path / folder / ".incoming").mkdir()
+        refused = on_site(site, lambda http: http.post("/v1/files", **form))
+        assert [] == [path for path in (tmp_path / folder).rglob("*") if path.is_file() and path.name != ".lock"]
+    error = refused.json()["error"]
+    assert (507, "storage_full", "false") == (refused.status_code, error["code"], refused.headers["x-should-retry"])
+    assert error["message"] in ("no space left for the upload; nothing of it was kept", _NO_ROOM)
+    assert [] == _stored(site)
+    assert 200 == on_site(site, lambda http: http.post("/v1/files", **form)).status_code
 
 
 def test_upload_arrives_in_the_home_folder_when_it_is_large(site: Site, tmp_path: Path) -> None:

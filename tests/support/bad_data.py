@@ -246,6 +246,6 @@ ZOO: dict[str, BadData] = {
     "label-of-three": BadData(
         "d.parquet",
         _parquet([{"prompt": "q", "completion": "a", "label": 3}]),
-        ":1: field label: expected true or false, found 3",
+        ": row 1: field label: expected true or false, found 3",
     ),
 }

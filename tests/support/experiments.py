@@ -9,7 +9,7 @@ from datetime import timedelta
 from adapters.exposures import add_exposure
 from adapters.records import Binding, Experiment, Exposure, Feedback, Guardrail, Metric
 from adapters.registry import Registry
-from adapters.tables import ExposureRow
+from adapters.tables import ExposureRow, utc_now
 
 __all__ = ["ERRORS", "HALVES", "NO", "SOLVED", "YES", "Start", "add_users", "age", "points_to", "win"]
 
@@ -32,6 +32,7 @@ def add_users(
 ) -> list[str]:
     """One new user with one request for each outcome, which is what that user reports by metric; None is nothing.
 
+    They come a second after each other from the experiment's start, so that the arms' users come side by side.
     Returns the responses' ids.
     """
     found = next(candidate for candidate in experiment.arms if candidate.name == arm)
@@ -39,14 +40,16 @@ def add_users(
         experiment.alias, "experiment", found.digest, found.number, experiment.id, arm, stage=experiment.stage
     )
     responses = []
+    began = experiment.starts_at or utc_now()
     with registry.database.write() as session:
-        for outcome in outcomes:
+        for place, outcome in enumerate(outcomes):
             number = next(_numbers)
             responses.append(f"response-{number}")
             reason = None if error else "stop"
             exposure = Exposure(
-                responses[-1], binding, f"user-{number}", "user", 5, 7, ttft_ms, 3 * (ttft_ms or 1), reason, error
-            )
+                responses[-1], binding, f"user-{number}", "user", 5, 7, ttft_ms, 3 * (ttft_ms or 1), reason, error,
+                bound_at=began + timedelta(seconds=place),
+            )  # fmt: skip
             feedback = [Feedback(responses[-1], metric, value) for metric, value in (outcome or {}).items()]
             add_exposure(session, exposure, feedback)
     return responses

@@ -11,6 +11,7 @@ import pytest
 
 from adapters.chat_rows import ChatRow
 from adapters.errors import DataError
+from adapters.row_places import RowPlace
 from tests.support.conversations import make_messages, write_rows
 from training.formats import NumberedRow, read_dataset
 
@@ -92,7 +93,7 @@ BAD_LINES = {
     ),
     "ends-with-user": (
         _with(*make_messages("hi", "ho", "and then")),
-        "field messages: expected user and assistant in turn, .*, found user, assistant, user",
+        "field messages: expected user and assistant in turn, .*, found user, assistant, user; take out what .*",
     ),
     "starts-with-assistant": (
         _with({"role": "assistant", "content": "ho"}, *make_messages("hi", "ho")),
@@ -198,7 +199,10 @@ def test_read_dataset_keeps_rows_in_order_when_the_file_is_good(tmp_path: Path) 
 
     dataset = read_dataset(path)
 
-    assert (NumberedRow(2, ChatRow(tuple(first))), NumberedRow(4, ChatRow(tuple(second)))) == dataset.rows
+    assert (
+        NumberedRow(RowPlace(2), ChatRow(tuple(first))),
+        NumberedRow(RowPlace(4), ChatRow(tuple(second))),
+    ) == dataset.rows
     assert str(path) == dataset.name
 
 
@@ -207,7 +211,7 @@ def test_read_dataset_ignores_a_column_when_it_is_not_messages(tmp_path: Path) -
     messages = make_messages("hi", "ho")
     path = write_rows(tmp_path / "data.jsonl", [{"id": 7, "messages": messages, "source": {"page": [1]}}])
 
-    assert (NumberedRow(1, ChatRow(tuple(messages))),) == read_dataset(path).rows
+    assert (NumberedRow(RowPlace(1), ChatRow(tuple(messages))),) == read_dataset(path).rows
 
 
 def test_read_dataset_reads_the_same_rows_when_lines_end_in_crlf(tmp_path: Path) -> None:
@@ -224,7 +228,7 @@ def test_read_dataset_reads_the_same_rows_when_the_file_begins_with_a_bom(tmp_pa
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\n" + GOOD + b"\n")
 
-    assert [row.line for row in read_dataset(path).rows] == [1, 2]
+    assert [row.place.number for row in read_dataset(path).rows] == [1, 2]
 
 
 def test_read_dataset_keeps_one_row_when_its_text_holds_a_line_separator(tmp_path: Path) -> None:
@@ -232,7 +236,7 @@ def test_read_dataset_keeps_one_row_when_its_text_holds_a_line_separator(tmp_pat
     messages = make_messages("one\u2028two\u0085three", "ho\x0b")
     path = write_rows(tmp_path / "data.jsonl", [messages])
 
-    assert (NumberedRow(1, ChatRow(tuple(messages))),) == read_dataset(path).rows
+    assert (NumberedRow(RowPlace(1), ChatRow(tuple(messages))),) == read_dataset(path).rows
 
 
 def test_read_dataset_hashes_the_bytes_when_the_rows_are_equal(tmp_path: Path) -> None:

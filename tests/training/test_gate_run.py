@@ -23,6 +23,7 @@ from tests.support.conversations import easy_rows, make_messages, write_rows
 from tests.support.tiny import tiny_settings
 from training.config import TrainSettings
 from training.evaluation import Yardstick
+from training.forgetting import Forgetting
 from training.formats import read_dataset
 from training.gate_evidence import gather_evidence
 from training.lora import add_adapter, disable_packed_kernels
@@ -267,6 +268,32 @@ def test_state_that_forgets_is_passed_over_when_another_remembers(home: Home) ->
     assert (free.best_step, held.best_step, check.outcome) == (forgets["step"], keeps["step"], "passed")
     assert check.figures["rise"] == pytest.approx(keeps["forgetting"], abs=1e-3)
     assert "alarm" in [line["kind"] for line in read_lines(held.folder / METRICS_FILE)]
+
+
+def test_forgetting_is_not_measured_again_when_a_validation_has(
+    home: Home, tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate takes the best validation's, which is that of the state it judges; of a run without one it measures."""
+    measured: list[float] = []
+    measure = Forgetting.measure
+
+    def count(self: Forgetting) -> float:
+        measured.append(measure(self))
+        return measured[-1]
+
+    monkeypatch.setattr(Forgetting, "measure", count)
+    validated = home.run(LEARNABLE, max_steps=6, eval_steps=3)
+    base_loss, *of_validations = measured[1], measured[0], *measured[2:]
+    assert 2 == len(of_validations)
+    rises = [line["forgetting"] for line in read_lines(validated.folder / METRICS_FILE) if line["kind"] == "evaluation"]
+    assert rises == pytest.approx([loss - base_loss for loss in of_validations])
+    (check,) = [check for check in validated.gate.checks if check.name == "forgetting"]
+    assert validated.best_step is not None
+    assert check.figures["rise"] == pytest.approx(rises[validated.best_step // 3 - 1], abs=1e-3)
+    measured.clear()
+    unvalidated = home.run(max_steps=6)
+    (check,) = [check for check in unvalidated.gate.checks if check.name == "forgetting"]
+    assert measured == pytest.approx([check.figures["loss"]], abs=1e-3)
 
 
 def test_run_leaves_its_files_when_it_is_done(home: Home) -> None:

@@ -25,7 +25,7 @@ def test_hold_out_gives_each_row_to_one_side_when_it_divides(tmp_path: Path, sha
     """About the share is held out; nothing is lost, nothing stands on both sides, the order and the lines stay."""
     data = make_dataset(tmp_path / "rows.jsonl", _numbered(2000))
     train, held_out = hold_out(data, share)
-    assert sorted((*train.rows, *held_out.rows), key=lambda numbered: numbered.line) == list(data.rows)
+    assert sorted((*train.rows, *held_out.rows), key=lambda numbered: numbered.place.number) == list(data.rows)
     assert not set(map(str, _rows(train))) & set(map(str, _rows(held_out)))
     assert share * 2000 == pytest.approx(len(held_out.rows), rel=0.2)
     assert (data.name, data.sha256) == (train.name, train.sha256)
@@ -51,4 +51,4 @@ def test_hold_out_keeps_equal_rows_together_when_a_file_repeats_them(tmp_path: P
 def test_hold_out_is_the_same_when_it_is_computed_again_by_another_release(tmp_path: Path) -> None:
     """A job that goes on after an update, and a version that is trained next year, hold out these very rows."""
     _, held_out = hold_out(make_dataset(tmp_path / "rows.jsonl", _numbered(40)), 0.25)
-    assert [numbered.line for numbered in held_out.rows] == [9, 10, 11, 20, 23, 25, 28, 29, 30, 36, 37, 40]
+    assert [numbered.place.number for numbered in held_out.rows] == [9, 10, 11, 20, 23, 25, 28, 29, 30, 36, 37, 40]

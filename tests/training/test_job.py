@@ -28,6 +28,7 @@ from adapters.errors import (
     InvalidInputError,
     NotFoundError,
     RankTooHighError,
+    StorageFullError,
 )
 from adapters.jobs import JobOrder
 from adapters.records import Actor, Job, JobError
@@ -42,7 +43,7 @@ from training.job import (
     newest_checkpoint,
     write_csv,
 )
-from training.job_settings import describe_failure, resolve_settings, tracker_environment
+from training.job_settings import describe_failure, name_data, resolve_settings, tracker_environment
 from training.progress import StepMetrics
 
 
@@ -246,12 +247,27 @@ def test_job_fails_with_the_line_when_a_row_is_too_long(place: JobPlace) -> None
     assert failed.status == "failed"
     assert failed.error is not None
     assert (failed.error.code, failed.error.param) == ("invalid_training_file", "training_file")
-    assert failed.error.message.startswith("training_file:2: ")
+    assert failed.error.message.startswith("rows.jsonl:2: ")
     assert "more than max_length 64" in failed.error.message
     assert str(place.core.home) not in failed.error.message
     other = _run(place).error
     assert other is not None
     assert (other.code, other.param) == ("invalid_validation_file", "validation_file")
+
+
+def test_name_data_gives_the_names_of_the_owner_when_files_have_some(place: JobPlace) -> None:
+    """Two files of one name are told apart by their fields."""
+    rows = json.dumps({"messages": make_messages("q", "a")}).encode()
+    first, second, third = (place.files.upload(io.BytesIO(rows), name).id for name in ("a.jsonl", "b.jsonl", "a.jsonl"))
+    other, same, alone = (
+        place.jobs.create(JobOrder("tiny", first, supervised(), 0, alias="legal", validation_file=validation))
+        for validation in (second, third, None)
+    )
+
+    assert {"training_file": "a.jsonl", "validation_file": "b.jsonl"} == name_data(other, place.files)
+    both = {"training_file": "a.jsonl (training_file)", "validation_file": "a.jsonl (validation_file)"}
+    assert both == name_data(same, place.files)
+    assert {"training_file": "a.jsonl"} == name_data(alone, place.files)
 
 
 def test_job_fails_when_its_file_is_gone(place: JobPlace) -> None:
@@ -315,6 +331,10 @@ def test_failure_is_told_in_words_when_a_library_runs_out_of_memory_or_disk() ->
     behind = RuntimeError("checkpoint failed")
     behind.__cause__ = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert describe_failure(behind).code == "disk_full"
+    told = describe_failure(
+        StorageFullError("the disk of /secret/home is full: 1.0 MB free, the base model takes 380 MB")
+    )
+    assert ("disk_full", False) == (told.code, "/secret" in told.message)
     assert describe_failure(RuntimeError("[enforce fail] PytorchStreamWriter failed writing file")).code == "disk_full"
     assert describe_failure(PermissionError(errno.EACCES, "denied")).code == "trainer_crashed"
 

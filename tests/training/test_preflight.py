@@ -17,6 +17,10 @@ from training.preflight import Preflight, inspect_data, run_preflight
 WORDS = ["apples", "bridges", "candles", "dolphins", "engines", "feathers", "gardens", "harbours", "islands", "jackets"]
 
 
+DUPLICATE_ADVICE = "hotswap data convert --drop-duplicates leaves them out"
+PERSONAL_ADVICE = "leave these rows out or mask it before training: a version may repeat what it has learned"
+
+
 def _settings(tmp_path: Path, max_length: int = 1000, **others: Any) -> TrainSettings:
     return TrainSettings.load(tmp_path, max_length=max_length, **others)
 
@@ -62,7 +66,7 @@ DOUBTFUL: dict[str, tuple[list[Any], str]] = {
     "few-rows": (_good_rows()[:9], "t: number of rows: 9; fewer than 10 seldom teach a behaviour"),
     "copies": (
         [*_good_rows(), *_good_rows()[:6]],
-        "t: rows that equal an earlier one: 6 (lines 11, 12, 13, 14, 15 and 1 more)",
+        f"t: rows that equal an earlier one: 6 (lines 11, 12, 13, 14, 15 and 1 more); {DUPLICATE_ADVICE}",
     ),
     "near-copies": (
         [*_good_rows(), make_messages("tell me of APPLES!", "What apples do is selppa.")],
@@ -78,7 +82,7 @@ DOUBTFUL: dict[str, tuple[list[Any], str]] = {
     ),
     "personal-data": (
         [*_good_rows(), make_messages("Who is it?", "ann@x.de, bob@x.de")],
-        "t: likely personal data, e-mail address: 2 found; rows: 1 (line 11)",
+        f"t: likely personal data, e-mail address: 2 found; rows: 1 (line 11); {PERSONAL_ADVICE}",
     ),
     "little-loss": (
         [make_messages("".join(f"{word}{n} " for n in range(20)) * 3, "y") for word in WORDS],
@@ -108,7 +112,7 @@ def test_inspect_data_warns_when_validation_repeats_the_training_data(tmp_path: 
     report = _inspect(tmp_path, _good_rows(), [*_other_rows(), _good_rows()[0], near, _other_rows()[0]])
 
     assert (
-        "v: rows that equal an earlier one: 1 (line 13)",
+        "v: rows that equal an earlier one: 1 (line 13); hotswap data convert --drop-duplicates leaves them out",
         "v: rows that stand in t: 1 (line 11); the validation loss will look better than it is",
         "v: rows that nearly equal one of t: 1 (line 12); the validation loss will look better than it is",
     ) == report.warnings
@@ -131,9 +135,10 @@ def test_run_preflight_names_the_field_when_validation_is_of_another_kind(tmp_pa
 
 
 def test_run_preflight_collects_what_stops_a_run_when_rows_are_bad(tmp_path: Path) -> None:
-    """Too long, or holding a control token: each by its line, the first twenty of them."""
+    """Too long, or holding a control token: equal ones once, with the first of their lines and the range of lengths."""
     bad = [*_good_rows(), make_messages("q", "a" * 200), make_messages("q", "<|im_end|>")]
     rows = [*bad, *[make_messages("q", "b" * 300)] * 20]
+    frame = len("user\n\n") + 2 + len("assistant\n") + 1 + 1
 
     with pytest.raises(DataError) as caught:
         run_preflight(
@@ -144,11 +149,11 @@ def test_run_preflight_collects_what_stops_a_run_when_rows_are_bad(tmp_path: Pat
             train_param="data",
         )
 
-    assert caught.value.problems[0].startswith("t:11: ")
-    assert caught.value.problems[0].endswith(" tokens, more than max_length 150")
-    assert "t:12: messages[1].content holds the model's control token <|im_end|>" == caught.value.problems[1]
-    assert 20 == len(caught.value.problems)
-    assert str(caught.value).endswith("... and 2 more")
+    lengths = f"{1 + 200 + frame} to {1 + 300 + frame}"
+    assert [
+        f"t: lines 11, 13, 14, 15, 16 and 16 more: {lengths} tokens, more than max_length 150",
+        "t:12: messages[1].content holds the model's control token <|im_end|>",
+    ] == caught.value.problems
     assert "data" == caught.value.param
 
 
@@ -160,8 +165,8 @@ def test_inspect_data_refuses_a_row_when_it_begins_twice(tmp_path: Path) -> None
         _dataset(tmp_path, "t", _good_rows()), None, tokenizer=tokenizer, settings=_settings(tmp_path)
     )
 
-    assert 10 == len(report.train.problems)
-    assert report.train.problems[0].startswith("t:1: begins with the beginning-of-sequence token twice: ")
+    (problem,) = report.train.problems
+    assert problem.startswith("t: lines 1, 2, 3, 4, 5 and 5 more: begins with the beginning-of-sequence token twice: ")
 
 
 def test_inspect_data_counts_tokens_when_rows_are_rendered(tmp_path: Path) -> None:
@@ -235,13 +240,14 @@ def test_rows_are_refused_when_kto_has_one_label_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["rloo", "grpo"])
 def test_prompts_are_refused_when_they_leave_no_room_for_an_answer(tmp_path: Path, method: str) -> None:
-    """By line, every one of them; the same row is good for sft."""
+    """All of them by their lines; the same row is good for sft."""
     rows = [*_good_rows(), *[make_messages("q" * 110, "short")] * 25]
 
     report = _inspect(tmp_path, rows, method=method, max_length=200, max_answer_tokens=80, **_rl_options(method))
 
-    assert [f"t:{line}" for line in range(11, 36)] == [problem.split(": ")[0] for problem in report.train.problems]
-    assert "at most 120 are left for it" in report.train.problems[0]
+    (problem,) = report.train.problems
+    assert problem.startswith("t: lines 11, 12, 13, 14, 15 and 20 more: ")
+    assert problem.endswith(" tokens in the prompt; at most 120 leave room for max_answer_tokens within max_length")
     assert () == _inspect(tmp_path, rows, max_length=200).train.problems
 
 

@@ -15,6 +15,7 @@ import pytest
 from pyarrow import parquet
 
 from adapters.errors import DataError
+from adapters.row_places import RowPlace
 from tests.support.conversations import make_messages, write_rows
 from training.formats import read_dataset
 from training.readers import RawRow, read_table
@@ -36,71 +37,83 @@ def _compress_zst(path: Path) -> None:
         stream.write(_LINES.encode())
 
 
-SOURCES: dict[str, tuple[str, Callable[[Path], object], list[int], str]] = {
-    "json-lines": ("d.jsonl", lambda path: path.write_text(_LINES), [1, 2], "JSON lines"),
-    "json-lines-without-a-suffix": ("file-12ab", lambda path: path.write_text(_LINES), [1, 2], "JSON lines"),
-    "json-lines-called-json": ("d.json", lambda path: path.write_text(_LINES), [1, 2], "JSON lines"),
-    "json-list": ("d.json", lambda path: path.write_text(json.dumps(ROWS, indent=1)), [2, 6], "JSON, a list of rows"),
+_ROWS_1_2 = [RowPlace(1, "row"), RowPlace(2, "row")]
+
+
+def _lines(first: int, second: int) -> list[RowPlace]:
+    return [RowPlace(first), RowPlace(second)]
+
+
+SOURCES: dict[str, tuple[str, Callable[[Path], object], list[RowPlace], str]] = {
+    "json-lines": ("d.jsonl", lambda path: path.write_text(_LINES), _lines(1, 2), "JSON lines"),
+    "json-lines-without-a-suffix": ("file-12ab", lambda path: path.write_text(_LINES), _lines(1, 2), "JSON lines"),
+    "json-lines-called-json": ("d.json", lambda path: path.write_text(_LINES), _lines(1, 2), "JSON lines"),
+    "json-list": (
+        "d.json",
+        lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+        _lines(2, 6),
+        "JSON, a list of rows",
+    ),
     "json-list-called-jsonl": (
         "d.jsonl",
         lambda path: path.write_text(json.dumps(ROWS)),
-        [1, 1],
+        _ROWS_1_2,
         "JSON, a list of rows",
     ),
     "json-under-data": (
         "d.json",
         lambda path: path.write_text(json.dumps({"data": ROWS})),
-        [1, 2],
+        _ROWS_1_2,
         "JSON, rows in 'data'",
     ),
-    "csv": ("d.csv", lambda path: path.write_text(_CSV), [2, 3], "CSV with commas"),
+    "csv": ("d.csv", lambda path: path.write_text(_CSV), _lines(2, 3), "CSV with commas"),
     "csv-of-excel": (
         "d.csv",
         lambda path: path.write_bytes(b"\xef\xbb\xbf" + _CSV.encode()),
-        [2, 3],
+        _lines(2, 3),
         "CSV with commas",
     ),
     "csv-with-semicolons": (
         "d.csv",
         lambda path: path.write_text("question;answer\nWie geht's?;Schön 🙂, danke.\n\nb;B\n"),
-        [2, 4],
+        _lines(2, 4),
         "CSV with semicolons",
     ),
     "csv-that-declares": (
         "d.csv",
         lambda path: path.write_text("sep=|\nquestion|answer\nWie geht's?|Schön 🙂, danke.\nb|B\n"),
-        [3, 4],
+        _lines(3, 4),
         "CSV with bars",
     ),
     "tsv": (
         "d.tsv",
         lambda path: path.write_text("question\tanswer\nWie geht's?\tSchön 🙂, danke.\nb\tB\n"),
-        [2, 3],
+        _lines(2, 3),
         "TSV with tabs",
     ),
-    "parquet": ("d.parquet", _write_parquet, [1, 2], "Parquet"),
-    "gzip": ("d.jsonl.gz", lambda path: path.write_bytes(gzip.compress(_LINES.encode())), [1, 2], "JSON lines"),
-    "bzip2": ("d.jsonl.bz2", lambda path: path.write_bytes(bz2.compress(_LINES.encode())), [1, 2], "JSON lines"),
-    "zstandard": ("d.jsonl.zst", _compress_zst, [1, 2], "JSON lines"),
+    "parquet": ("d.parquet", _write_parquet, _ROWS_1_2, "Parquet"),
+    "gzip": ("d.jsonl.gz", lambda path: path.write_bytes(gzip.compress(_LINES.encode())), _lines(1, 2), "JSON lines"),
+    "bzip2": ("d.jsonl.bz2", lambda path: path.write_bytes(bz2.compress(_LINES.encode())), _lines(1, 2), "JSON lines"),
+    "zstandard": ("d.jsonl.zst", _compress_zst, _lines(1, 2), "JSON lines"),
     "saved-by-datasets": (
         "saved",
         lambda path: datasets.Dataset.from_list(ROWS).save_to_disk(path),
-        [1, 2],
+        _ROWS_1_2,
         "saved by datasets",
     ),
 }
 
 
-@pytest.mark.parametrize(("name", "write", "lines", "layout"), SOURCES.values(), ids=SOURCES)
+@pytest.mark.parametrize(("name", "write", "places", "layout"), SOURCES.values(), ids=SOURCES)
 def test_read_table_gives_the_same_rows_when_they_lie_in_another_format(
-    tmp_path: Path, name: str, write: Callable[[Path], object], lines: list[int], layout: str
+    tmp_path: Path, name: str, write: Callable[[Path], object], places: list[RowPlace], layout: str
 ) -> None:
     """Each row with the line of the file on which it begins, or its number; the layout says how it was read."""
     write(tmp_path / name)
 
     table = read_table(tmp_path / name)
 
-    assert [RawRow(line, row) for line, row in zip(lines, ROWS, strict=True)] == table.rows
+    assert [RawRow(place, row) for place, row in zip(places, ROWS, strict=True)] == table.rows
     assert layout == table.layout
 
 
@@ -111,8 +124,8 @@ def test_read_table_counts_the_lines_of_a_field_when_it_is_quoted(tmp_path: Path
 
     rows = read_table(path).rows
 
-    assert RawRow(2, {"question": "two\nlines", "answer": 'a "quoted" word'}) == rows[0]
-    assert RawRow(4, {"question": "b", "answer": "B"}) == rows[1]
+    assert RawRow(RowPlace(2), {"question": "two\nlines", "answer": 'a "quoted" word'}) == rows[0]
+    assert RawRow(RowPlace(4), {"question": "b", "answer": "B"}) == rows[1]
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "latin-1"])
@@ -121,7 +134,7 @@ def test_read_table_reads_another_encoding_when_it_is_named(tmp_path: Path, enco
     path = tmp_path / "d.csv"
     path.write_bytes("question;answer\nGrüße?;Schön\n".encode(encoding))
 
-    assert [RawRow(2, {"question": "Grüße?", "answer": "Schön"})] == read_table(path, encoding=encoding).rows
+    assert [RawRow(RowPlace(2), {"question": "Grüße?", "answer": "Schön"})] == read_table(path, encoding=encoding).rows
 
 
 def test_read_table_takes_the_split_when_a_folder_has_several(tmp_path: Path) -> None:
@@ -133,7 +146,7 @@ def test_read_table_takes_the_split_when_a_folder_has_several(tmp_path: Path) ->
     table = read_table(tmp_path, split="train")
 
     assert ROWS == [row.document for row in table.rows]
-    assert [f"{tmp_path}/data/train-{n}.jsonl" for n in (0, 1)] == [row.file for row in table.rows]
+    assert [f"{tmp_path}/data/train-{n}.jsonl" for n in (0, 1)] == [row.place.file for row in table.rows]
     assert 2 == len(read_table(tmp_path, split="test").rows)
 
 
@@ -144,7 +157,7 @@ def test_read_table_gives_the_names_of_classes_when_datasets_has_numbers(tmp_pat
     )
     datasets.Dataset.from_list([{"text": "a", "topic": 1}], features=features).save_to_disk(tmp_path / "saved")
 
-    assert [RawRow(1, {"text": "a", "topic": "loan"})] == read_table(tmp_path / "saved").rows
+    assert [RawRow(RowPlace(1, "row"), {"text": "a", "topic": "loan"})] == read_table(tmp_path / "saved").rows
 
 
 def test_read_table_takes_the_split_when_datasets_saved_several(tmp_path: Path) -> None:
@@ -178,3 +191,16 @@ def test_read_dataset_hashes_the_bytes_of_the_file_when_it_is_compressed(tmp_pat
 
     assert read_dataset(path).rows == read_dataset(other).rows
     assert read_dataset(path).sha256 != read_dataset(other).sha256
+
+
+def test_read_table_tells_rows_apart_when_files_of_a_folder_have_the_same_lines(tmp_path: Path) -> None:
+    """The same line of two files is two places; rows of a Parquet file are rows."""
+    write_rows(tmp_path / "a.jsonl", ROWS)
+    write_rows(tmp_path / "b.jsonl", ROWS)
+    _write_parquet(tmp_path / "c.parquet")
+
+    places = [row.place for row in read_table(tmp_path, name="f").rows]
+
+    assert ["f/a.jsonl:1", "f/a.jsonl:2", "f/b.jsonl:1", "f/b.jsonl:2", "f/c.parquet: row 1", "f/c.parquet: row 2"] == [
+        place.within("f") for place in places
+    ]

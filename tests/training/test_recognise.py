@@ -292,3 +292,11 @@ def test_read_dataset_sees_the_shape_when_a_few_rows_are_of_another(tmp_path: Pa
 
     with pytest.raises(DataError, match=rf"^{path}:5: field chosen: expected a value, found nothing$"):
         read_dataset(path)
+
+
+def test_mapping_is_refused_with_the_one_that_answers_with_a_label_when_label_is_given(tmp_path: Path) -> None:
+    """For classification the label is the answer; nobody finds that in a list of targets."""
+    path = write_rows(tmp_path / "d.jsonl", [{"body": "b", "queue": "q"}])
+
+    with pytest.raises(DataError, match="to answer a text with its label, --map user=body,assistant=queue; or map one"):
+        read_dataset(path, mapping={"text": "body", "label": "queue"})

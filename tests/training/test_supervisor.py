@@ -18,6 +18,7 @@ import pytest
 from adapters.errors import DatabaseBusyError, NotFoundError
 from adapters.jobs import MAX_ATTEMPTS, Claim, JobOrder, JobService
 from tests.support.conversations import easy_rows, make_messages
+from tests.support.disk import small_disk
 from tests.support.jobs import HYPERPARAMETERS, JobPlace, supervised
 from training.job import checkpoints_folder
 from training.supervisor import Supervisor
@@ -172,14 +173,7 @@ def test_job_is_finished_by_another_supervisor_when_the_first_is_killed(place: J
 
 def test_job_fails_in_words_when_the_disk_is_full(tmp_path: Path, tiny_folders: dict[str, Path]) -> None:
     """On a real file system of 1.5 MB that a checkpoint does not fit on, with the database and the log beside it."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1500k", "none", str(disk)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a file system takes root")
-    try:
+    with small_disk(tmp_path / "disk", kilobytes=1500) as disk:
         place = JobPlace.make(disk, tiny_folders["llama"])
         job = place.create(rank=16, checkpoint_steps=1, validate=False)
         (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 350_000))
@@ -189,8 +183,6 @@ def test_job_fails_in_words_when_the_disk_is_full(tmp_path: Path, tiny_folders: 
         assert error.code == "disk_full"
         assert not checkpoints_folder(place.core.home, job.id).exists()
         place.database.close()
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_validation_fails_the_job_beside_a_running_one_when_a_row_is_too_long(place: JobPlace) -> None:
@@ -208,7 +200,7 @@ def test_validation_fails_the_job_beside_a_running_one_when_a_row_is_too_long(pl
     error = place.jobs.get(bad.id).error
     assert error is not None
     assert (error.code, error.param) == ("invalid_training_file", "training_file")
-    assert error.message.startswith("training_file:1: ")
+    assert error.message.startswith("rows.jsonl:1: ")
 
 
 def test_job_fails_when_its_settings_do_not_fit_together(place: JobPlace) -> None:

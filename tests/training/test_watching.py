@@ -123,6 +123,18 @@ def test_state_that_forgets_is_the_best_only_while_there_is_no_other(tmp_path: P
     assert resumed.ended_at is not None
 
 
+def test_forgetting_is_told_when_the_loss_need_not_fall(tmp_path: Path) -> None:
+    """Rewarded runs have no alarms about their loss; what a model has forgotten counts for them as for others."""
+    listener = Listener()
+    watch = _watch(Losses(1.0), tmp_path, listener, forgetting=lambda: 0.5, max_forgetting=0.2, has_alarms=False)
+    watch.evaluate(_metrics(1))
+    watch.on_step(_metrics(2))
+    assert ["forgetting"] == [
+        line["alarm"] for line in RunLog(tmp_path, resume_step=2).lines() if line["kind"] == "alarm"
+    ]
+    assert ["forgets what it knew" in message for message in listener.warnings] == [True]
+
+
 @pytest.mark.parametrize(
     ("eval_steps", "scheduled", "expected"), [(None, {4, 8}, [4, 8, 9]), (3, {4, 8}, [3, 6, 9]), (5, set(), [5, 9])]
 )
