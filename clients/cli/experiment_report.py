@@ -31,6 +31,7 @@ _GUARD_STATES = {
     "breached": "[red]breached[/red]",
     "open": "not shown to hold yet",
     "no_data": "too little data",
+    "no_variation": "no variation: no interval",
 }
 _MAX_DECISIONS = 8
 _UNITS = {"share": " in points", "ratio": " in %", "number": ""}
@@ -181,7 +182,7 @@ def _print_verdict(report: ExperimentReport) -> None:
 
 def _command(report: ExperimentReport) -> str | None:
     """What the verdict's next step is typed as."""
-    from adapters.experiment_report import has_accepted_feedback
+    from adapters.experiment_report import accepted_guardrails, has_accepted_feedback
 
     experiment, verdict = report.experiment, report.verdict
     if experiment.state == "draft":
@@ -192,7 +193,12 @@ def _command(report: ExperimentReport) -> str | None:
         return f"{_COMMANDS[verdict.kind]} {experiment.id}"
     if report.split.fired:
         return f'accept {experiment.id} --split --reason "..."'
-    gaps = (gap for treatment in report.treatments for gap in treatment.gaps if treatment.name == verdict.arm)
+    meant = [treatment for treatment in report.treatments if treatment.name == verdict.arm]
+    accepted = accepted_guardrails(experiment, report.decisions)
+    stuck = [guard.comparison.metric for t in meant for guard in t.guards if guard.state == "no_variation"]
+    if waits := [metric for metric in stuck if metric not in accepted]:
+        return f'accept {experiment.id} --guardrail {waits[0]} --reason "..."'
+    gaps = (gap for treatment in meant for gap in treatment.gaps)
     is_accepted = has_accepted_feedback(experiment, report.decisions)
     return f'accept {experiment.id} --reason "..."' if any(map(_differs, gaps)) and not is_accepted else None
 
