@@ -242,3 +242,17 @@ def test_show_says_what_to_type_when_a_draft_waits_or_a_difference_must_be_accep
     shown = home.text("show", draft.id)
     assert "It has not started yet." in shown
     assert f"hotswap experiments start {draft.id}" in shown
+
+
+def test_guardrail_is_accepted_when_its_metric_does_not_vary(home: Home) -> None:
+    """The report says why it is not passed and what to type, and then promotes."""
+    experiment = home.start(guardrails=(Guardrail("completion_tokens", "decrease", 0.5, is_relative=True),))
+    _win(home, experiment)
+    shown = home.text("show", "legal")
+    assert "no variation: no interval" in shown
+    assert f"hotswap experiments accept {experiment.id} --guardrail completion_tokens --reason" in shown
+    with pytest.raises(InvalidInputError, match="two acts"):
+        home.text("accept", "legal", "--guardrail", "completion_tokens", "--split", "--reason", "x")
+    told = home.text("accept", "legal", "--guardrail", "completion_tokens", "--reason", "one token each")
+    assert "completion_tokens holds no promotion back in this stage any more" in told
+    assert "Verdict: promote B" in home.text("show", "legal")
