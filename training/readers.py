@@ -44,6 +44,8 @@ _ROW_KEYS = frozenset(
 )
 _MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
 _MAX_WRAPPER_DEPTH = 3
+# What the library lists where a data set has several configurations and none of them was named, or another.
+_CONFIGURATIONS = re.compile(r"[Aa]vailable(?: configs)?: (\[.*\])")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # How the splits of a folder are told by the names of its files.
 _SPLIT_WORDS = {
@@ -112,6 +114,10 @@ def read_table(
     if path.is_dir():
         return _read_folder(path, shown, split, encoding)
     if subset is not None or (not path.exists() and _is_hub_id(str(source))):
+        if subset is None and (folder := Path(path.parts[0])).is_dir():  # the hub would be asked for half a minute
+            raise DataError(
+                [f"{shown}: there is no such file in the folder {folder}; of the hub, --subset names a part"]
+            )
         return _read_hub(str(source), shown, split, subset)
     if split is not None:
         raise DataError([f"{shown}: is one file and has no splits; leave split {split!r} out"])
@@ -450,6 +456,10 @@ def _read_hub(source: str, shown: str, split: str | None, subset: str | None) ->
     try:
         found = datasets.load_dataset(source, subset)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if (listed := _CONFIGURATIONS.search(str(error))) is not None:
+            names = ", ".join(re.findall(r"'([^']+)'", listed[1]))
+            found = "has several configurations" if subset is None else f"has no configuration {subset!r:.60}"
+            raise DataError([f"{shown}: {found}; say which with --subset NAME: {names:.1000}"]) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             [f"{shown}: there is no such file, and the hub gives no data set of this name: {reason}"]

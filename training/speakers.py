@@ -51,9 +51,12 @@ def name_unknown_roles(rows: Iterable[Sequence[str]]) -> str:
     ranked = [name for name, _ in counts.most_common(_MAX_NAMES_SHOWN)]
     found = ", ".join(f"{name!r:.60} ({counts[name]} {'row' if counts[name] == 1 else 'rows'})" for name in ranked)
     more = f" and {len(counts) - len(ranked)} more" if len(counts) > len(ranked) else ""
-    option = shlex.quote(",".join(f"{name:.60}=ROLE" for name in ranked))
+    given = {_key(name): name for name in reversed(ranked)}  # --roles tells names apart without case and edges
+    option = shlex.quote(",".join(f"{name:.60}=ROLE" for name in reversed(given.values()) if "," not in name))
     expected = f"say which of {', '.join(ROLES)} each of them is"
-    return f"roles that are not known: {found}{more}; {expected}: --roles {option}"
+    comma = "; a name with a comma can't be given, rename that speaker" if any("," in name for name in ranked) else ""
+    advice = f": --roles {option}" if option != "''" else ""
+    return f"roles that are not known: {found}{more}; {expected}{advice}{comma}"
 
 
 def _rename_value(value: Any, roles: Mapping[str, str], depth: int) -> Any:

@@ -507,7 +507,7 @@ def test_outcomes_are_read_again_when_feedback_can_t_come_any_more(
     readings: list[str] = []
 
     def note(*arguments: Any) -> None:
-        readings.extend(["read"] if "exposures.finish_reason" in arguments[2] else [])
+        readings.extend(["read"] if "exposures.ttft_ms" in arguments[2] else [])
 
     event.listen(registry.database.engine, "before_cursor_execute", note)
     numbers = []

@@ -110,7 +110,7 @@ def test_show_says_what_is_wrong_when_a_guardrail_or_the_split_is(home: Home) ->
     assert "Verdict: roll back: B must go" in shown
     assert f"hotswap experiments rollback {experiment.id}" in shown
     assert "breached" in shown
-    add_users(home.registry, experiment, "B", [YES] * 300)
+    add_users(home.registry, experiment, "B", [None] * 300, error="failed")
     shown = home.text("show", experiment.id)
     assert "Users are split 60 to 360, where 50 to 50 was meant" in shown
     assert "not by chance, see the verdict" in shown

@@ -117,3 +117,11 @@ def test_unknown_roles_are_counted_when_there_are_too_many_to_name() -> None:
 
     assert "'n9' (1 row) and 2 more; say which" in told
     assert "n10" not in told
+
+
+def test_roles_that_are_advised_can_be_given_when_names_differ_by_case_alone() -> None:
+    """One pair for both; a name that --roles can't hold is left out of it, and that is said."""
+    told = name_unknown_roles([["Agent"], ["Agent", "agent "], ["Smith, John"]])
+
+    assert "--roles Agent=ROLE; a name with a comma can't be given, rename that speaker" in told
+    assert {"agent": "user"} == parse_roles(["Agent=user"])
