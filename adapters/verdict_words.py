@@ -377,7 +377,10 @@ def _too_little(evidence: Evidence) -> Verdict:
             (),
             "Wait only if users can differ in it at all; if not, stop, and start again with a metric in which they do.",
         )
-    users = "Nobody has come yet" if evidence.num_units == 0 else f"{_count(evidence.num_units)} came"
+    nobody = (
+        "Nobody has come yet" if evidence.split.stage == 1 else f"Nobody has come in stage {evidence.split.stage} yet"
+    )
+    users = nobody if evidence.num_units == 0 else f"{_count(evidence.num_units)} came"
     told = "" if evidence.num_units == 0 else f", of {known:,} {evidence.metric} is known"
     return Verdict(
         "continue",

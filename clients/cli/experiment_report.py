@@ -100,7 +100,10 @@ def power(
             days = users_per_day and duration_days(units, units_per_day=users_per_day, traffic_percent=traffic)
             rows.append({"analysis": analysis, "planned_units": units, "days": days})
     except ValueError as error:
-        raise InvalidInputError(f"{error}; give --effect and either --base-rate or --std-dev") from None
+        asked = (
+            "" if (base_rate is None) != (std_dev is None) else "; give --effect and either --base-rate or --std-dev"
+        )
+        raise InvalidInputError(f"{error}{asked}") from None
     if json:
         print_json(rows)
         return
@@ -113,6 +116,9 @@ def power(
         "A sequential experiment mostly ends earlier if the difference is larger, and looking can't fool you.",
         style="dim",
     )
+    console.print("Write it into the experiment's file, which otherwise plans for 10,000:", soft_wrap=True)
+    console.print(f"    planned_units: {rows[0]['planned_units']}        # looked at all along", soft_wrap=True)
+    console.print(f"    planned_units: {rows[1]['planned_units']}        # with analysis: fixed", soft_wrap=True)
 
 
 def _write_plot(report: ExperimentReport, path: Path) -> None:
@@ -153,11 +159,15 @@ def _print_report(report: ExperimentReport) -> None:
     began = "made" if experiment.starts_at is None else "started"
     since = f"; {began} {format_moment(experiment.starts_at or experiment.created_at)} UTC"
     stage = (
-        "" if experiment.stage == 1 else f", stage {experiment.stage} (weights were changed; only this stage counts)"
+        ""
+        if experiment.stage == 1
+        else f", stage {experiment.stage} (weights were changed; only this stage counts, "
+        f"users of stages before it don't)"
     )
     console.print(f"{experiment.id} on {experiment.alias}, {experiment.state}{since}{stage}\n", soft_wrap=True)
     _print_verdict(report)
     _print_arms(report)
+    _print_plan(report)
     for treatment in report.treatments:
         _print_effect(report, treatment)
         _print_guards(report, treatment)
@@ -220,6 +230,19 @@ def _print_arms(report: ExperimentReport) -> None:
     if report.experiment.metric:
         columns += [report.experiment.metric.name, "known of"]
     print_table(columns, rows, whole=["arm", "version"])
+
+
+def _print_plan(report: ExperimentReport) -> None:
+    experiment, come = report.experiment, sum(arm.num_units for arm in report.arms)
+    if experiment.planned_units is None or experiment.analysis == "fixed":  # of a fixed one the verdict tells it
+        return
+    told = f"{come:,} of {experiment.planned_units:,} planned users have come"
+    if come >= experiment.planned_units and experiment.state == "running":
+        told += (
+            "; later ones count as well, and the intervals hold. End it with stop when what may still be would not "
+            "matter to you"
+        )
+    console.print(f"{told}.", soft_wrap=True)
 
 
 def _primary_mean(metrics: Sequence[MetricReport]) -> tuple[str | None, str | None]:
