@@ -247,14 +247,7 @@ def check_plan(plan: AnalysisPlan) -> None:
     if plan.metric is None and (plan.auto_promote or plan.allocation == "thompson"):
         param = "auto_promote" if plan.auto_promote else "allocation"
         raise InvalidInputError(f"{param} follows the metric, and none is given", param=param)
-    named = [(item.metric, item.direction) for item in plan.guardrails]
-    if plan.metric is not None:
-        named.insert(0, (plan.metric.name, plan.metric.direction))
-    for name, direction in named:
-        if name in _BETTER_LOW and direction == "increase":
-            raise InvalidInputError(
-                f"{name!r} gets better as it gets lower: expected direction decrease, found increase", param="direction"
-            )
+    _check_directions(plan)
     if plan.auto_rollback and not plan.guardrails:
         raise InvalidInputError("auto_rollback follows the guardrails, and none is given", param="auto_rollback")
     guarded = [guardrail.metric for guardrail in plan.guardrails]
@@ -276,7 +269,8 @@ def notes_on(plan: AnalysisPlan) -> list[str]:
         close = close or [known for known in sorted(BUILT_IN_METRICS) if name.lower() in known.split("_")]
         if name not in BUILT_IN_METRICS and close:
             notes.append(
-                f"{name!r} is no built-in metric, so it is taken as feedback that you report; did you mean {close[0]!r}?"
+                f"{name!r} is no built-in metric, so it is taken as feedback that you report; did you mean "
+                f"{close[0]!r}?"
             )
     if plan.metric is not None and plan.planned_units is None:
         notes.append(
@@ -284,6 +278,17 @@ def notes_on(plan: AnalysisPlan) -> list[str]:
             "wider than need be before. How many it takes: hotswap experiments power"
         )
     return notes
+
+
+def _check_directions(plan: AnalysisPlan) -> None:
+    named = [(item.metric, item.direction) for item in plan.guardrails]
+    if plan.metric is not None:
+        named.insert(0, (plan.metric.name, plan.metric.direction))
+    for name, direction in named:
+        if name in _BETTER_LOW and direction == "increase":
+            raise InvalidInputError(
+                f"{name!r} gets better as it gets lower: expected direction decrease, found increase", param="direction"
+            )
 
 
 def _check_guardrail(plan: AnalysisPlan, guardrail: Guardrail) -> None:

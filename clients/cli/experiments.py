@@ -199,7 +199,7 @@ def _unknown_key(place: tuple[int | str, ...]) -> str:
     from adapters.experiment_config import ArmConfig, ExperimentConfig, GuardrailConfig, MetricConfig
 
     parts: dict[str, type[BaseModel]] = {"arms": ArmConfig, "metric": MetricConfig, "guardrails": GuardrailConfig}
-    found = ExperimentConfig if len(place) == 1 else parts[str(place[0])]
+    found: type[BaseModel] = ExperimentConfig if len(place) == 1 else parts[str(place[0])]
     return f"no such field; there are {', '.join(found.model_fields)}"
 
 
