@@ -253,3 +253,15 @@ def test_read_table_tells_rows_apart_when_files_of_a_folder_have_the_same_lines(
     assert ["f/a.jsonl:1", "f/a.jsonl:2", "f/b.jsonl:1", "f/b.jsonl:2", "f/c.parquet: row 1", "f/c.parquet: row 2"] == [
         place.within("f") for place in places
     ]
+
+
+def test_empty_last_columns_are_left_out_when_a_spreadsheet_wrote_them(tmp_path: Path) -> None:
+    """A column that was emptied leaves its delimiter in every record; one with a value in it needs a name."""
+    path = tmp_path / "t.csv"
+    path.write_text("question;answer;;\nq;a;;\nr;b; ;\n")
+    assert [{"question": "q", "answer": "a"}, {"question": "r", "answer": "b"}] == [
+        row.document for row in read_table(path).rows
+    ]
+    path.write_text("question;answer;;\nq;a;;\nr;b;x;\n")
+    with pytest.raises(DataError, match=r"column 3 has no name.*name it, or delete the column"):
+        read_table(path)
