@@ -20,7 +20,6 @@ from adapters.statistics import (
     Rating,
     bradley_terry,
     mean_interval,
-    mean_sequence,
     ratio_values,
 )
 from adapters.statistics.mixtures import ArmMoments, mean_bounds
@@ -141,16 +140,20 @@ def paired_difference(differences: Sequence[float], *, confidence: float = 0.95)
 
 
 def mean_of_units(totals: Sequence[float], counts: Sequence[int], *, is_share: bool = False) -> MeanEstimate:
-    """The mean per request over units that come back, with an interval that holds at every look at once, to 95 %.
+    """The mean per request over units that come back, with an interval for all looks at once, to 95 %.
+
+    That it holds at all of them is simulated, not proved: a unit's value changes when it comes back. One method for all
+    data: a share has none of its own while every unit came once, since two at 95 % each would err more often.
 
     Args:
         totals: The sum of each unit's values so far.
         counts: How many they are, at least 1 each.
-        is_share: Whether values are 0 or 1 by their nature.
+        is_share: Whether values lie between 0 and 1 by their nature; so does the interval, then.
     """
-    ones = is_share and max(counts) == 1
     values = list(totals) if max(counts) == 1 else ratio_values(totals, counts)
-    interval = mean_sequence(values, planned_units=_PLANNED_UNITS) if ones else _asymptotic_mean(values)
+    interval = _asymptotic_mean(values)
+    if is_share and interval is not None:
+        interval = _within_unit(interval)
     method = "confidence sequence" if interval else "too few users, or no variation between them"
     return MeanEstimate(len(values), sum(totals) / sum(counts), interval, method)
 
@@ -204,5 +207,5 @@ def _permutation_test(differences: Sequence[float]) -> float:
 
 
 def _within_unit(interval: Interval) -> Interval:
-    """A share's interval; Student's t knows no bounds."""
+    """A share's interval; neither Student's t nor an asymptotic sequence knows bounds."""
     return Interval(interval.estimate, max(0.0, interval.low), min(1.0, interval.high), interval.confidence)

@@ -86,7 +86,8 @@ class Guard:
 class Treatment:
     """An arm that is compared with the control. `primary` is None where the experiment has no metric.
 
-    `gaps` compare, for each metric of the plan that can be missing, how often requests have a value of it.
+    `gaps` compare, for each metric of the plan that can be missing, how often requests have a value of it. `feedback`
+    compares how often they have any feedback, whatever the plan says; None where there is none, or the gaps tell it.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Treatment:
     outcome: Outcome
     guards: tuple[Guard, ...]
     gaps: tuple[Comparison, ...] = ()
+    feedback: Comparison | None = None
 
     @property
     def label(self) -> str:
@@ -127,6 +129,7 @@ class Evidence:
     with a fixed sample is not judged yet, `is_early` is true and the treatments' primaries have no interval; where
     its units are there, `closes_at` is when the last feedback on them is.
     `accepts_feedback_gap` is a person's word that feedback rates may differ. Before it `has_started` nobody comes.
+    Where `is_adaptive`, weights follow the outcomes.
     """
 
     control: str
@@ -141,6 +144,7 @@ class Evidence:
     accepts_feedback_gap: bool
     closes_at: datetime | None = None
     has_started: bool = True
+    is_adaptive: bool = False
 
 
 @dataclass(frozen=True, slots=True)

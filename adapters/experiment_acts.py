@@ -16,6 +16,7 @@ from adapters.audit import record_act
 from adapters.errors import ConflictError
 from adapters.experiment_rows import (
     begin_stage,
+    check_room,
     find_open_row,
     find_running,
     load_arms,
@@ -26,14 +27,16 @@ from adapters.experiment_rows import (
     stretches_of,
     to_experiment,
 )
-from adapters.experiment_stages import find_room
+from adapters.experiment_stages import check_outsiders, find_room
 from adapters.records import Arm, Decision, Experiment, ModelName
 from adapters.registry import Registry, find_version, has_been_at, move_alias
 from adapters.tables import AliasChangeRow, AliasRow, ExperimentRow, utc_now
 
 __all__ = ["conclude", "undo"]
 
-_UNDOABLE = ("change_weights", "promote", "roll_back")
+_MOVES = ("promote", "roll_back")
+_ACCEPTED = ("accept_feedback", "accept_split")
+_UNDOABLE = ("change_weights", "stop", *_ACCEPTED, *_MOVES)
 
 
 def conclude(
@@ -142,19 +145,21 @@ def undo(registry: Registry, name: str) -> Experiment:
 
     A change of weights is undone by a new stage with the weights from before, in which every unit has the arm that it
     had. A promotion or a rollback is undone by pointing the alias back, if it was moved; the experiment stays ended, as
-    stopped.
+    stopped. What was accepted counts no more. A stop is undone by a new stage, too: its users were answered outside of
+    the experiment meanwhile.
 
     Raises:
-        NotFoundError: no such experiment, or the version to go back to was removed.
+        NotFoundError: no such experiment, or a version to go back to was removed.
         ConflictError: there is nothing to undo, the alias has several experiments, the experiment's weights no longer
-            count, or somebody has moved the alias since, or others run on the alias that is to be moved.
+            count, or somebody has moved the alias since, or others run on the alias that is to be moved; or the end of
+            what was stopped has passed, it had not run, or others leave it too few units by now.
         IntegrityError: the version's stored files are damaged; nothing was changed.
     """
     with registry.store.held():
         with registry.database.read() as session:
             row = find_open_row(session, name, utc_now())
             found = _find_undoable(session, row)
-            if found.action != "change_weights":
+            if found.action in _MOVES:
                 registry.store.verify(_find_former(session, row, found))
         with registry.database.write() as session:
             row = find_open_row(session, name, utc_now())
@@ -163,6 +168,10 @@ def undo(registry: Registry, name: str) -> Experiment:
                 raise ConflictError(f"experiment {row.id} was changed by somebody else at the same time")
             if found.action == "change_weights":
                 _undo_weights(session, row, found)
+            elif found.action == "stop":
+                _undo_stop(session, row, alias_row, found)
+            elif found.action in _ACCEPTED:
+                _undo_acceptance(session, row, found)
             else:
                 _undo_move(session, row, alias_row, found)
             return to_experiment(session, row, utc_now())
@@ -186,6 +195,29 @@ def _undo_weights(session: Session, row: ExperimentRow, found: Decision) -> None
         traffic=traffic,
         numbers={"undoes": found.id},
     )
+
+
+def _undo_stop(session: Session, row: ExperimentRow, alias_row: AliasRow, found: Decision) -> None:
+    """Go on in a new stage, with the arms and the users from before, as far as those are free."""
+    now = utc_now()
+    if not _has_run(row):
+        raise ConflictError(f"experiment {row.id} was stopped before it ran; create it anew")
+    if row.ends_at is not None and row.ends_at <= now:
+        raise ConflictError(f"experiment {row.id} was to end at {row.ends_at:%Y-%m-%d %H:%M} UTC, which has passed")
+    check_room(session, row.alias)
+    check_outsiders(row, alias_row)
+    arms = load_arms(session, row.id, row.stage)
+    for arm in arms:
+        find_version(session, ModelName(row.alias, number=arm.number))  # what is stopped keeps none
+    stretches = find_room(session, row, row.traffic, now)
+    row.state, row.stopped_at = "running", None
+    reason = f"undid: {found.reason}"
+    begin_stage(session, row, arms, stretches, "undo", reason, traffic=row.traffic, numbers={"undoes": found.id})
+
+
+def _undo_acceptance(session: Session, row: ExperimentRow, found: Decision) -> None:
+    record_decision(session, row, "undo", f"undid: {found.reason}", numbers={"undoes": found.id})
+    record_act(session, "undo_decision", row.id, alias=row.alias, undoes=found.action)
 
 
 def _undo_move(session: Session, row: ExperimentRow, alias_row: AliasRow, found: Decision) -> None:

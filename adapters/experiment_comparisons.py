@@ -7,7 +7,7 @@ times.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime, timedelta
 from functools import cached_property
 
@@ -24,6 +24,7 @@ from adapters.statistics import (
     Interval,
     adjust_for_covariate,
     adjusted_confidence,
+    comparison_confidence,
     difference_interval,
     difference_sequence,
     mean_sequence,
@@ -31,20 +32,12 @@ from adapters.statistics import (
 
 __all__ = ["StageComparisons", "guard_confidence", "stage_confidence"]
 
-_FIRST_STAGE = 6 / math.pi**2  # of alpha: one over the sum of 1, 1/4, 1/9, ...
-_LEAST_ALPHA = 1e-9  # below it, one less it is one: floats end there
 _WIDEST_LOG = 50.0  # on a scale of logarithms: what is wider says nothing, and its exponential may be no float
 
 
 def stage_confidence(experiment: Experiment) -> float:
-    """The confidence of one interval, so that all comparisons and stages together keep the experiment's alpha.
-
-    Several treatments share it (each has its own chance to be taken for better by chance). Stages have 1, 1/4, 1/9, ...
-    of 6 / pi^2 of it, which add up to alpha however many there are: somebody who changes weights again and again gets
-    no new chance for it.
-    """
-    alpha = max(experiment.alpha * _FIRST_STAGE / experiment.stage**2, _LEAST_ALPHA)
-    return adjusted_confidence(1 - alpha, len(experiment.arms) - 1)
+    """The confidence of one comparison in the present stage; all of them together keep the experiment's alpha."""
+    return comparison_confidence(experiment.alpha, num_treatments=len(experiment.arms) - 1, stage=experiment.stage)
 
 
 def guard_confidence(experiment: Experiment) -> float:
@@ -119,6 +112,7 @@ class StageComparisons:
             outcome=outcome_of(primary, self.smallest_effect()),
             guards=tuple(self._guard(arm, guardrail) for guardrail in experiment.guardrails),
             gaps=tuple(self._gap(arm, name) for name in watched if can_be_missing(name)),
+            feedback=self._gap(arm, "feedback_rate") if self._has_feedback_besides(watched) else None,
         )
 
     def smallest_effect(self) -> float | None:
@@ -177,8 +171,13 @@ class StageComparisons:
         margin = _margin_on_scale(guardrail, compared)
         return Guard(compared, margin, "no_data" if margin is None else guard_state(compared, margin))
 
+    def _has_feedback_besides(self, watched: Collection[str]) -> bool:
+        """Whether there is feedback of which nothing else is told: by other metrics than the plan's."""
+        reported = {name for units in self._outcomes.values() for unit in units for name in unit.reports}
+        return "feedback_rate" not in watched and not reported <= set(watched)
+
     def _gap(self, arm: Arm, metric: str) -> Comparison:
-        """How much more often the treatment's requests have a value of a metric at all.
+        """How much more often the treatment's requests have a value of a metric at all; `feedback_rate`: any feedback.
 
         Of all requests so far, since many clients report on a user's last answer alone. Such shares go on changing; an
         undue alarm, which that may raise more often, holds a promotion back until a person has looked.
@@ -217,9 +216,15 @@ class StageComparisons:
 
 
 def _coverage(units: Sequence[UnitOutcomes], metric: str) -> Column:
-    """Of each unit the share of its requests that have a value of a metric."""
-    shares = [num_outcomes_of(unit, metric) / len(unit.requests) for unit in units]
+    """Of each unit the share of its requests that have a value of a metric; of `feedback_rate`: any feedback."""
+    shares = [_num_known(unit, metric) / len(unit.requests) for unit in units]
     return Column("share", np.array(shares, dtype=float), [], [unit.answered_at for unit in units], 0)
+
+
+def _num_known(unit: UnitOutcomes, metric: str) -> int:
+    if metric == "feedback_rate":
+        return sum(request.has_feedback for request in unit.requests)
+    return num_outcomes_of(unit, metric)
 
 
 def _seconds(moments: Sequence[datetime]) -> NDArray[np.float64]:

@@ -234,6 +234,12 @@ def check_plan(plan: AnalysisPlan) -> None:
         raise InvalidInputError(f"alpha is from 0.0001 to 0.5, found {plan.alpha:g}", param="alpha")
     if plan.analysis == "fixed" and plan.planned_units is None:
         raise InvalidInputError("a fixed analysis looks once, so planned_units must say when", param="planned_units")
+    if plan.analysis == "fixed" and plan.allocation == "thompson":
+        raise InvalidInputError(
+            "thompson changes the weights every day, and each change begins the sample of a fixed analysis anew: "
+            "expected analysis sequential, or allocation fixed",
+            param="allocation",
+        )
     if plan.metric is None and (plan.auto_promote or plan.allocation == "thompson"):
         param = "auto_promote" if plan.auto_promote else "allocation"
         raise InvalidInputError(f"{param} follows the metric, and none is given", param=param)

@@ -23,6 +23,7 @@ from adapters.experiment_report import ExperimentReport, better_shares, make_rep
 from adapters.experiment_rows import (
     find_open_row,
     load_decisions,
+    load_plan,
     record_decision,
     settle_row,
     state_of,
@@ -58,6 +59,7 @@ class _Seen:
     hour: int
     num_decisions: int
     num_exposures: int
+    num_closed: int
     reports: _Reports
 
 
@@ -140,7 +142,7 @@ class ExperimentEvaluation:
     def _evaluate_if_new(self, experiment_id: str, reports: _Reports) -> None:
         """The mark is made before the reading: what comes between them is read twice rather than never."""
         with self.registry.database.read() as session:
-            seen = _look(session, experiment_id, utc_now(), reports)
+            seen = _look(session, experiment_id, utc_now(), reports, self._feedback_window)
         if seen is not None and seen == self._seen.get(experiment_id):
             return
         self.evaluate(experiment_id)
@@ -260,6 +262,7 @@ class ExperimentEvaluation:
             [(arm.name, None, shares[arm.name]) for arm in experiment.arms],
             reason="weights follow the probability that an arm is the best",
             numbers={"shares": shares},
+            stage=experiment.stage,
         )
 
     def _report(self, name: str, *, in_full: bool) -> ExperimentReport:
@@ -288,12 +291,11 @@ class ExperimentEvaluation:
         return sample is not None and sample.closes_at <= now
 
 
-def _look(session: Session, experiment_id: str, now: datetime, reports: _Reports) -> _Seen | None:
+def _look(session: Session, experiment_id: str, now: datetime, reports: _Reports, window: timedelta) -> _Seen | None:
     """By what it shows whether an experiment has anything new; None if weights may follow its arms by time alone.
 
     Counts over an index, and what is known of all reports together, which take a small part of the time that reading
-    takes. What they don't show is read within the hour: two replaced reports that leave the sum as it was, feedback
-    that can't come any more.
+    takes. What they don't show is read within the hour: two replaced reports that leave the sum as it was.
     """
     row = session.get(ExperimentRow, experiment_id)
     if row is None or row.plan.get("allocation") == "thompson":
@@ -305,8 +307,25 @@ def _look(session: Session, experiment_id: str, now: datetime, reports: _Reports
         hour=int(now.timestamp()) // 3600,
         num_decisions=session.scalar(select(func.count()).where(DecisionRow.experiment_id == row.id)) or 0,
         num_exposures=session.scalar(select(func.count()).where(*of_stage)) or 0,
+        num_closed=_count_closed(session, row, now - window),
         reports=reports,
     )
+
+
+def _count_closed(session: Session, row: ExperimentRow, until: datetime) -> int:
+    """Of how many answers no feedback is taken any more; 0 where that changes nothing: it reads more than an index.
+
+    By it alone a `feedback_rate` comes to be known, and a fixed sample is closed.
+    """
+    plan = load_plan(session, row.id)
+    names = {guardrail.metric for guardrail in plan.guardrails} | ({plan.metric.name} if plan.metric else set())
+    if "feedback_rate" not in names and plan.analysis != "fixed":
+        return 0
+    of_stage = ExposureRow.experiment_id == row.id, ExposureRow.stage == row.stage
+    # What comes of an answer is dated by its end: counted by its beginning before, the value would not be there yet.
+    longest = timedelta(milliseconds=session.scalar(select(func.max(ExposureRow.total_ms)).where(*of_stage)) or 0)
+    closed = select(func.count()).where(*of_stage, ExposureRow.served_at <= until - longest)
+    return session.scalar(closed) or 0
 
 
 def _count_reports(session: Session) -> _Reports:
@@ -378,6 +397,7 @@ def _numbers(report: ExperimentReport) -> dict[str, Any]:
                     for guard in treatment.guards
                 ],
                 "gaps": [asdict(gap) for gap in treatment.gaps],
+                "feedback": treatment.feedback and asdict(treatment.feedback),
             }
             for treatment in report.treatments
         ],

@@ -27,6 +27,7 @@ __all__ = [
     "ExperimentReport",
     "MetricReport",
     "better_shares",
+    "has_accepted_feedback",
     "make_report",
 ]
 
@@ -133,7 +134,8 @@ def make_report(
         closes_at=None if stage.sample is None else stage.sample.closes_at,
         over=_over(experiment, now, is_judged=is_judged),
         has_started=experiment.state != "draft",
-        accepts_feedback_gap=any(d.action == "accept_feedback" and d.stage == experiment.stage for d in decisions),
+        accepts_feedback_gap=has_accepted_feedback(experiment, decisions),
+        is_adaptive=experiment.allocation == "thompson",
     )
     names = _metric_names(experiment, outcomes) if in_full else []
     return ExperimentReport(
@@ -170,6 +172,17 @@ def better_shares(experiment: Experiment, outcomes: Outcomes, *, now: datetime, 
     return {arm.name: float(percent) for arm, percent in zip(experiment.arms, percents, strict=True)}
 
 
+def has_accepted_feedback(experiment: Experiment, decisions: Sequence[Decision]) -> bool:
+    """Whether a person has let the present stage's arms differ in how often outcomes are known, and not undone it."""
+    return any(d.action == "accept_feedback" and d.stage == experiment.stage for d in _standing(decisions))
+
+
+def _standing(decisions: Sequence[Decision]) -> list[Decision]:
+    """The decisions that nobody has undone."""
+    undone = {decision.numbers.get("undoes") for decision in decisions}
+    return [decision for decision in decisions if decision.id not in undone]
+
+
 def _split(compared: StageComparisons, decisions: Sequence[Decision]) -> Split:
     """The check of the split; once it has fired it stays so, also in later stages, until a person accepts it.
 
@@ -182,7 +195,7 @@ def _split(compared: StageComparisons, decisions: Sequence[Decision]) -> Split:
     ratio = sample_ratio(counts, weights, alpha=_SPLIT_ALPHA * 6 / (math.pi * stage) ** 2)
     fired = {told for d in decisions if d.action == "verdict" for told in d.numbers["split"]["stages"]}
     fired |= {stage} if ratio.fired else set()
-    accepted = {told for d in decisions if d.action == "accept_split" for told in d.numbers["stages"]}
+    accepted = {told for d in _standing(decisions) if d.action == "accept_split" for told in d.numbers["stages"]}
     left = tuple(sorted(fired - accepted))
     return Split(counts, weights, ratio.p_value, bool(left), stage, left, tuple(sorted(accepted)))
 

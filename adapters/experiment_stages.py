@@ -13,9 +13,21 @@ from adapters.assignment import allot_traffic, overlaps, shift_weights, unit_pos
 from adapters.errors import ConflictError, InvalidInputError, NotFoundError
 from adapters.experiment_rows import state_of, stretches_of
 from adapters.records import Arm, Stretch, parse_model_name, version_name
-from adapters.tables import AliasVersionRow, ExperimentRow, VersionRow
+from adapters.tables import AliasRow, AliasVersionRow, ExperimentRow, VersionRow
 
-__all__ = ["find_pinned", "find_room", "next_arms", "started_rows"]
+__all__ = ["check_outsiders", "find_pinned", "find_room", "next_arms", "started_rows"]
+
+
+def check_outsiders(row: ExperimentRow, alias_row: AliasRow) -> None:
+    """Refuse to start what leaves users outside on an alias that has no version for them.
+
+    Raises:
+        ConflictError: it points to none.
+    """
+    if alias_row.number is None and (row.traffic < 100 or alias_row.holdout > 0):
+        raise ConflictError(
+            f"{row.alias!r} points to no version, which users outside of the experiment need; promote one first"
+        )
 
 
 def find_room(
@@ -36,6 +48,8 @@ def find_room(
     if former and not overlaps(former, taken):
         return tuple(former)
     own = stretches_of(row.stretches)
+    if overlaps(own, taken):  # it was stopped, and others have them by now
+        own = ()
     start = own[-1][1] % 100 if own else unit_position(row.salt, "start")
     found = allot_traffic(own, taken, percent, start=start)
     if found is None:

@@ -36,7 +36,7 @@ from adapters.experiment_rows import (
     state_of,
     to_experiment,
 )
-from adapters.experiment_stages import find_pinned, find_room, next_arms, started_rows
+from adapters.experiment_stages import check_outsiders, find_pinned, find_room, next_arms, started_rows
 from adapters.exposures import FEEDBACK_WINDOW, add_exposure, add_feedback
 from adapters.outcomes import UnitOutcomes, read_outcomes
 from adapters.paging import unknown_place
@@ -178,6 +178,7 @@ class ExperimentService:
         traffic: float | None = None,
         reason: str = "weights were changed",
         numbers: Mapping[str, Any] | None = None,
+        stage: int | None = None,
     ) -> Experiment:
         """Give the arms of a running experiment other weights; a new stage begins, which is analysed as such.
 
@@ -191,11 +192,13 @@ class ExperimentService:
             traffic: Percent of the alias's units that are in the experiment from here on; None leaves it.
             reason: One plain sentence for the log.
             numbers: What led to it, for the log.
+            stage: The stage that was looked at; None is whichever it is in.
 
         Raises:
             InvalidInputError: weights don't add up to 100, a new arm has no version, or an old one another.
             NotFoundError: no such experiment or version.
-            ConflictError: it isn't running, nothing would change, or other experiments leave too few units.
+            ConflictError: it isn't running, or is in another stage, nothing would change, or other experiments leave
+                too few units.
         """
         check_arms(arms)
         if traffic is not None:
@@ -206,6 +209,8 @@ class ExperimentService:
             lock_alias(session, row.alias)
             if state_of(row, now) != "running":
                 raise ConflictError(f"experiment {row.id} is {state_of(row, now)}; weights change while it runs")
+            if stage not in (None, row.stage):
+                raise ConflictError(f"experiment {row.id} is in stage {row.stage}, not {stage}")
             before = load_arms(session, row.id, row.stage)
             after = next_arms(session, row.alias, before, arms)
             traffic = row.traffic if traffic is None else traffic
@@ -338,10 +343,7 @@ def _start(session: Session, row: ExperimentRow, alias_row: AliasRow) -> None:
     now = utc_now()
     if row.ends_at is not None and row.ends_at <= now:
         raise ConflictError(f"experiment {row.id} was to end at {row.ends_at:%Y-%m-%d %H:%M} UTC, which has passed")
-    if alias_row.number is None and (row.traffic < 100 or alias_row.holdout > 0):
-        raise ConflictError(
-            f"{row.alias!r} points to no version, which users outside of the experiment need; promote one first"
-        )
+    check_outsiders(row, alias_row)
     row.starts_at = max(now, row.starts_at or now)
     stretches = find_room(session, row, row.traffic, now)
     row.state, row.stretches = "running", [list(stretch) for stretch in stretches]

@@ -92,7 +92,8 @@ def read_outcomes(session: Session, experiment_id: str, stage: int) -> dict[str,
 def read_history(session: Session, experiment: Experiment) -> list[UnitOutcomes]:
     """What the units of an experiment's present stage did on its alias before it began, whatever answered them then.
 
-    Units that did nothing are not there. Of a unit that was in arms of other experiments there are several.
+    Units that did nothing are not there. Of a unit that was in arms of other experiments there are several. What was
+    reported later, on an answer of before, is none of it: the arm has had a part in that.
     """
     if experiment.starts_at is None:
         return []
@@ -105,17 +106,19 @@ def read_history(session: Session, experiment: Experiment) -> list[UnitOutcomes]
         ExposureRow.experiment_id.is_distinct_from(experiment.id),
         ExposureRow.unit.in_(of_stage),
     )
-    return list(_read_units(session, before).values())
+    return list(_read_units(session, before, reported=(FeedbackRow.reported_at < experiment.starts_at,)).values())
 
 
-def _read_units(session: Session, wanted: Sequence[ColumnElement[bool]]) -> dict[tuple[str, str], UnitOutcomes]:
+def _read_units(
+    session: Session, wanted: Sequence[ColumnElement[bool]], *, reported: Sequence[ColumnElement[bool]] = ()
+) -> dict[tuple[str, str], UnitOutcomes]:
     """By arm and unit, in the order in which the units came; equal times are ordered by the responses' ids."""
     # Plain rows, some at a time: as many objects of the session, or all rows at once, would take twice as long.
     connection = session.connection()
     statement = (
         select(FeedbackRow.response_id, FeedbackRow.metric, FeedbackRow.value, FeedbackRow.reported_at)
         .join(ExposureRow, ExposureRow.response_id == FeedbackRow.response_id)
-        .where(*wanted)
+        .where(*wanted, *reported)
         .order_by(FeedbackRow.reported_at, FeedbackRow.response_id)
         .execution_options(yield_per=_ROWS_AT_ONCE)
     )

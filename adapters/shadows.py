@@ -100,7 +100,8 @@ class ShadowReport:
     """What came of a shadow, over the requests that both answered; differences are shadow minus live.
 
     `cut` are answers that ended at their limit of tokens. Means and shares are None while nothing was answered. Their
-    intervals take the requests of one user for one observation, and hold at every look at once.
+    intervals take the requests of one user for one observation, and are made for all looks at once
+    (`mean_of_units` says how far that is known).
     """
 
     shadow: Shadow
@@ -256,7 +257,8 @@ class ShadowService:
             users = session.execute(_sums_by_user(shadow.id)).all()
         reasons: dict[str, dict[str, int]] = {"answered": {}, "dropped": {}, "failed": {}}
         for outcome, reason, count, _ in ends:
-            reasons[outcome][reason or ""] = count
+            told = reason or "no reason is known"  # none and an empty one are groups of their own in the database
+            reasons[outcome][told] = reasons[outcome].get(told, 0) + count
         return ShadowReport(
             shadow,
             num_answered=sum(reasons["answered"].values()),

@@ -18,6 +18,7 @@ __all__ = [
     "format_interval",
     "format_margin",
     "held_back",
+    "limits_of",
     "loss",
     "mismatch",
     "obstacles_of",
@@ -30,6 +31,23 @@ _ONE_LOOK = (
     "Until then the averages are shown, and not how sure they are: a test that is made for one look is wrong more "
     "often with each look before."
 )
+
+_FOLLOWED = (
+    "Weights follow the outcomes (thompson): an arm with bad luck at first gets few users to show that it was luck, so "
+    "that it looks worse than it is, and each day is a stage of its own with a smaller part of alpha. To learn which "
+    "arm is better, leave the allocation fixed."
+)
+
+
+def limits_of(evidence: Evidence) -> list[str]:
+    """What a reader should know of the numbers, whichever verdict they give."""
+    notes = [_FOLLOWED] if evidence.is_adaptive and evidence.has_started else []
+    gaps = [(treatment, treatment.feedback) for treatment in evidence.treatments]
+    return notes + [
+        f"Users give feedback on {more} of {treatment.name}'s answers than on the control's: {format_interval(gap)}."
+        for treatment, gap in gaps
+        if gap is not None and (more := _differs(gap)) is not None
+    ]
 
 
 def format_effect(value: float, scale: Scale) -> str:
@@ -83,9 +101,15 @@ def _open_gaps(treatment: Treatment) -> list[str]:
     return [
         f"{gap.metric} is known of {more} of {treatment.name}'s answers than of the control's: {format_interval(gap)}"
         for gap in treatment.gaps
-        if gap.interval is not None and not gap.interval.low <= 0 <= gap.interval.high
-        for more in ["more" if gap.interval.low > 0 else "fewer"]
+        if (more := _differs(gap)) is not None
     ]
+
+
+def _differs(gap: Comparison) -> str | None:
+    """In which direction a treatment's share is shown to differ; None if it isn't."""
+    if gap.interval is None or gap.interval.low <= 0 <= gap.interval.high:
+        return None
+    return "more" if gap.interval.low > 0 else "fewer"
 
 
 def estimate_of(treatment: Treatment) -> float:

@@ -6,6 +6,8 @@ is told is in `verdict_words`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from adapters import verdict_words as words
 from adapters.evidence import Evidence, Verdict
 
@@ -13,7 +15,7 @@ __all__ = ["judge"]
 
 
 def judge(evidence: Evidence) -> Verdict:
-    """The verdict, by the first rule that applies.
+    """The verdict, by the first rule that applies; with what limits it, whichever it is.
 
     1. A guardrail is breached: roll back, also where the split is wrong. Harm is not waited out.
     2. The users are not split as they should be: inconclusive, whatever else the numbers say.
@@ -23,6 +25,11 @@ def judge(evidence: Evidence) -> Verdict:
     6. Every treatment is worse or equivalent, or nothing more is to come: inconclusive.
     7. Otherwise: continue.
     """
+    verdict = _judge(evidence)
+    return replace(verdict, notes=(*verdict.notes, *words.limits_of(evidence)))
+
+
+def _judge(evidence: Evidence) -> Verdict:
     for treatment in evidence.treatments:
         if breached := [guard for guard in treatment.guards if guard.state == "breached"]:
             return words.breach(evidence, treatment, breached)

@@ -3,7 +3,7 @@
     python -m benchmarks.routing [--data DIR] [--debian] [--home HOME]
 
 Trains from examples/routing.train.jsonl (150 prompts a domain) and measures on examples/routing.eval.jsonl, both
-written for this project; nothing was chosen by looking at the second. DIR, if given, holds
+written for this project; settings were chosen on the first, and the second was looked at twice. DIR, if given, holds
 {legal,medical,support}.{train,valid}.jsonl, chat rows: real prompts, the first 150 of each for training. `--debian`
 adds one-line descriptions of Debian's packages, whose section is to be found: public texts that nobody wrote for a
 router. It asks `apt-cache`, after `apt-get update`.

@@ -23,6 +23,8 @@ _SERVE = (sys.executable, "-m", "clients.cli", "serve")
 _READY_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 60.0
 _LOG_TAIL_CHARS = 2000
+# Loaded here, since between fork and exec nothing may be loaded or locked.
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -105,8 +107,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def _end_with_parent() -> None:
     """Runs in the child: a server that nobody stops would hold its home, and its memory, for ever."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _free_port() -> int:

@@ -280,7 +280,10 @@ class Guardrail(Comparison):
 
 
 class Treatment(_Record):
-    """A treatment against the control. `gaps` say how much more often its requests have a value of a metric at all."""
+    """A treatment against the control.
+
+    `gaps` say how much more often its requests have a value of a metric at all, `feedback` any feedback.
+    """
 
     arm: str
     version: str
@@ -288,6 +291,7 @@ class Treatment(_Record):
     primary: Comparison | None
     guardrails: list[Guardrail]
     gaps: list[Comparison]
+    feedback: Comparison | None
 
 
 class Split(_Record):
@@ -355,7 +359,7 @@ class ShadowList(_Record):
 
 
 class ShadowMean(_Record):
-    """A mean with the bounds of its 95 % interval, where there are some; it holds at every look at once."""
+    """A mean with the bounds of its 95 % interval, where there are some; it is made for all looks at once."""
 
     mean: float
     low: float | None

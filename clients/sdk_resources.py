@@ -217,7 +217,7 @@ class ExperimentsResource:
         return self._client.send(calls.accept_split(experiment_id, reason))
 
     def undo(self, experiment_id: str) -> Experiment:
-        """Take the latest change of weights, promotion or rollback back that is not yet."""
+        """Take the latest change of weights, promotion, rollback, acceptance or stop back that is not yet."""
         return self._client.send(calls.undo_decision(experiment_id))
 
     def decisions(self, experiment_id: str, *, after: int = 0, limit: int = 20) -> Page[Decision]:

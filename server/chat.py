@@ -219,16 +219,19 @@ class ChatService:
 
     @asynccontextmanager
     async def _counting_refusals(self, call: Call) -> AsyncIterator[None]:
-        """Write an exposure for a request of an experiment that fails before the engine has it.
+        """Write an exposure for an experiment's request that fails, or whose client leaves, before the engine has it.
 
         Whoever was assigned counts, or an arm would look the better the more it turns away. Outside of experiments a
         refusal leaves nothing behind.
         """
         try:
             yield
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             if call.binding.experiment_id is not None:
-                call.error = str(error) if isinstance(error, HotswapError) else type(error).__name__
+                if isinstance(error, asyncio.CancelledError):
+                    call.finish_reason = "cancelled"
+                else:
+                    call.error = str(error) if isinstance(error, HotswapError) else type(error).__name__
                 call.is_recorded = True
                 await asyncio.shield(self._store_exposure(call, _exposure_of(call)))
             raise

@@ -89,6 +89,9 @@ class TreatmentObject(BaseModel):
     gaps: list[ComparisonObject] = Field(
         description="How much more often the treatment's requests have a value of a metric at all."
     )
+    feedback: ComparisonObject | None = Field(
+        description="How much more often they have any feedback; null without any, or if `gaps` tell it."
+    )
 
 
 class SplitObject(BaseModel):
@@ -189,6 +192,7 @@ def _treatment(treatment: Treatment) -> TreatmentObject:
         primary=None if treatment.primary is None else ComparisonObject(**_compared(treatment.primary)),
         guardrails=[_guardrail(guard) for guard in treatment.guards],
         gaps=[ComparisonObject(**_compared(gap)) for gap in treatment.gaps],
+        feedback=None if treatment.feedback is None else ComparisonObject(**_compared(treatment.feedback)),
     )
 
 

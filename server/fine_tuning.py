@@ -127,6 +127,12 @@ class FineTuningService:
                 f"{where}: rank {chosen.rank} is above {self._max_rank}, the highest that this server serves",
                 param=f"{where}.rank",
             )
+        if chosen.validation_share is not None and body.validation_file is not None:
+            raise InvalidInputError(
+                f"{where}: validation_share holds rows of training_file out, but validation_file is given to validate "
+                "with: give one of both",
+                param=f"{where}.validation_share",
+            )
         if getattr(chosen, "reference", None) == "start" and body.model in (BASE_MODEL_NAME, self._base_name):
             raise InvalidInputError(
                 f"{where}: reference start is the version that training goes on from, but model is the base model",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StringConstraints
 
 from adapters.gate_report import GateReport
 from adapters.records import Job, JobCheckpoint, JobEvent, StoredFile
@@ -35,7 +36,20 @@ _Name = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 _Tag = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^,]*$")]
 _ModuleName = Annotated[str, StringConstraints(pattern=r"^\w+(\.\w+)*$", max_length=200)]
 _MAX_STEPS = 10_000_000
+_MAX_SCHEMA_CHARS = 20_000
 _VERSION_NAME = r"^[a-z0-9][a-z0-9._-]{0,62}@(v[1-9][0-9]{0,8}|[0-9a-f]{8,64})$"
+
+
+def _check_schema_length(value: Any) -> Any:
+    length = len(value if isinstance(value, str) else json.dumps(value))
+    if length > _MAX_SCHEMA_CHARS:
+        raise ValueError(f"expected at most {_MAX_SCHEMA_CHARS} characters, found {length}")
+    return value
+
+
+_Schema = Annotated[
+    dict[str, Any] | Annotated[str, StringConstraints(min_length=2)], AfterValidator(_check_schema_length)
+]
 
 
 class _Wire(BaseModel):
@@ -70,16 +84,30 @@ class Hyperparameters(_Wire):
     patience: int | None = Field(None, strict=True, ge=1, le=1000)
     promote: Literal["always", "gate", "never"] | None = None
     checkpoint_steps: int | None = Field(None, strict=True, ge=1, le=_MAX_STEPS)
+    validation_share: float | None = Field(None, strict=True, gt=0, le=0.5)
 
 
-class SupervisedHyperparameters(Hyperparameters):
+class AnsweringHyperparameters(Hyperparameters):
+    """Of methods whose versions answer: what the gate asks of the answers, which each domain knows for itself.
+
+    A schema may be given as an object or as its text. Whether an expression or a schema is one is found out with the
+    files: it fails the job.
+    """
+
+    gate_forgetting: float | None = Field(None, strict=True, ge=0, le=100)
+    gate_format_regex: Annotated[str, StringConstraints(min_length=1, max_length=2000)] | None = None
+    gate_format_schema: _Schema | None = None
+    gate_format_share: float | None = Field(None, strict=True, ge=0, le=1)
+
+
+class SupervisedHyperparameters(AnsweringHyperparameters):
     """Of supervised fine-tuning."""
 
     neftune: float | None = Field(None, strict=True, gt=0, le=100)
     dropout: float | None = Field(None, strict=True, ge=0, lt=1)
 
 
-class DpoHyperparameters(Hyperparameters):
+class DpoHyperparameters(AnsweringHyperparameters):
     """Of methods that hold the model to a reference: the version that it starts from, or the base model."""
 
     beta: Annotated[float, Field(strict=True, gt=0, le=2, allow_inf_nan=False)] | _Auto = "auto"

@@ -61,7 +61,7 @@ class ShadowKeeper:
             work = self._answer(call, call.shadow)
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._forget)
 
     async def settle(self) -> None:
         """Wait until the copies under way have ended."""
@@ -79,13 +79,21 @@ class ShadowKeeper:
             while True:
                 try:
                     await self.reconcile()
-                except (SQLAlchemyError, DatabaseBusyError):
-                    _log.exception("shadows_not_read")  # as with pins, the next round tries again
+                except Exception:
+                    # The boundary of the process: a server without this task would stop, and serving comes first.
+                    # The next round tries again; until then the shadows count that were read last.
+                    _log.exception("shadows_not_read")
                 await asyncio.sleep(_CHECK_EVERY_S)
         finally:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        """Let go of a copy that has ended, and say so if that was by an error: nobody waits for it."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("shadow_crashed", exc_info=error)
 
     async def _answer(self, call: Call, shadow: Shadow) -> None:
         live = call.generation

@@ -11,11 +11,12 @@ from adapters.errors import DataError
 from training.formats import Dataset
 from training.gate import MIN_ROWS
 
-__all__ = ["Division", "divide", "hold_out"]
+__all__ = ["Division", "choose_validation", "divide", "hold_out"]
 
 # The same for all runs, whatever their seed: a version is compared with one that has not seen the held-out rows either.
 _SALT = b"hotswap validation share 1\n"
 _HASH_BYTES = 8
+_NO_VALIDATION = "no validation rows: the gate can't compare; validation_share 0.1 holds a tenth of the rows out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +25,9 @@ class Division:
 
     Args:
         train: What is trained on.
-        validation: What is held out; None if the share is too small for a row.
+        validation: What is validated with: a source of its own, or what is held out; None without a row of either.
         num_rows: Of both together.
-        warning: What the owner should know of the held-out rows, or an empty text.
+        warning: What the owner should know of the validation rows before the gate says it, or an empty text.
     """
 
     train: Dataset
@@ -38,6 +39,30 @@ class Division:
     def counts(self) -> str:
         """`12 of 80 rows`: how many are held out."""
         return f"{len(self.validation.rows) if self.validation else 0} of {self.num_rows} rows"
+
+
+def choose_validation(
+    train: Dataset, validation: Dataset | None, share: float | None, *, train_param: str | None = None
+) -> Division:
+    """The rows of a run by their use: `validation` if it is given, else what `share` holds out of `train`, if it is.
+
+    Raises:
+        DataError: the share leaves no row to train on; with `train_param`, the field that named the rows.
+    """
+    if validation is None and share is not None:
+        try:
+            return divide(train, share)
+        except DataError as error:
+            error.param = train_param
+            raise
+    if validation is None:
+        return Division(train, None, len(train.rows), _NO_VALIDATION)
+    num_validation = len(validation.rows)
+    warning = ""
+    if num_validation < MIN_ROWS:
+        effect = f"the gate compares with {MIN_ROWS} or more and will be inconclusive: give more"
+        warning = f"{validation.name}: rows to validate with: {num_validation}; {effect}"
+    return Division(train, validation, len(train.rows) + num_validation, warning)
 
 
 def divide(data: Dataset, share: float) -> Division:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -43,6 +44,8 @@ def resolve_settings(job: Job, home: Path) -> TrainSettings:
     given = {name: value for name, value in hyperparameters_of(job).items() if value != "auto"}
     multiplier = given.get("learning_rate_multiplier")
     flags = {_HYPERPARAMETERS.get(name, name): value for name, value in given.items() if name not in _NO_SETTINGS}
+    if isinstance(schema := flags.get("gate_format_schema"), Mapping):  # the setting is its text
+        flags["gate_format_schema"] = json.dumps(schema)
     kind = job.method["type"]
     flags |= {"method": WIRE_METHODS[kind], "start_from": job.start_from, "seed": job.seed}
     if job.integrations:

@@ -24,7 +24,7 @@ from adapters.row_places import PlacedProblem, RowPlace, data_error, group_probl
 from training.config import TrainSettings
 from training.duplicates import NEAR_SIMILARITY, find_duplicates
 from training.formats import Dataset
-from training.kinds import check_kind, check_labels
+from training.kinds import check_kind, check_labels, check_prompts
 from training.personal_data import count_personal_data
 from training.prompts import find_prompt_problems
 from training.rendering import find_excess, render_row, token_rows
@@ -137,8 +137,9 @@ def run_preflight(
 def inspect_data(train: Dataset, validation: Dataset | None, *, tokenizer: Any, settings: TrainSettings) -> Preflight:
     """The same without raising: problems stand in the report, in full."""
     found = [_inspect_set(data, tokenizer, settings) for data in (train, validation) if data is not None]
-    if settings.method == "kto" and (one_sided := _find_one_label(train)):
-        found[0] = replace(found[0], problems=(*found[0].problems, one_sided))
+    if (few := _warn_of_few(train)) is not None:
+        found[0] = replace(found[0], warnings=(few, *found[0].warnings))
+    found[0] = replace(found[0], problems=(*found[0].problems, *_problems_of_set(train, settings)))
     if validation is None:
         return Preflight(found[0], None)
     return Preflight(found[0], _compare(train, validation, found[1]))
@@ -201,15 +202,17 @@ def _find_unfit(
     return found
 
 
-def _find_one_label(train: Dataset) -> str | None:
+def _problems_of_set(train: Dataset, settings: TrainSettings) -> list[str]:
+    """Why the method could learn nothing from these rows together; of rows of another kind that is told already."""
     labels = [numbered.row.label for numbered in train.rows if isinstance(numbered.row, LabelledRow)]
-    if not labels:
-        return None  # rows of another kind, which is told already
     try:
-        check_labels(labels, train.name)
+        if settings.method == "kto" and labels:
+            check_labels(labels, train.name)
+        if settings.method in SAMPLING_METHODS and train.kind in ROW_KINDS[settings.method]:
+            check_prompts(len(train.rows), train.name, settings)
     except DataError as error:
-        return error.problems[0]
-    return None
+        return error.problems
+    return []
 
 
 def _compare(train: Dataset, validation: Dataset, report: SetReport) -> SetReport:
@@ -254,10 +257,15 @@ def _check_tokens(
         yield PlacedProblem(place, text)
 
 
+def _warn_of_few(train: Dataset) -> str | None:
+    """Of rows to validate with there may be fewer: nobody is taught by them."""
+    if len(train.rows) >= _MIN_ROWS:
+        return None
+    return f"{train.name}: number of rows: {len(train.rows)}; fewer than {_MIN_ROWS} seldom teach a behaviour"
+
+
 def _warn_of_rows(data: Dataset) -> Iterator[str]:
     places = [numbered.place for numbered in data.rows]
-    if len(places) < _MIN_ROWS:
-        yield f"number of rows: {len(places)}; fewer than {_MIN_ROWS} seldom teach a behaviour"
     duplicates = find_duplicates([_full_text(numbered.row) for numbered in data.rows])
     limit = f" in {NEAR_SIMILARITY:.0%} of their text or more"
     for is_exact, words in (

@@ -25,7 +25,6 @@ from training.gate import judge
 from training.gate_evidence import PresentVersion, find_present, gather_evidence
 from training.losses import Evaluation
 from training.methods import TrainingRun
-from training.plots import write_curves
 from training.progress import TrainedCounts
 from training.rewards_file import public_reward
 from training.run_log import PUBLISHING, RunLog
@@ -120,7 +119,6 @@ def judge_and_publish(
         present = find_present(open_versions, alias, run)
         report = _find_report(present, manifest, folder) or _judge(trained, present)
         log.note("gate", trained.counts.num_steps, {"verdict": report.verdict, "reason": report.reason})
-        write_curves(log, run.settings.method)
         listener.on_stage(PUBLISHING)
         judged = manifest.model_copy(update={"gate": report})
         may_move = _move_rule(run.settings, report, present)

@@ -44,6 +44,8 @@ _ROW_KEYS = frozenset(
 )
 _MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
 _MAX_WRAPPER_DEPTH = 3
+# What the library lists where a data set has several configurations and none of them was named, or another.
+_CONFIGURATIONS = re.compile(r"[Aa]vailable(?: configs)?: (\[.*\])")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # How the splits of a folder are told by the names of its files.
 _SPLIT_WORDS = {
@@ -112,6 +114,10 @@ def read_table(
     if path.is_dir():
         return _read_folder(path, shown, split, encoding)
     if subset is not None or (not path.exists() and _is_hub_id(str(source))):
+        if subset is None and (folder := Path(path.parts[0])).is_dir():  # the hub would be asked for half a minute
+            raise DataError(
+                [f"{shown}: there is no such file in the folder {folder}; of the hub, --subset names a part"]
+            )
         return _read_hub(str(source), shown, split, subset)
     if split is not None:
         raise DataError([f"{shown}: is one file and has no splits; leave split {split!r} out"])
@@ -329,22 +335,31 @@ def _read_csv(text: str, shown: str, delimiter: str | None) -> tuple[str, list[R
     delimiter = delimiter or _find_delimiter(text)
     csv.field_size_limit(_MAX_FIELD_CHARS)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    rows: list[RawRow] = []
+    records: list[tuple[int, list[str]]] = []
     begin = first_line
     try:
         for record in reader:
             line, begin = begin, reader.line_num + first_line
-            if not any(record):
-                continue
-            if header is None:
-                header = _check_header(record, f"{shown}:{line}")
-                continue
-            rows.append(_make_record(header, record, RowPlace(line)))
+            if any(record):
+                records.append((line, record))
     except csv.Error as error:
         problem = f"{shown}:{begin}: can't be read as CSV: {error}; a quote inside quotes is written twice"
         raise DataError([problem]) from None
-    return f"{'TSV' if delimiter == chr(9) else 'CSV'} with {_DELIMITERS.get(delimiter, repr(delimiter))}", rows
+    layout = f"{'TSV' if delimiter == chr(9) else 'CSV'} with {_DELIMITERS.get(delimiter, repr(delimiter))}"
+    if not records:
+        return layout, []
+    (line, first), *others = _cut_empty_end(records)
+    header = _check_header(first, f"{shown}:{line}")
+    return layout, [_make_record(header, record, RowPlace(place)) for place, record in others]
+
+
+def _cut_empty_end(records: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
+    """The records without last columns that have neither a name nor any value, as spreadsheets write emptied ones."""
+    header = records[0][1]
+    width = max((place + 1 for _, record in records for place, cell in enumerate(record) if cell.strip()), default=0)
+    named = max((place + 1 for place, name in enumerate(header) if name.strip()), default=0)
+    end = max(named, width)
+    return [(line, record[:end] if len(record) == len(header) else record) for line, record in records]
 
 
 def _make_record(header: list[str], record: list[str], place: RowPlace) -> RawRow:
@@ -377,9 +392,8 @@ def _find_delimiter(text: str) -> str:
 def _check_header(record: list[str], where: str) -> list[str]:
     header = [field.strip() for field in record]
     if "" in header:
-        raise DataError(
-            [f"{where}: column {header.index('') + 1} has no name; expected a header with the columns' names"]
-        )
+        nameless = f"{where}: column {header.index('') + 1} has no name"
+        raise DataError([f"{nameless}; expected a header with the columns' names: name it, or delete the column"])
     if repeated := next((name for name, count in Counter(header).items() if count > 1), None):
         raise DataError([f"{where}: expected different names in the header, found {repeated!r:.60} twice"])
     return header
@@ -450,6 +464,10 @@ def _read_hub(source: str, shown: str, split: str | None, subset: str | None) ->
     try:
         found = datasets.load_dataset(source, subset)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if (listed := _CONFIGURATIONS.search(str(error))) is not None:
+            names = ", ".join(re.findall(r"'([^']+)'", listed[1]))
+            found = "has several configurations" if subset is None else f"has no configuration {subset!r:.60}"
+            raise DataError([f"{shown}: {found}; say which with --subset NAME: {names:.1000}"]) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             [f"{shown}: there is no such file, and the hub gives no data set of this name: {reason}"]

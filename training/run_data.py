@@ -17,14 +17,12 @@ from adapters.routing.prompts import prompts_of
 from adapters.settings import CoreSettings
 from training.config import TrainSettings
 from training.formats import Dataset, ReadOptions, read_rows
-from training.held_out import divide
+from training.held_out import choose_validation
 from training.methods import check_trainable, render_rows
 from training.preflight import run_preflight
 from training.sampling import SamplePrompt, make_prompts, read_prompts
 
 __all__ = ["DataFile", "DataListener", "RenderedData", "prepare_data"]
-
-_NO_VALIDATION = "no validation rows: the gate can't compare; --validation-share 0.1 holds some out"
 
 
 class DataListener(Protocol):
@@ -84,11 +82,13 @@ def prepare_data(
     listener.on_stage("Checking the data")
     train = train_file.read()
     validation = validation_file.read() if validation_file else None
-    share = settings.validation_share if validation_file is None else None
+    share = settings.validation_share if validation is None else None
+    division = choose_validation(train, validation, share, train_param=train_file.param)
+    train, validation = division.train, division.validation
     if share is not None:
-        train, validation = _divide(train, share, train_file, listener)
-    elif validation is None and inspect:
-        listener.on_warning(_NO_VALIDATION)
+        listener.on_stage(f"Held out {division.counts} for validation")
+    if division.warning and inspect:
+        listener.on_warning(division.warning)
     validation_param = validation_file.param if validation_file else train_file.param
     listener.on_stage(f"Tokenising for the base model {public_name(core.base)}")
     tokenizer = load_tokenizer(pull_base(core.base, core.home))
@@ -117,16 +117,6 @@ def prepare_data(
         judged=make_prompts(tokenizer, rows, limit=settings.gate_samples),
         asked=prompts_of(numbered.row for numbered in train.rows) if settings.keep_prompts else [],
     )
-
-
-def _divide(data: Dataset, share: float, file: DataFile, listener: DataListener) -> tuple[Dataset, Dataset | None]:
-    """Hold rows out, and say so; None if the share is too small for one."""
-    with _blaming(file.param):
-        division = divide(data, share)
-    listener.on_stage(f"Held out {division.counts} for validation")
-    if division.warning:
-        listener.on_warning(division.warning)
-    return division.train, division.validation
 
 
 def _sampled_prompts(tokenizer: Any, rows: Sequence[Row], settings: TrainSettings) -> list[SamplePrompt]:

@@ -55,7 +55,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file; none if it is not there. A last line that a kill cut off is left out."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+    for line in path.read_bytes().split(b"\n")[:-1]:  # as bytes: a kill may cut a letter in two
         yield json.loads(line)
 
 

@@ -20,6 +20,7 @@ _SPEAKER_COLUMNS = ("speaker", "role", "sender")
 _MAX_ROWS_LOOKED_AT = 500
 _MAX_LABEL_CHARS = 40
 _MAX_LABELS = 50
+_MOMENT = re.compile(r"\d{1,4}[./:-]\d{1,2}([./:T -]*\d{1,4})*Z?")
 _WORDS = re.compile(r"[^\W_]+")
 # Words in the names of two columns that hold the better and the worse answer.
 _POLARITIES = (
@@ -57,6 +58,11 @@ def suggest_mapping(name: str, columns: Sequence[str], rows: Sequence[Mapping[st
     if not columns:
         return f"{name}: no row has a column; {EXPECTED_ROW}"
     looked = [_look_at(column, rows[:_MAX_ROWS_LOOKED_AT]) for column in columns]
+    if (talk := next((column for column in columns if _is_talk(rows, column)), None)) is not None:
+        return (
+            f"{name}: the columns {list_columns(columns)} are no shape that is known; {talk!r:.60} holds messages: "
+            f"--map {shlex.quote(f'messages={talk}')}; docs/data.md has all targets"
+        )
     preference = _suggest_preference(looked)
     to_prefer = f"to prefer one answer to another, --map {preference or 'prompt=COLUMN,chosen=COLUMN,rejected=COLUMN'}"
     to_answer = f"to learn an answer or a label (which is the answer then), --map {_suggest_answer(looked)}"
@@ -95,6 +101,17 @@ def list_columns(columns: Sequence[str]) -> str:
     return shown + (f" and {len(columns) - _MAX_COLUMNS_SHOWN} more" if len(columns) > _MAX_COLUMNS_SHOWN else "")
 
 
+def _is_talk(rows: Sequence[Mapping[str, Any]], column: str) -> bool:
+    """Whether a column holds lists of messages, by the first row that has one."""
+    value = next((row[column] for row in rows if row.get(column)), None)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], Mapping)
+        and (not {"role", "from"}.isdisjoint(value[0]))
+    )
+
+
 def _look_at(name: str, rows: Sequence[Mapping[str, Any]]) -> _Column:
     values = [row[name] for row in rows if row.get(name) not in (None, "")]
     texts = [value.strip() for value in values if isinstance(value, str)]
@@ -107,6 +124,9 @@ def _look_at(name: str, rows: Sequence[Mapping[str, Any]]) -> _Column:
 
 
 def _is_number(text: str) -> bool:
+    """Whether a text is a number, a date or a time."""
+    if _MOMENT.fullmatch(text):
+        return True
     try:
         float(text.replace(",", "."))
     except ValueError:
@@ -132,12 +152,12 @@ def _suggest_answer(columns: Sequence[_Column]) -> str:
     plain = [column for column in columns if not column.is_number]
     texts = [column for column in columns if column.is_text] or (plain if len(plain) == 2 else [])
     labels = [column for column in columns if column.is_label]
-    labels.sort(key=lambda column: not column.words & _LABEL_WORDS)  # those that are called so first
     named = [column for column in texts if column.words & _ANSWER_WORDS]
     asked = next((column for column in texts if column not in named[:1]), None)
     if asked is None:
         return f"text={shlex.quote(texts[0].name)}" if texts else "user=COLUMN,assistant=COLUMN"
-    answers = [*named, *labels, *(column for column in texts if column is not asked)]
+    called = [column for column in labels if column.words & _LABEL_WORDS]
+    answers = [*named, *called, *(column for column in texts if column is not asked), *labels]
     answered = next((column for column in answers if column is not asked), None)
     if answered is None:
         return f"user={shlex.quote(asked.name)},assistant=COLUMN"

@@ -8,15 +8,33 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from adapters.errors import DataError
 
-__all__ = ["ROLES", "name_unknown_roles", "parse_roles", "rename_speakers"]
+__all__ = ["ROLES", "drop_notes", "name_unknown_roles", "parse_roles", "rename_speakers"]
 
-# What a speaker's name can be mapped to, with `--roles name=role`.
-ROLES = ("system", "user", "assistant", "tool")
+# What a speaker's name can be mapped to, with `--roles name=role`; `none` leaves what the speaker says out.
+ROLES = ("system", "user", "assistant", "tool", "none")
+# What a message may have beside who speaks and what is said, and what others' formats have there that must not be lost.
+_TELLING_KEYS = (
+    "role",
+    "content",
+    "from",
+    "value",
+    "weight",
+    "name",
+    "tool_calls",
+    "tool_call_id",
+    "function_call",
+    "audio",
+    "refusal",
+    "train",
+    "mask",
+    "loss",
+)
 _MAX_DEPTH = 4
 _MAX_NAMES_SHOWN = 10
 
@@ -42,7 +60,28 @@ def rename_speakers(document: Any, roles: Mapping[str, str]) -> Any:
     """A row with the roles instead of the names, in every list of messages that it holds; the row itself is left be."""
     if not isinstance(document, Mapping):
         return document
-    return {key: _rename_value(value, roles, depth=1) for key, value in document.items()}
+
+    def rename(messages: list[Any]) -> list[Any]:
+        renamed = [_rename_message(message, roles) for message in messages]
+        return [message for message in renamed if message is not None]
+
+    return {key: _change_lists(value, rename, depth=1) for key, value in document.items()}
+
+
+def drop_notes(document: Any) -> tuple[Any, frozenset[str]]:
+    """A row without what exports write beside each message, as times and ids, and the keys that were left out.
+
+    A key that is nearly one of those that count stays, and is told as the mistake that it may be.
+    """
+    dropped: set[str] = set()
+    if not isinstance(document, Mapping):
+        return document, frozenset()
+
+    def drop(messages: list[Any]) -> list[Any]:
+        return [_without_notes(message, dropped) for message in messages]
+
+    cleaned = {key: _change_lists(value, drop, depth=1) for key, value in document.items()}
+    return (cleaned, frozenset(dropped)) if dropped else (document, frozenset())
 
 
 def name_unknown_roles(rows: Iterable[Sequence[str]]) -> str:
@@ -51,38 +90,63 @@ def name_unknown_roles(rows: Iterable[Sequence[str]]) -> str:
     ranked = [name for name, _ in counts.most_common(_MAX_NAMES_SHOWN)]
     found = ", ".join(f"{name!r:.60} ({counts[name]} {'row' if counts[name] == 1 else 'rows'})" for name in ranked)
     more = f" and {len(counts) - len(ranked)} more" if len(counts) > len(ranked) else ""
-    option = shlex.quote(",".join(f"{name:.60}=ROLE" for name in ranked))
-    expected = f"say which of {', '.join(ROLES)} each of them is"
-    return f"roles that are not known: {found}{more}; {expected}: --roles {option}"
+    given = {_key(name): name for name in reversed(ranked)}  # --roles tells names apart without case and edges
+    option = shlex.quote(",".join(f"{name:.60}=ROLE" for name in reversed(given.values()) if "," not in name))
+    expected = f"say which of {', '.join(ROLES[:-1])} each of them is, or none to leave out what it says"
+    comma = "; a name with a comma can't be given, rename that speaker" if any("," in name for name in ranked) else ""
+    advice = f": --roles {option}" if option != "''" else ""
+    return f"roles that are not known: {found}{more}; {expected}{advice}{comma}"
 
 
-def _rename_value(value: Any, roles: Mapping[str, str], depth: int) -> Any:
+def _change_lists(value: Any, change: Callable[[list[Any]], list[Any]], depth: int) -> Any:
     if isinstance(value, str) and value.lstrip().startswith("["):  # a cell of a CSV that holds a list
-        return _rename_text(value, roles)
+        messages = _read_messages(value)
+        return value if messages is None else change(messages)
     if isinstance(value, list):
-        return [_rename_message(item, roles) for item in value]
+        return change(value)
     if isinstance(value, Mapping) and depth <= _MAX_DEPTH:
-        return {key: _rename_value(inner, roles, depth + 1) for key, inner in value.items()}
+        return {key: _change_lists(inner, change, depth + 1) for key, inner in value.items()}
     return value
 
 
-def _rename_text(text: str, roles: Mapping[str, str]) -> Any:
-    """The list that a text is; other text that begins with a bracket is left as it is."""
+def _read_messages(text: str) -> list[Any] | None:
+    """The list of messages that a text is; None for other text that begins with a bracket."""
     try:
         messages = json.loads(text)
     except (ValueError, RecursionError):
-        return text
+        return None
     is_messages = isinstance(messages, list) and any(
         isinstance(item, Mapping) and not {"role", "from"}.isdisjoint(item) for item in messages
     )
-    return [_rename_message(item, roles) for item in messages] if is_messages else text
+    return messages if is_messages else None
 
 
 def _rename_message(message: Any, roles: Mapping[str, str]) -> Any:
+    """The message with the role that its speaker stands for; None if it is to be left out."""
     if not isinstance(message, Mapping):
         return message
     named = {key: roles.get(_key(message[key])) for key in ("from", "role") if isinstance(message.get(key), str)}
+    if "none" in named.values():
+        return None
     return {**message, **{key: role for key, role in named.items() if role is not None}}
+
+
+def _without_notes(message: Any, dropped: set[str]) -> Any:
+    """The message without keys that say nothing to be learned; one without a speaker or words is left as it is."""
+    if not isinstance(message, Mapping) or not _is_said(message):
+        return message
+    notes = {key for key, value in message.items() if value is not None and _is_note(key)}
+    dropped |= notes
+    return {key: value for key, value in message.items() if key not in notes}
+
+
+def _is_said(message: Mapping[Any, Any]) -> bool:
+    return any(speaker in message and words in message for speaker, words in (("role", "content"), ("from", "value")))
+
+
+def _is_note(key: Any) -> bool:
+    is_known = key in _TELLING_KEYS
+    return isinstance(key, str) and not is_known and not get_close_matches(key.lower(), _TELLING_KEYS, 1, cutoff=0.75)
 
 
 def _key(name: str) -> str:

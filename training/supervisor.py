@@ -7,6 +7,7 @@ when the server is gone.
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import shutil
@@ -30,9 +31,10 @@ from adapters.files import ACTIVE_STATUSES
 from adapters.jobs import MAX_ATTEMPTS, Claim, JobService, Standing
 from adapters.process_log import configure_log
 from adapters.processes import child_environment, parent_pid
-from adapters.records import JobError, JobStatus
+from adapters.records import Job, JobError, JobStatus
 from adapters.settings import CoreSettings, resolve_home
 from adapters.store import ArtifactStore
+from training.job_settings import describe_failure
 from training.memory import MEMORY_ADVICE
 from training.scratch import discard_scratch, make_scratch
 
@@ -50,6 +52,7 @@ _DATABASE_PATIENCE_S = 2.0  # no longer: a process has to be watched meanwhile
 _DATABASE_ERRORS = (OperationalError, DatabaseBusyError)
 _INSIST_EVERY_S = 5.0
 _LEAST_FREE_BYTES = 1_000_000
+_NO_PROCESS_ERRORS = (errno.ENOMEM, errno.EAGAIN)
 _MAX_DEVICE_CHARS = 120
 _OUT_OF_MEMORY_COUNTS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
 
@@ -168,24 +171,44 @@ class Supervisor:
         if claim is None:
             return False
         folder = self._core.home / "jobs" / claim.job.id
-        folder.mkdir(parents=True, exist_ok=True)
         _log.info("job_taken", job=claim.job.id, alias=claim.job.alias, worker=lane.worker)
         num_killed = _count_memory_kills()
+        try:
+            process = self._start(lane, claim, folder)
+        except OSError as error:
+            # A full disk, no memory, no processes left: the next job and the other lane are none the worse for it.
+            _log.exception("job_not_started", job=claim.job.id, worker=lane.worker)
+            reason = _describe_refusal(lane, error)
+            self._insist(lambda: self._give_up(claim, reason))
+            return True
+        ending = self._watch(process, claim)
+        discard_scratch(folder)
+        is_out_of_memory = _count_memory_kills() > num_killed
+        self._insist(lambda: self._conclude(lane, claim, ending, is_out_of_memory=is_out_of_memory))
+        return True
+
+    def _start(self, lane: _Lane, claim: Claim, folder: Path) -> subprocess.Popen[bytes]:
+        """Start the process that works on a job, with a log and a scratch folder of its own.
+
+        Raises:
+            OSError: the disk or the machine has no room for that.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
         discard_scratch(folder)  # of a process whose supervisor was killed, too
         places = {"TMPDIR": str(make_scratch(folder))}
         with (folder / "log.txt").open("ab") as log:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 [*lane.command, claim.job.id, claim.token],
                 env=os.environ | self._core.environment | child_environment() | places,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-            ending = self._watch(process, claim)
-        discard_scratch(folder)
-        is_out_of_memory = _count_memory_kills() > num_killed
-        self._insist(lambda: self._conclude(lane, claim, ending, is_out_of_memory=is_out_of_memory))
-        return True
+
+    def _give_up(self, claim: Claim, reason: JobError) -> None:
+        """End a job that no process could be started for."""
+        self._jobs.fail(claim, reason)
+        self._leave(self._jobs.release(claim))
 
     def _insist(self, act: Callable[[], None]) -> None:
         """Do what must not be lost as soon as the database takes it, which on a full disk may be hours later."""
@@ -237,6 +260,10 @@ class Supervisor:
         else:
             job = self._jobs.release(claim)
         _log.info("job_left", job=job.id, status=job.status, returncode=ending.returncode)
+        self._leave(job)
+
+    def _leave(self, job: Job) -> None:
+        """Delete what nobody needs of a job that is at its end."""
         if job.status not in ACTIVE_STATUSES:
             self._discard_checkpoints(self._core.home / "jobs" / job.id)
             self._adapters.sweep()
@@ -282,6 +309,18 @@ class Supervisor:
 def _reason(error: OperationalError | DatabaseBusyError) -> str:
     """In one line: SQLAlchemy's own message holds the statement."""
     return str(error.orig) if isinstance(error, OperationalError) else str(error)
+
+
+def _describe_refusal(lane: _Lane, error: OSError) -> JobError:
+    """Why the process of a job could not even be started; a path of the server is left to the log."""
+    begin = f"the {lane.worker} could not be started: "
+    known = describe_failure(error)
+    if known.code == "disk_full":
+        return JobError(known.code, begin + known.message)
+    if error.errno in _NO_PROCESS_ERRORS:
+        advice = "the server's machine has no memory for another process, or too many processes: end what else needs it"
+        return JobError("out_of_memory", f"{begin}{advice}, and create the job again")
+    return JobError("trainer_crashed", f"{begin}{error.strerror or type(error).__name__}; the server's log says where")
 
 
 def _describe_kill(lane: _Lane, number: int, *, is_out_of_memory: bool) -> str:

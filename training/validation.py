@@ -14,6 +14,7 @@ from adapters.base_files import pull_base
 from adapters.base_model import load_tokenizer
 from adapters.errors import DataError, RankTooHighError
 from training.formats import Dataset, read_dataset
+from training.held_out import choose_validation
 from training.job_process import JobProcess, StoppedError, job_process
 from training.job_settings import describe_failure, name_data, resolve_settings
 from training.preflight import run_preflight
@@ -49,18 +50,20 @@ class ValidationRun:
         if settings.rank > core.max_rank:
             raise RankTooHighError(rank=settings.rank, max_rank=core.max_rank)
         train = self._read(job.training_file, "training_file")
-        validation = self._read(job.validation_file, "validation_file") if job.validation_file else None
+        given = self._read(job.validation_file, "validation_file") if job.validation_file else None
+        division = choose_validation(train, given, settings.validation_share, train_param="training_file")
         tokenizer = load_tokenizer(pull_base(core.base, core.home))
         report = run_preflight(
-            train,
-            validation,
+            division.train,
+            division.validation,
             tokenizer=tokenizer,
             settings=settings,
             train_param="training_file",
-            validation_param="validation_file",
+            validation_param="validation_file" if given else "training_file",
         )
-        for warning in report.warnings:
-            self._process.jobs.note(self._claim, warning, level="warn")
+        for warning in (division.warning, *report.warnings):
+            if warning:
+                self._process.jobs.note(self._claim, warning, level="warn")
 
     def _read(self, file_id: str, param: str) -> Dataset:
         self._check_standing()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from training.liger import check_liger
 from training.losses import Evaluation
 from training.memory import MEMORY_ADVICE, is_about_memory, limit_kernel_cache
 from training.methods import METHODS, VALIDATORS, TrainingRun
+from training.plots import write_curves
 from training.preparation import PreparedRun, load_function, prepare_run
 from training.progress import Checkpointing, NextMove, StepListener, StepMetrics, TrainedCounts
 from training.publication import (
@@ -263,7 +264,12 @@ def _train(
     log = RunLog(folder, resume_step=_step_of(job.resume_from) if job and job.resume_from else 0)
     watch = Watch(_trained_modules(run), _plan(run, data, measure), log=log, listener=listener)
     run = replace(run, watch=watch, checkpointing=_keep_checkpoints(job, save) if job else None)
-    counts = METHODS[settings.method](run)
+    try:
+        counts = METHODS[settings.method](run)
+    finally:
+        # Of a run that was stopped or failed, too. A disk that is full has failed it already, in words of its own.
+        with suppress(OSError):
+            write_curves(log, settings.method)
     seconds = time.monotonic() - started
     if counts.is_complete:
         watch.restore_best()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.chat_rows import ChatRow, Row, TextRow
-from adapters.errors import DataError
+from adapters.errors import DataError, InvalidInputError
 
 __all__ = [
     "MAX_CHARS",
@@ -86,7 +86,15 @@ def read_labelled(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         DataError: lines that are wrong, by their number.
+        InvalidInputError: the file can't be read.
     """
+    try:
+        return _read_rows(path)
+    except OSError as error:
+        raise InvalidInputError(f"{path} can't be read: {error.strerror}") from None
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
     with path.open("rb") as file:

@@ -4,7 +4,7 @@ Pure functions of numbers; nothing here knows experiments, a database or a clock
 number means and when it does not hold.
 """
 
-from adapters.statistics.arms import adjusted_confidence, thompson_weights
+from adapters.statistics.arms import adjusted_confidence, comparison_confidence, thompson_weights
 from adapters.statistics.covariates import AdjustedValues, adjust_for_covariate
 from adapters.statistics.intervals import Interval, MeanEstimate, difference_interval, mean_interval
 from adapters.statistics.mixtures import MIN_UNITS
@@ -29,6 +29,7 @@ __all__ = [
     "adjust_for_covariate",
     "adjusted_confidence",
     "bradley_terry",
+    "comparison_confidence",
     "difference_interval",
     "difference_sequence",
     "duration_days",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -9,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-__all__ = ["adjusted_confidence", "thompson_weights"]
+__all__ = ["adjusted_confidence", "comparison_confidence", "thompson_weights"]
 
 _NUM_QUANTILES = 2000
+_FIRST_STAGE = 6 / math.pi**2  # of alpha: one over the sum of 1, 1/4, 1/9, ...
+_LEAST_ALPHA = 1e-9  # below it, one less it is one: floats end there
 
 
 def adjusted_confidence(confidence: float, num_comparisons: int) -> float:
@@ -24,6 +27,16 @@ def adjusted_confidence(confidence: float, num_comparisons: int) -> float:
     return 1 - (1 - confidence) / num_comparisons
 
 
+def comparison_confidence(alpha: float, *, num_treatments: int, stage: int = 1) -> float:
+    """The confidence of one comparison with the control, so that all comparisons and stages together keep alpha.
+
+    Several treatments share it (each has its own chance to be taken for better by chance). Stages, counted from 1, have
+    1, 1/4, 1/9, ... of 6 / pi^2 of it, which add up to alpha however many there are: somebody who changes weights again
+    and again gets no new chance for it.
+    """
+    return adjusted_confidence(1 - max(alpha * _FIRST_STAGE / stage**2, _LEAST_ALPHA), num_treatments)
+
+
 def thompson_weights(
     arms: Sequence[Sequence[float]], *, direction: Literal["increase", "decrease"] = "increase", floor: float = 0.05
 ) -> list[float]:
@@ -34,7 +47,8 @@ def thompson_weights(
 
     Args:
         arms: One number per unit, for each arm. All 0 or 1: posterior Beta(1 + ones, 1 + zeros); otherwise Student's t
-            around the mean. Arms with fewer than two units, or without variation, know nothing: all shares are equal.
+            around the mean. While an arm has fewer than two units of such other values, or does not vary, nothing is
+            known: all shares are equal. Shares of 0 and 1 are known from the first unit on, also of one arm alone.
         direction: What is better.
         floor: Least share of an arm, at most 1 / number of arms.
 

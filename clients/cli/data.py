@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from adapters.errors import DataError
-from adapters.methods import METHOD_OF_KIND, Method
+from adapters.methods import METHOD_OF_KIND, ROW_KINDS, Method
 from clients.cli.data_report import MAX_PROBLEMS_SHOWN, print_advice, print_estimate, print_method, print_report
 from clients.cli.data_sources import check_share, summarise
 from clients.cli.options import (
@@ -264,7 +264,7 @@ def _inspect(
         return None, None
     train, validation = _divide([data.good_rows() for data in found if data.rows], settings.validation_share)
     report = inspect_data(train, validation, tokenizer=_load_tokenizer(core), settings=settings)
-    if report.train.tokens is None or train.kind not in ("chat", "text"):
+    if report.train.tokens is None or train.kind not in ROW_KINDS[settings.method]:
         return report, None
     folder = pull_base(core.base, core.home)
     return report, estimate_run(report.train.tokens, report.train.num_fit_rows, folder, core=core, settings=settings)
@@ -272,13 +272,12 @@ def _inspect(
 
 def _divide(sets: Sequence[Dataset], share: float | None) -> tuple[Dataset, Dataset | None]:
     """The rows of a run by their use; of one source as `validation_share` has it, which is said."""
-    from training.held_out import divide
+    from training.held_out import choose_validation
 
-    if len(sets) > 1 or share is None:
-        return sets[0], sets[1] if len(sets) > 1 else None
-    division = divide(sets[0], share)
-    _say(f"{sets[0].name}: {division.counts} are held out for validation")
-    if division.warning:
+    division = choose_validation(sets[0], sets[1] if len(sets) > 1 else None, share)
+    if len(sets) == 1 and share is not None:
+        _say(f"{sets[0].name}: {division.counts} are held out for validation")
+    if division.warning and (len(sets) > 1 or share is not None):
         _say(f"warning: {division.warning}")
     return division.train, division.validation
 

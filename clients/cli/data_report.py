@@ -56,12 +56,14 @@ def print_estimate(estimate: Estimate | None) -> None:
     """How long training takes here, and how much memory."""
     if estimate is None:
         return
-    low, high = (format_seconds(seconds) for seconds in (estimate.seconds_low, estimate.seconds_high))
-    memory = format_bytes(estimate.memory_bytes)
-    console.print(
-        f"estimate for this machine, idle: {estimate.num_steps} steps in {low} to {high}, about {memory} of memory",
-        soft_wrap=True,
-    )
+    what = f"{estimate.num_steps} steps"
+    if estimate.not_estimated is None:
+        low, high = (format_seconds(seconds or 0) for seconds in (estimate.seconds_low, estimate.seconds_high))
+        least, most = (format_bytes(size or 0) for size in (estimate.memory_bytes_low, estimate.memory_bytes_high))
+        what += f" in {low} to {high}, {least} to {most} of memory"
+    else:
+        what += f"; time and memory are not estimated: {estimate.not_estimated}"
+    console.print(f"estimate for this machine, idle: {what}", soft_wrap=True)
 
 
 def _print_set(found: SetReport) -> None:

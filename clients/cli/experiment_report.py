@@ -81,8 +81,9 @@ def power(
 ) -> None:
     """How many users an experiment takes, and how many days, looked at all along or once at the end."""
     from adapters.errors import InvalidInputError
-    from adapters.statistics import adjusted_confidence, duration_days, required_units
+    from adapters.statistics import comparison_confidence, duration_days, required_units
 
+    confidence = comparison_confidence(alpha, num_treatments=treatments)
     try:
         rows = []
         for analysis in ("sequential", "fixed"):
@@ -90,7 +91,7 @@ def power(
                 effect,
                 base_rate=base_rate,
                 std_dev=std_dev,
-                confidence=adjusted_confidence(1 - alpha, treatments),
+                confidence=confidence,
                 power=chance,
                 analysis="sequential" if analysis == "sequential" else "fixed",
             )
@@ -107,6 +108,7 @@ def power(
     print_table(["analysis", "you may look", "users in all arms", "days"], table, whole=["analysis"])
     console.print(
         f"With so many users a true difference of {effect:+g} is found with a probability of {chance:.0%}. "
+        f"Its intervals have {_percent(confidence)} confidence until weights are changed. "
         "A sequential experiment mostly ends earlier if the difference is larger, and looking can't fool you.",
         style="dim",
     )
@@ -126,7 +128,10 @@ def _write_plot(report: ExperimentReport, path: Path) -> None:
     title = (
         f"{report.experiment.metric.name}: difference to {control}{unit} by users, {_percent(report.confidence)} sure"
     )
-    path.write_text(draw_effects_svg(effects, title=title), encoding="utf-8")
+    try:
+        path.write_text(draw_effects_svg(effects, title=title), encoding="utf-8")
+    except OSError as error:
+        raise InvalidInputError(f"{path} can't be written: {error.strerror}") from None
 
 
 def _points(report: ExperimentReport, arm: str) -> list[EffectPoint]:
@@ -176,6 +181,8 @@ def _print_verdict(report: ExperimentReport) -> None:
 
 def _command(report: ExperimentReport) -> str | None:
     """What the verdict's next step is typed as."""
+    from adapters.experiment_report import has_accepted_feedback
+
     experiment, verdict = report.experiment, report.verdict
     if experiment.state == "draft":
         return f"start {experiment.id}" if experiment.starts_at is None else None
@@ -186,7 +193,7 @@ def _command(report: ExperimentReport) -> str | None:
     if report.split.fired:
         return f'accept {experiment.id} --split --reason "..."'
     gaps = (gap for treatment in report.treatments for gap in treatment.gaps if treatment.name == verdict.arm)
-    is_accepted = any(item.action == "accept_feedback" and item.stage == experiment.stage for item in report.decisions)
+    is_accepted = has_accepted_feedback(experiment, report.decisions)
     return f'accept {experiment.id} --reason "..."' if any(map(_differs, gaps)) and not is_accepted else None
 
 
@@ -276,13 +283,14 @@ def _print_gaps(report: ExperimentReport) -> None:
     from adapters.verdict_words import format_interval
 
     for treatment in report.treatments:
-        for gap in treatment.gaps:
+        for gap in (*treatment.gaps, *([treatment.feedback] if treatment.feedback else [])):
             if gap.interval is None or gap.control.mean is None or gap.treatment.mean is None:
                 continue
             judged = f"the arms differ, {format_interval(gap)}" if _differs(gap) else "no difference is shown"
             sides = ((report.arms[0].arm.name, gap.control.mean), (treatment.name, gap.treatment.mean))
             known = ", ".join(f"{mean * 100:.3g} % in {name}" for name, mean in sides)
-            console.print(f"{gap.metric} is known of so many of a user's answers: {known}; {judged}.", soft_wrap=True)
+            what = "There is feedback on" if gap is treatment.feedback else f"{gap.metric} is known of"
+            console.print(f"{what} so many of a user's answers: {known}; {judged}.", soft_wrap=True)
 
 
 def _differs(gap: Comparison) -> bool:

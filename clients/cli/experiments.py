@@ -103,7 +103,7 @@ def change_weights(
 
 @app.command("undo")
 def undo(name: _NameArgument, home: HomeOption = None, json: JsonOption = False) -> None:
-    """Take the latest change of weights, promotion or rollback back that isn't yet."""
+    """Take the latest change of weights, promotion, rollback, acceptance or stop back that isn't yet."""
     from adapters.experiment_acts import undo as undo_act
 
     experiment = undo_act(open_registry(home), name)

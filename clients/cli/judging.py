@@ -16,6 +16,7 @@ import typer
 from clients.cli.output import console, error_console
 
 if TYPE_CHECKING:
+    from clients.errors import InvalidRequestError
     from clients.judge import JudgeModel, Verdict
 
 __all__ = [
@@ -76,12 +77,21 @@ class Journal:
         return self._known.get(key)
 
     def add(self, key: str, value: dict[str, Any]) -> None:
-        """Write what was found out."""
+        """Write what was found out.
+
+        Raises:
+            InvalidInputError: the file can't be written any more; what it has stays.
+        """
+        from adapters.errors import InvalidInputError
+
         self._known[key] = value
         if self.path is None:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(key, value))
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_line(key, value))
+        except OSError as error:
+            raise InvalidInputError(f"{self.path} can't be written: {error.strerror}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,22 +125,31 @@ class Judging:
     concurrency: int
 
     async def judge(self, pairs: Sequence[ToJudge]) -> list[Verdict]:
-        """A verdict for each pair; equal answers are a tie without asking.
+        """A verdict for each pair; equal answers are a tie without asking, and so is a prompt that the judge refuses.
 
         Raises:
             ApiError: the endpoint can't be reached, or refuses for another reason than the prompt.
+            InvalidInputError: it refuses every pair: the fault is not in the prompts, and all ties would say nothing.
         """
+        from adapters.errors import InvalidInputError
+        from clients.errors import InvalidRequestError
         from clients.http import HotswapClient
-        from clients.judge import JudgeModel
+        from clients.judge import JudgeModel, Verdict
 
         key = None if self.url is None else os.environ.get(_JUDGE_KEY_VARIABLE, "")  # never our own server's key
         base_url = (self.url or self.server_url).rstrip("/").removesuffix("/v1")
         async with HotswapClient(base_url, api_key=key) as client:
             model = JudgeModel(client, self.name, self.criterion, {} if self.url else {"store": False})
             jobs = [lambda pair=pair: self._judge(model, pair) for pair in pairs]
-            return [verdict async for verdict in in_order(jobs, self.concurrency, "verdicts")]
+            found = [item async for item in in_order(jobs, self.concurrency, "verdicts")]
+        refusals = [item for item in found if isinstance(item, InvalidRequestError)]
+        if refusals and len(refusals) == sum(pair.one != pair.other for pair in pairs):
+            raise InvalidInputError(f"the judge {self.name} refused every pair; the first reason: {refusals[0]}")
+        nothing = Verdict("unreadable", "unreadable")
+        return [nothing if isinstance(item, InvalidRequestError) else item for item in found]
 
-    async def _judge(self, judge: JudgeModel, pair: ToJudge) -> Verdict:
+    async def _judge(self, judge: JudgeModel, pair: ToJudge) -> Verdict | InvalidRequestError:
+        """A verdict, or why the judge refused to read the pair."""
         from clients.errors import InvalidRequestError
         from clients.judge import Verdict
 
@@ -143,8 +162,8 @@ class Judging:
         try:
             ask = lambda: judge.compare(pair.messages, pair.one, pair.other, reference=pair.reference)  # noqa: E731
             verdict: Verdict = await patiently(ask)
-        except InvalidRequestError:
-            return Verdict("unreadable", "unreadable")
+        except InvalidRequestError as error:
+            return error
         self.journal.add(key, asdict(verdict))
         return verdict
 

@@ -95,7 +95,7 @@ def replay(
     options |= {} if max_tokens is None else {"max_tokens": max_tokens}
     journal = Journal(output.with_suffix(".answers.jsonl"), fresh=fresh)
     with _server(serve, url, home) as base_url:
-        work = Replay(base_url, models, asked, options, journal, concurrency)
+        work = Replay(base_url, _base_of(serve, url, home), models, asked, options, journal, concurrency)
         answers = asyncio.run(work.answer_all())
         measures = scoring.measure(models, asked, answers)
         if judge is not None and is_function(judge):
@@ -165,6 +165,14 @@ def _model_name(alias: str, version: str) -> str:
     if "@" not in name:
         raise InvalidInputError(f"{version!r} is no version: expected v1, or {alias}@v1")
     return name
+
+
+def _base_of(is_own: bool, url: str, home: Path | None) -> str:
+    """What the answers of `base` are kept under: our own server's base model, or else whose server it is."""
+    if not is_own:
+        return url
+    core = load_core(home)
+    return f"{core.base} {core.quantisation}"
 
 
 @contextlib.contextmanager

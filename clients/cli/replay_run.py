@@ -51,9 +51,10 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """One run against one server."""
+    """One run against one server. `base` says which base model that has, whose answers name no digest."""
 
     url: str
+    base: str
     models: list[str]
     prompts: list[ComparisonPrompt]
     options: dict[str, Any]
@@ -98,7 +99,10 @@ class Replay:
         return Measure(f"judge {judging.name}", comparisons, bias_of(verdicts))
 
     async def _answer(self, client: HotswapClient, model: str, prompt: ComparisonPrompt) -> Given:
-        key = key_of("answer", model, prompt.messages, prompt.tools, self.options)
+        from adapters.records import BASE_MODEL_NAME
+
+        name = [model, self.base] if model == BASE_MODEL_NAME else model
+        key = key_of("answer", name, prompt.messages, prompt.tools, self.options)
         if known := self.journal.find(key):
             return Given(**known)
         given = await self._ask(client, model, prompt)

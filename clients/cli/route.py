@@ -12,6 +12,7 @@ from clients.cli.options import BaseOption, HomeOption, JsonOption, load_core, o
 from clients.cli.output import console, format_moment, print_json, print_table
 
 if TYPE_CHECKING:
+    from adapters.chat_rows import Row
     from adapters.registry import Registry
     from adapters.routing.evaluation import Evaluation, Predictor
     from adapters.routing.service import Decision, NearPrompt, RoutingService
@@ -44,7 +45,7 @@ def explain(
     base: BaseOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Say where a request would go, and why; `explain` may be left out: hotswap route "my parcel is late"."""
+    """Say where a request would go, and why; `explain` may be left out: hotswap route "Where is my order?"."""
     service = _open(home, base)
     decision = service.route([text], metadata=_parse_metadata(metadata or []), key=key)
     near = service.nearest(text)
@@ -164,21 +165,10 @@ def learn(
     json: JsonOption = False,
 ) -> None:
     """Give the router prompts for a version that was published without: an imported one, say."""
-    from adapters.chat_rows import parse_row
-    from adapters.errors import DataError
     from adapters.routing.prompts import prompts_of
     from adapters.routing.service import RoutingService
 
-    found, problems = [], []
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                row, wrong = parse_row(line)
-                found += [row] if row is not None else []
-                problems += [f"{file}:{number}: {problem}" for problem in wrong]
-    if problems or not found:
-        raise DataError(problems[:20] or [f"{file} holds no rows"], num_more=max(0, len(problems) - 20))
-    num_kept = RoutingService(open_registry(home), None).keep_prompts(name, prompts_of(found))
+    num_kept = RoutingService(open_registry(home), None).keep_prompts(name, prompts_of(_read_rows(file)))
     if json:
         print_json({"name": name, "num_prompts": num_kept})
     else:
@@ -217,6 +207,31 @@ def warn_unknown_to_router(registry: Registry, alias: str) -> None:
             markup=False,
             soft_wrap=True,
         )
+
+
+def _read_rows(file: Path) -> list[Row]:
+    """The rows of a file of JSON lines.
+
+    Raises:
+        InvalidInputError: it can't be read.
+        DataError: lines that are wrong, by their number.
+    """
+    from adapters.chat_rows import parse_row
+    from adapters.errors import DataError, InvalidInputError
+
+    found, problems = [], []
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    row, wrong = parse_row(line)
+                    found += [row] if row is not None else []
+                    problems += [f"{file}:{number}: {problem}" for problem in wrong]
+    except OSError as error:
+        raise InvalidInputError(f"{file} can't be read: {error.strerror}") from None
+    if problems or not found:
+        raise DataError(problems[:20] or [f"{file} holds no rows"], num_more=max(0, len(problems) - 20))
+    return found
 
 
 def _open(home: Path | None, base: str | None) -> RoutingService:

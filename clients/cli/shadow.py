@@ -182,8 +182,8 @@ def _print_report(report: ShadowReport) -> None:
     ]
     print_table(["over the answered requests", "mean", "95 % interval"], rows)
     console.print(
-        "Intervals hold however often one looks, and take a user's requests for one observation. The engine drops "
-        "copies while it is busy: see how many.",
+        "Intervals are made to be looked at often (simulated, not proved), and take a user's requests for one "
+        "observation. The engine drops copies while it is busy: see how many.",
         style="dim",
         soft_wrap=True,
     )

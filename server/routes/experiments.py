@@ -173,7 +173,7 @@ async def accept_split(experiment: ExperimentPath, body: AcceptRequest, services
 
 @router.post("/v1/experiments/{experiment}/undo", dependencies=_EXPERIMENTS)
 async def undo_decision(experiment: ExperimentPath, services: CurrentServices) -> ExperimentObject:
-    """Take the latest change of weights, promotion or rollback back that isn't yet."""
+    """Take the latest change of weights, promotion, rollback, acceptance or stop back that isn't yet."""
     return _experiment(await asyncio.to_thread(undo, services.registry, experiment))
 
 

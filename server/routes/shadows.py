@@ -49,7 +49,7 @@ class ShadowObject(BaseModel):
 class ShadowMean(BaseModel):
     """A mean over requests that both have answered, with the bounds of its 95 % interval where there are some.
 
-    The interval takes a user's requests for one observation, and holds at every look at once.
+    The interval takes a user's requests for one observation, and is made for all looks at once.
     """
 
     mean: float

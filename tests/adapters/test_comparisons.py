@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from adapters.comparisons import compare_all, compare_pair, paired_difference, rate, sign_test
+from adapters.comparisons import compare_all, compare_pair, mean_of_units, paired_difference, rate, sign_test
 
 SCORES = st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=9)
 
@@ -44,6 +44,43 @@ def test_permutation_test_tries_every_sign_when_there_are_few_prompts(scores: li
         (first - second,), lambda x, axis: np.mean(x, axis=axis), permutation_type="samples", vectorized=True
     )
     assert expected.pvalue == pytest.approx(found.permutation_p)
+
+
+def _interval_of_share(totals: list[float], counts: list[int]) -> tuple[float, float] | None:
+    found = mean_of_units(totals, counts, is_share=True).interval
+    return None if found is None else (found.low, found.high)
+
+
+def test_share_has_one_method_when_no_unit_has_come_back_yet() -> None:
+    """Two methods of 95 %, one until the first unit comes back and one after it, would err more often than either."""
+    totals = [1.0, 0.0] * 20
+    alone = mean_of_units(totals, [1] * 40).interval
+    assert alone is not None
+    assert (alone.low, alone.high) == _interval_of_share(totals, [1] * 40)
+    assert _interval_of_share([*totals[:-1], 0.0], [1] * 39 + [2]) == pytest.approx((alone.low, alone.high), abs=0.05)
+    assert _interval_of_share([1.0, 0.0] * 9 + [1.0], [1] * 19) is None
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_share_stays_between_0_and_1_when_nearly_all_are_the_same(count: int) -> None:
+    """An asymptotic sequence knows no bounds of its own."""
+    for units in ([1.0] * 24 + [0.0], [0.0] * 24 + [1.0]):
+        interval = _interval_of_share([unit * count for unit in units], [count] * 25)
+        assert interval is not None
+        assert 0 <= interval[0] < interval[1] <= 1
+        assert units[0] in interval
+
+
+@pytest.mark.parametrize("share", [0.5, 0.95])
+def test_share_is_held_at_every_look_when_each_user_comes_once(share: float) -> None:
+    """At most 5 % of runs that are looked at after every user, and three errors of that."""
+    draw = np.random.default_rng(5)
+    num_wrong = 0
+    for _ in range(100):
+        values = (draw.random(300) < share).astype(float).tolist()
+        ends = (_interval_of_share(values[:n], [1] * n) for n in range(20, 301, 4))
+        num_wrong += any(found is not None and not found[0] <= share <= found[1] for found in ends)
+    assert num_wrong <= 100 * 0.05 + 3 * (100 * 0.05 * 0.95) ** 0.5
 
 
 def test_permutation_test_is_close_to_the_t_test_when_there_are_many_prompts() -> None:

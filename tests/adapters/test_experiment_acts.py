@@ -212,6 +212,62 @@ def test_undo_is_refused_when_it_would_overrule_somebody(registry: Registry, exp
         undo(registry, "legal")
     experiments.create("legal", [("A", "v2", 50), ("B", "v3", 50)])
     experiments.change_weights("legal", [("A", None, 90), ("B", None, 10)])
-    experiments.stop("legal")
+    conclude(registry, "legal", "B", action="promote", reason="r")
+    undo(registry, "legal")
     with pytest.raises(ConflictError, match="is stopped; weights change while it runs"):
         undo(registry, "legal")
+
+
+def test_experiment_goes_on_in_a_new_stage_when_its_stop_is_undone(
+    registry: Registry, experiments: ExperimentService
+) -> None:
+    """Everybody has the arm from before; what comes is read apart, since users were outside of it meanwhile."""
+    created = experiments.create("legal", HALVES, traffic=50)
+    units = [f"user-{index}" for index in range(100)]
+    before = [registry.resolve("legal", unit=unit).arm for unit in units]
+    experiments.stop("legal")
+    assert {None} == {registry.resolve("legal", unit=unit).arm for unit in units}
+    again = undo(registry, "legal")
+    assert ("running", None, 2, created.stretches) == (again.state, again.stopped_at, again.stage, again.stretches)
+    assert before == [registry.resolve("legal", unit=unit).arm for unit in units]
+    _, stop, undone = experiments.decisions("legal")
+    assert (stop.id, "undid: it was stopped") == (undone.numbers["undoes"], undone.reason)
+    assert (created.arms, created.arms) == tuple(experiments.arms_of(created.id, stage) for stage in (1, 2))
+    experiments.stop("legal")
+    conclude(registry, "legal", "B", action="promote", reason="r")
+    assert ["stopped", "running"] == [undo(registry, "legal").state for _ in range(2)]
+
+
+def test_stop_stands_when_there_is_nothing_to_go_back_to(registry: Registry, experiments: ExperimentService) -> None:
+    """Others have its users, an arm's version is gone, its end has passed, or it never ran."""
+    first = experiments.create("legal", HALVES)
+    experiments.stop(first.id)
+    second = experiments.create("legal", HALVES, traffic=60)
+    with pytest.raises(ConflictError, match=r"running on 'legal' already.*no 100 % of its users are left"):
+        undo(registry, first.id)
+    experiments.stop(second.id)
+    registry.remove("legal@v2")
+    with pytest.raises(NotFoundError, match="no version v2"):
+        undo(registry, first.id)
+    third = experiments.create("legal", [("A", "v1", 50), ("B", "v3", 50)])
+    experiments.stop(third.id)
+    with registry.database.write() as session:
+        session.get_one(ExperimentRow, third.id).ends_at = utc_now()
+    with pytest.raises(ConflictError, match=r"was to end at .* UTC, which has passed"):
+        undo(registry, third.id)
+    draft = experiments.create("legal", [("A", "v1", 50), ("B", "v3", 50)], draft=True)
+    experiments.stop(draft.id)
+    with pytest.raises(ConflictError, match="was stopped before it ran; create it anew"):
+        undo(registry, draft.id)
+    assert {"stopped"} == {experiments.get(made.id).state for made in (first, second, third, draft)}
+
+
+def test_weights_stay_when_somebody_has_changed_the_stage_that_was_looked_at(
+    registry: Registry, experiments: ExperimentService
+) -> None:
+    """Who computes weights from a stage's numbers does not overwrite a person's."""
+    created = experiments.create("legal", HALVES)
+    experiments.change_weights("legal", [("A", None, 80), ("B", None, 20)], stage=1)
+    with pytest.raises(ConflictError, match=f"{created.id} is in stage 2, not 1"):
+        experiments.change_weights("legal", [("A", None, 5), ("B", None, 95)], stage=1)
+    assert [80, 20] == [arm.weight for arm in experiments.get("legal").arms]

@@ -15,7 +15,7 @@ from adapters.experiment_evaluation import ExperimentEvaluation
 from adapters.experiment_report import ArmReport, MetricReport, make_report
 from adapters.experiments import ExperimentService
 from adapters.exposures import FEEDBACK_WINDOW
-from adapters.outcomes import AnsweredRequest, UnitOutcomes, read_outcomes
+from adapters.outcomes import AnsweredRequest, UnitOutcomes, read_history, read_outcomes
 from adapters.records import (
     BUILT_IN_METRICS,
     AnalysisPlan,
@@ -357,6 +357,41 @@ def test_first_token_is_missed_when_answers_of_one_arm_never_come(
     assert found["ttft_ms"].interval is not None
     assert found["ttft_ms"].interval.high < 0
     assert "ttft_ms is known of fewer of B's answers" in " ".join([report.verdict.sentence, *report.verdict.notes])
+
+
+def test_what_was_before_ends_at_the_start_when_users_report_on_it_later(registry: Registry, start: Start) -> None:
+    """A user in an arm may still judge an answer of before: the arm has had a part in that, so it adjusts nothing."""
+    earlier = start(guardrails=())
+    (old, _) = add_users(registry, earlier, "A", [{}, YES])
+    service = ExperimentService(registry.database)
+    service.stop(earlier.id)
+    experiment = start(analysis="fixed", planned_units=2, guardrails=())
+    new = add_users(registry, experiment, "B", [YES, YES])
+    with registry.database.write() as session:
+        for place, row in enumerate(session.query(ExposureRow).filter_by(experiment_id=earlier.id)):
+            row.served_at -= timedelta(hours=1)
+            session.get_one(ExposureRow, new[place]).unit = row.unit
+    service.record_feedback(Feedback(old, "solved", 0.0))
+    with registry.database.read() as session:
+        history = read_history(session, service.get(experiment.id))
+    assert [False, True] == sorted("solved" in unit.reports for unit in history)
+
+
+def test_users_of_the_same_time_are_compared_when_fewer_of_one_arm_report(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Both arms alike, rarely solved at first and mostly later; of A's users 7 in 10 report, all along."""
+    experiment = start(planned_units=4000, guardrails=())
+    outcomes = [YES if place % 10 == 0 else NO for place in range(1000)]
+    outcomes += [NO if place % 10 == 0 else YES for place in range(1000)]
+    add_users(registry, experiment, "B", outcomes)
+    add_users(
+        registry, experiment, "A", [None if place % 10 in (3, 5, 7) else outcomes[place] for place in range(2000)]
+    )
+    primary = evaluation.report(experiment.id).treatments[0].primary
+    assert primary is not None
+    assert primary.interval is not None
+    assert -0.1 < primary.interval.low < 0 < primary.interval.high < 0.1
 
 
 def test_history_ends_with_the_present_interval_when_drawn(

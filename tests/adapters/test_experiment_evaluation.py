@@ -21,11 +21,7 @@ from adapters.experiments import ExperimentService
 from adapters.exposures import FEEDBACK_WINDOW
 from adapters.manifest import ADAPTER_WEIGHTS_FILE
 from adapters.outcomes import read_outcomes
-from adapters.records import (
-    Decision,
-    Experiment,
-    Feedback,
-)
+from adapters.records import Decision, Experiment, Feedback, Guardrail, Metric
 from adapters.registry import Registry
 from adapters.store import ArtifactStore
 from adapters.tables import DecisionRow, ExperimentRow, ExposureRow, utc_now
@@ -466,6 +462,111 @@ def test_weights_follow_the_better_arm_once_a_day_when_that_was_asked_for(
     assert 80 < weights["B"] <= 95
     decision = _decisions(registry, experiment)[-1]
     assert ("change_weights", "evaluator", weights) == (decision.action, decision.by, decision.numbers["shares"])
+    assert "Weights follow the outcomes (thompson)" in evaluation.report("legal").verdict.notes[-1]
+
+
+def test_person_s_weights_stay_when_they_come_while_others_are_computed(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Weights by the numbers of a stage that is over are not set."""
+    experiment = start(allocation="thompson", planned_units=2000)
+    win(registry, experiment, 80)
+    with registry.database.write() as session:
+        for row in session.query(DecisionRow):
+            row.made_at -= REALLOCATION_EVERY
+    service = ExperimentService(registry.database)
+    readings: list[int] = []
+
+    def change(*arguments: Any) -> None:
+        if "exposures.total_ms" in arguments[2]:
+            readings.append(len(readings))
+            if len(readings) == 2:  # the first is for the verdict, the second for the weights
+                service.change_weights(experiment.id, [("A", None, 90), ("B", None, 10)])
+
+    event.listen(registry.database.engine, "before_cursor_execute", change)
+    with pytest.raises(ConflictError, match="is in stage 2, not 1"):
+        evaluation.evaluate(experiment.id)
+    assert [90, 10] == [arm.weight for arm in service.get(experiment.id).arms]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"guardrails": (Guardrail("feedback_rate", "increase", 0.05),)},
+        {"metric": Metric("feedback_rate", "increase")},
+        {"analysis": "fixed"},
+    ],
+    ids=["guardrail", "metric", "fixed sample"],
+)
+def test_outcomes_are_read_again_when_feedback_can_t_come_any_more(
+    plan: dict[str, Any], registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """A feedback rate is known, and a fixed sample is closed, by time alone: at the next look, not within the hour."""
+    experiment = start(**{"guardrails": (), **plan})
+    add_users(registry, experiment, "A", [YES, NO])
+    readings: list[str] = []
+
+    def note(*arguments: Any) -> None:
+        readings.extend(["read"] if "exposures.ttft_ms" in arguments[2] else [])
+
+    event.listen(registry.database.engine, "before_cursor_execute", note)
+    numbers = []
+    for by in (timedelta(0), timedelta(days=1), FEEDBACK_WINDOW, timedelta(days=1)):
+        age(registry, by)
+        readings.clear()
+        evaluation.evaluate_all()
+        numbers.append(len(readings))
+    assert [1, 0, 1, 0] == numbers
+
+
+def test_acceptance_counts_no_more_when_it_is_undone(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Of feedback and of the split; the latest act first, and each is in the log."""
+    experiment = start(guardrails=())
+    add_users(registry, experiment, "A", [YES, NO] * 250)
+    add_users(registry, experiment, "B", [YES, None] * 150)
+    evaluation.evaluate_all()
+    evaluation.accept_split("legal", "a crawler")
+    evaluation.accept_feedback("legal", "the button is below the fold")
+    assert "promote" == evaluation.report("legal").verdict.kind
+    undo(registry, "legal")
+    assert "known of fewer of B's answers" in evaluation.report("legal").verdict.sentence
+    undo(registry, "legal")
+    report = evaluation.report("legal")
+    assert (True, "inconclusive") == (report.split.fired, report.verdict.kind)
+    assert ["accept_split", "accept_feedback", "undo", "undo"] == _actions(registry, experiment)[-4:]
+    with pytest.raises(ConflictError, match="nothing to undo"):
+        undo(registry, "legal")
+
+
+def test_feedback_is_compared_when_the_plan_names_none_of_it(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """A note on every verdict, and nothing is held back: the plan's numbers don't depend on it."""
+    experiment = start(metric=Metric("length_finish_rate", "decrease"), guardrails=())
+    assert evaluation.report("legal").treatments[0].feedback is None
+    add_users(registry, experiment, "A", [{"liked": 1.0}, None] * 150)
+    add_users(registry, experiment, "B", [{"liked": 1.0}, None, None, None] * 75)
+    report = evaluation.report("legal")
+    gap = report.treatments[0].feedback
+    assert gap is not None
+    assert gap.interval is not None
+    assert ("feedback_rate", 0.25, 0.5) == (gap.metric, gap.treatment.mean, gap.control.mean)
+    assert gap.interval.high < 0
+    assert "Users give feedback on fewer of B's answers than on the control's: -25.0 points" in report.verdict.notes[-1]
+    assert () == report.treatments[0].gaps
+
+
+def test_feedback_is_told_once_when_the_plan_names_all_of_it(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """How often the plan's metric is known says it."""
+    experiment = start()
+    add_users(registry, experiment, "A", [YES, None] * 20)
+    add_users(registry, experiment, "B", [YES] * 40)
+    (treatment,) = evaluation.report("legal").treatments
+    assert (["solved"], None) == ([gap.metric for gap in treatment.gaps], treatment.feedback)
 
 
 def test_unknown_experiment_raises_when_asked_for(evaluation: ExperimentEvaluation) -> None:

@@ -462,6 +462,10 @@ def test_experiment_has_its_units_beforehand_when_it_starts_later(experiments: E
         ({"plan": AnalysisPlan(analysis="fixed")}, "planned_units must say when"),
         ({"plan": AnalysisPlan(auto_promote=True)}, "auto_promote follows the metric"),
         ({"plan": AnalysisPlan(allocation="thompson")}, "allocation follows the metric"),
+        (
+            {"plan": AnalysisPlan(metric=SOLVED, allocation="thompson", analysis="fixed", planned_units=100)},
+            "begins the sample of a fixed analysis anew",
+        ),
         ({"plan": AnalysisPlan(auto_rollback=True)}, "auto_rollback follows the guardrails"),
         ({"plan": AnalysisPlan(guardrails=(GUARD, GUARD))}, "one guardrail a metric"),
         ({"plan": AnalysisPlan(guardrails=(replace(GUARD, margin=0.0),))}, "margin of a guardrail is above 0"),

@@ -58,6 +58,23 @@ def test_means_are_of_requests_and_intervals_of_users_when_users_come_back(datab
     assert interval.low < 0 < independent.low
 
 
+def test_copies_are_counted_together_when_their_reason_is_empty_or_missing(database: Database, shadow: Shadow) -> None:
+    """An error without words is none the less one."""
+    service = ShadowService(database)
+    for reason in ("", "", None, "a word"):
+        _fail(service, shadow, reason)
+    report = service.report("legal")
+    assert (4, {"no reason is known": 3, "a word": 1}) == (report.num_failed, report.failed_because)
+
+
+def _fail(service: ShadowService, shadow: Shadow, reason: str | None) -> None:
+    name, live = f"chatcmpl-{next(NAMES)}", {"role": "assistant", "content": "a"}
+    binding = Binding("legal", "alias", "d" * 64, 1)
+    exposure = Exposure(name, binding, "u", "user", 5, 7, 1.5, 9.5, "stop", None)
+    ExperimentService(service.database).record_exposure(exposure)
+    service.record(ShadowAnswer(name, shadow.id, "failed", reason, 1, "stop", 0, None, live, None))
+
+
 def test_false_alarms_are_rare_when_a_shadow_is_looked_at_after_every_user() -> None:
     """Two equal versions, users who come back, a look after every fifth: at most 5 % of runs, and three errors."""
     draw = np.random.default_rng(3)

@@ -161,8 +161,9 @@ def test_thompson_weights_keep_their_floor_when_arms_vary(arms: list[list[float]
 
 
 def test_thompson_weights_are_equal_when_an_arm_knows_nothing() -> None:
-    """One unit of any values has no spread; a floor that does not fit is an error."""
+    """One unit of any values has no spread, shares need none; a floor that does not fit is an error."""
     assert [0.5, 0.5] == thompson_weights([[0.3], [0.2, 0.9]])
+    assert [0.05 + 0.9 * 6 / 7, 0.05 + 0.9 / 7] == pytest.approx(thompson_weights([[1.0] * 5, []]), abs=1e-3)
     with pytest.raises(ValueError, match="floor"):
         thompson_weights([[1.0], [0.0], [1.0]], floor=0.4)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +34,21 @@ WITHOUT_TOOLS = ["chatml", "mistral", "gemma", "phi3"]
 TOKENIZERS = {name: make_family_tokenizer(family) for name, family in TEMPLATE_FAMILIES.items()}
 # Few letters, spaces and newlines meet the tokenizer's merges often; `<` and `[` begin control tokens.
 TEXTS = st.text(st.sampled_from("abc \n") | st.characters(codec="utf-8", exclude_characters="<["), max_size=10)
+# What the published templates that TRL ships have for control tokens: begin and end of sequence, then the others.
+_IM = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
+_LLAMA = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
+_GEMMA = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
+_PHI = ("<s>", "<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
+PUBLISHED = {
+    "llama3": (_LLAMA, "<|eot_id|>"),
+    "llama3_1": (_LLAMA, "<|eot_id|>"),
+    "llama3_2": (_LLAMA, "<|eot_id|>"),
+    "qwen2_5": (_IM, "<|im_end|>"),
+    "qwen3": (_IM, "<|im_end|>"),
+    "gemma": (_GEMMA, "<end_of_turn>"),
+    "gemma3": (_GEMMA, "<end_of_turn>"),
+    "phi3": (_PHI, "<|end|>"),
+}
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "look_up", "arguments": {"word": "abc"}}}
 CALLING: list[dict[str, Any]] = [
@@ -96,6 +113,30 @@ def test_training_rows_teach_the_assistants_words_when_conversations_vary(
         if message["role"] == "assistant" and message["weight"]
     ]
     assert [render_prompt(tokenizer, earlier) for earlier in asked] == _prompts(rows)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_training_rows_teach_the_assistants_words_when_the_template_is_the_published_one(name: str) -> None:
+    """The very text that the models' makers wrote, over several turns and with an answer of no weight."""
+    path = Path(str(importlib.metadata.distribution("trl").locate_file(f"trl/chat_templates/{name}.jinja")))
+    if not path.is_file():
+        pytest.skip(f"this release of TRL ships no {path.name}")
+    (bos, eos, *others), end = PUBLISHED[name]
+    tokenizer = make_merging_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": bos, "eos_token": eos, "additional_special_tokens": others})
+    tokenizer.chat_template = path.read_text()
+    # No answer begins with a letter that this tokenizer merges with the newline in front of it.
+    messages = make_messages("q1", "X1", "q2", "X2")
+
+    rows = render_training_rows(tokenizer, messages)
+
+    opening = "<think>\n\n</think>\n\n" if name == "qwen3" else ""  # which the server leaves to the model
+    assert [f"{opening}X1{end}", f"{opening}X2{end}"] == [text.strip("\n") for text in _learned(tokenizer, rows)]
+    assert tokenizer.convert_tokens_to_ids(end) == end_of_turn_id(tokenizer)
+    weighed: list[dict[str, Any]] = [messages[0], {**messages[1], "weight": 0}, *messages[2:]]
+    learned = _learned(tokenizer, render_training_rows(tokenizer, weighed))
+    assert [f"{opening}X2{end}"] == [text.strip("\n") for text in learned]
+    assert all(row.input_ids[:2].count(tokenizer.bos_token_id) <= 1 for row in rows)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

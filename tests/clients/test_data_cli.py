@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import re
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from adapters.errors import ConfigurationError, ConflictError, DataError
@@ -220,6 +222,23 @@ def test_data_show_marks_the_tokens_that_carry_loss_when_there_are_no_colours(
     assert shown.startswith("line 1: ")
 
 
+def test_data_show_colours_the_tokens_that_carry_loss_when_it_writes_to_a_terminal(
+    tmp_path: Path, base: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Green and bold where there is loss, dim elsewhere; no marks between."""
+    terminal = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=200)
+    monkeypatch.setattr("clients.cli.data.console", terminal)
+    source = str(write_rows(tmp_path / "d.jsonl", [make_messages("q", "a")]))
+
+    _run(tmp_path, "show", source, *base)
+
+    assert isinstance(terminal.file, io.StringIO)
+    shown = terminal.file.getvalue()
+    assert "\x1b[1;32ma<|im_end|>\x1b[0m" in shown
+    assert "\x1b[2m" in shown
+    assert "⟦" not in shown
+
+
 def test_data_show_gives_tokens_and_mask_when_json_is_asked_for(tmp_path: Path, base: tuple[str, str]) -> None:
     """Both answers of a preference, each with all of its tokens; no more rows than asked for."""
     row = {"prompt": "q", "chosen": "yes", "rejected": "no"}
@@ -385,6 +404,18 @@ def test_data_show_is_refused_when_every_row_is_bad(tmp_path: Path, base: tuple[
 
     with pytest.raises(DataError, match="expected user and assistant in turn"):
         _run(tmp_path, "show", source, *base)
+
+
+def test_data_check_says_why_it_estimates_no_time_when_a_method_was_never_measured(
+    tmp_path: Path, base: tuple[str, str]
+) -> None:
+    """Its own steps, and not those of supervised training; of sft both figures are ranges."""
+    rows = str(write_rows(tmp_path / "rows.jsonl", [make_messages(f"q{number}", "a") for number in range(9)]))
+    sampling = ("--method", "rloo", "--reward", "tone@v1", "--generations", "4", "--max-answer-tokens", "8")
+    told = _run(tmp_path, "check", rows, *base, *sampling).stdout
+    assert "12 steps; time and memory are not estimated: most of a step is spent on writing answers" in told
+    told = _run(tmp_path, "check", rows, *base).stdout
+    assert re.search(r"idle: 6 steps in .* s to .* s, [0-9.]+ .B to [0-9.]+ .B of memory", told)
 
 
 def test_data_check_estimates_without_rows_that_it_refuses(tmp_path: Path, base: tuple[str, str]) -> None:

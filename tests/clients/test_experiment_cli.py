@@ -10,19 +10,25 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
+import numpy as np
 import pytest
+from scipy import stats
 from typer.testing import CliRunner
 
 from adapters.database import open_database
 from adapters.errors import ConflictError, InvalidInputError
+from adapters.experiment_comparisons import stage_confidence
 from adapters.experiments import ExperimentService
 from adapters.records import AnalysisPlan, Experiment, Guardrail, Metric
 from adapters.registry import Registry
 from adapters.statistics import required_units
+from adapters.statistics.mixtures import ArmMoments, difference_bounds
 from adapters.store import ArtifactStore
 from clients.cli.main import app
 from tests.support.experiments import HALVES, NO, SOLVED, YES, add_users, age
 from tests.support.versions import publish_text
+
+THIRDS = [("A", "v1", 34.0), ("B", "v2", 33.0), ("C", "v3", 33.0)]
 
 
 @dataclass
@@ -54,11 +60,11 @@ class Home:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Home]:
-    """With two versions of `legal`."""
+    """With three versions of `legal`, which points to the first."""
     path = tmp_path / "home"
     path.mkdir()
     registry = Registry(open_database(f"sqlite:///{path / 'hotswap.db'}"), ArtifactStore(path / "store"))
-    for content in ("one", "two"):
+    for content in ("one", "two", "three"):
         publish_text(registry, content, promote=content == "one")
     yield Home(path, registry)
     registry.database.close()
@@ -119,6 +125,22 @@ def test_show_draws_no_effect_when_there_is_none_to_draw(home: Home, tmp_path: P
     assert not (tmp_path / "effect.svg").exists()
 
 
+def test_show_compares_feedback_when_the_plan_names_none_of_it(home: Home) -> None:
+    """How often answers have any, in both arms."""
+    experiment = home.start(metric=Metric("length_finish_rate", "decrease"), guardrails=())
+    add_users(home.registry, experiment, "A", [{"liked": 1.0}, None] * 150)
+    add_users(home.registry, experiment, "B", [{"liked": 1.0}, None, None, None] * 75)
+    shown = home.text("show", "legal")
+    assert "There is feedback on so many of a user's answers: 50 % in A, 25 % in B; the arms differ, -25.0 po" in shown
+
+
+def test_plot_is_refused_when_its_folder_is_not_there(home: Home, tmp_path: Path) -> None:
+    """With the path, and why."""
+    _win(home, home.start())
+    with pytest.raises(InvalidInputError, match=r"effect\.svg can't be written: No such file or directory"):
+        home.text("show", "legal", "--plot", str(tmp_path / "absent" / "effect.svg"))
+
+
 def test_person_decides_when_told_to(home: Home) -> None:
     """Promotion and rollback end an experiment; a difference in feedback is accepted for the log."""
     first = home.start()
@@ -139,12 +161,47 @@ def test_person_decides_when_told_to(home: Home) -> None:
 
 
 def test_power_prints_users_and_days_when_asked(home: Home) -> None:
-    """For both analyses, as the statistics say; days by the users that come."""
+    """For both analyses, at the confidence that an experiment's first stage has; days by the users that come."""
+    confidence = stage_confidence(home.start())
     printed = home.text("power", "--base-rate", "0.4", "--effect", "0.05", "--users-per-day", "500", "--traffic", "50")
     for analysis in ("sequential", "fixed"):
-        units = required_units(0.05, base_rate=0.4, analysis="fixed" if analysis == "fixed" else "sequential")
+        units = required_units(
+            0.05, base_rate=0.4, confidence=confidence, analysis="fixed" if analysis == "fixed" else "sequential"
+        )
         assert f"{units:,}" in printed
         assert f" {-(-units // 250)} " in printed
+    assert "Its intervals have 96.96 % confidence" in printed
+
+
+@pytest.mark.parametrize(("arms", "treatments"), [(HALVES, 1), (THIRDS, 2)])
+def test_difference_is_found_as_often_as_power_says_when_experiments_are_simulated(
+    home: Home, arms: list[tuple[str, str, float]], treatments: int
+) -> None:
+    """Looked at once at the printed number, by the very intervals that such an experiment has: found in 80 %."""
+    plan = AnalysisPlan(metric=Metric("score", "increase"))
+    experiment = ExperimentService(home.registry.database).create("legal", arms, salt="s", plan=plan)
+    confidence = stage_confidence(experiment)
+    options = ("--effect", "0.1", "--std-dev", "1", "--treatments", str(treatments), "--json")
+    planned = {row["analysis"]: row["planned_units"] for row in json.loads(home.text("power", *options))}
+    pair = planned["fixed"] * 2 // (treatments + 1)
+    fixed = _simulate(0.1, pair // 2)
+    margin = stats.t.ppf((1 + confidence) / 2, fixed[0].count * 2 - 2) * np.sqrt(
+        (fixed[0].variance + fixed[1].variance) / fixed[0].count
+    )
+    assert 0.79 < np.mean(fixed[0].mean - fixed[1].mean > margin) < 0.81
+    pair = planned["sequential"] * 2 // (treatments + 1)
+    low, _ = difference_bounds(*_simulate(0.1, pair // 2), confidence=confidence, planned_units=pair)
+    assert 0.79 < np.mean(low > 0) < 0.81
+
+
+def _simulate(effect: float, num_units: int) -> tuple[ArmMoments, ArmMoments]:
+    """The moments of 20,000 experiments with so many normal values an arm, of deviation 1: treatment and control."""
+    draw = np.random.default_rng(7)
+    means = draw.normal(scale=num_units**-0.5, size=(2, 20_000))
+    variances = draw.chisquare(num_units - 1, size=(2, 20_000)) / (num_units - 1)
+    sides = zip(means + np.array([[effect], [0.0]]), variances, strict=True)
+    treatment, control = (ArmMoments(num_units, mean, variance, 0.0) for mean, variance in sides)
+    return treatment, control
 
 
 @pytest.mark.parametrize(

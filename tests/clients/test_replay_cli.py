@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from adapters.errors import ConfigurationError, InvalidInputError
 from adapters.registry import Registry
 from adapters.tables import ConversationRow
+from clients.cli.judging import Journal
 from clients.cli.main import app
 from clients.errors import ApiError
 from clients.judge import Verdict
@@ -241,6 +242,47 @@ def test_judge_model_sees_both_orders_when_it_compares(
     assert ({False}, {None}) == (
         {body.get("store") for body in answering.bodies}, {body.get("store") for body in judging.bodies},
     )  # fmt: skip
+
+
+def test_replay_fails_when_the_judge_refuses_every_pair(tmp_path: Path) -> None:
+    """A judge that takes no request at all would make a tie of everything; one long prompt is a tie."""
+    with chat_endpoint(lambda body: f"{body['model']} says {body['messages'][-1]['content']}") as answering:
+        with chat_endpoint(lambda body: None) as refusing:
+            options = ("--judge", "some-judge", "--judge-url", refusing.url)
+            with pytest.raises(
+                InvalidInputError, match="some-judge refused every pair; the first reason: no such form"
+            ):
+                _replay(answering.url, tmp_path, *options)
+        says = lambda body: None if PROMPTS[0] in body["messages"][-1]["content"] else "0"  # noqa: E731
+        with chat_endpoint(says) as judging:
+            report = _replay(answering.url, tmp_path, "--judge", "some-judge", "--judge-url", judging.url)
+    (measure,) = report["measures"]
+    assert (4, 1) == (measure["comparisons"][0]["ties"], measure["position_bias"]["unreadable"])
+
+
+def test_base_is_asked_again_when_the_server_is_another(tmp_path: Path) -> None:
+    """Its answers have no digest by which a journal could tell them from those of another base model."""
+    source = _prompts(tmp_path, ["x"] * len(PROMPTS))
+    arguments = ["experiments", "replay", "legal", "--a", "v1", "--b", "base", "--prompts", str(source)]
+    output = ["--output", str(tmp_path / "report.json")]
+    num_asked = []
+    with chat_endpoint(lambda body: "one") as first, chat_endpoint(lambda body: "another") as second:
+        for url in (first.url, first.url, second.url):
+            result = CliRunner().invoke(app, [*arguments, *output, "--url", url], env={"COLUMNS": "200"})
+            assert 0 == result.exit_code, result.output
+            num_asked.append([len(endpoint.bodies) for endpoint in (first, second)])
+        assert [[8, 0], [8, 0], [8, 4]] == num_asked
+        assert {"base"} == {body["model"] for body in second.bodies}
+
+
+def test_error_is_a_sentence_when_the_journal_can_not_be_written_any_more(tmp_path: Path) -> None:
+    """As on a disk that is full in the midst of a run."""
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InvalidInputError, match=r"journal\.jsonl can't be written: Is a directory"):
+        journal.add("key", {})
 
 
 @pytest.mark.parametrize(

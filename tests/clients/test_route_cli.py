@@ -110,6 +110,19 @@ def test_promotion_says_so_when_the_version_has_no_prompts(shell: Shell, tmp_pat
     assert "may go to another alias" in shell.text("route", "forget", "legal")
 
 
+@pytest.mark.parametrize(
+    "command", [("learn", "music", "MISSING"), ("evaluate", "MISSING"), ("evaluate", "FILE", "--train", "MISSING")]
+)
+def test_file_is_named_when_it_is_not_there(shell: Shell, tmp_path: Path, command: tuple[str, ...]) -> None:
+    """An error in a sentence, and no traceback."""
+    paths = {
+        "FILE": _write(tmp_path / "eval.jsonl", {"text": ABOUT_LEASE, "alias": "legal"}),
+        "MISSING": "absent.jsonl",
+    }
+    with pytest.raises(InvalidInputError, match=r"^absent\.jsonl can't be read: No such file"):
+        shell.text("route", *(paths.get(word, word) for word in command))
+
+
 def test_router_is_measured_when_texts_are_labelled(shell: Shell, tmp_path: Path) -> None:
     """The present router, or one made from a file for it, which leaves no trace."""
     rows: list[dict[str, str | None]] = [

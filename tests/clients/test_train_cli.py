@@ -109,12 +109,22 @@ def test_train_tells_the_step_and_the_folder_when_it_gets_ctrl_c(tmp_path: Path,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # A shell tells its background jobs to ignore Ctrl-C, and their children with them: the tests may be one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 120
-    while not any((tmp_path / "home").glob("runs/*/metrics.jsonl")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=120)
+    try:
+        deadline = time.monotonic() + 300
+        while (
+            not (has_begun := any((tmp_path / "home").glob("runs/*/metrics.jsonl")))
+            and process.poll() is None
+            and time.monotonic() < deadline
+        ):
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert has_begun, printed
     (folder,) = (tmp_path / "home" / "runs").iterdir()
     assert f"Metrics and sampled answers go to {folder}" in printed
     last = printed.splitlines()[-1]

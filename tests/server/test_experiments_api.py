@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import threading
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -12,6 +15,8 @@ from sqlalchemy import select
 
 from adapters.records import KeyLimits
 from adapters.tables import ExposureRow, FeedbackRow, utc_now
+from server import chat as chat_module
+from server.prompts import chat_prompt
 from tests.support.engine import RECIPES, Exchange, Site, on_site
 
 FIRST, SECOND, *_ = RECIPES
@@ -267,6 +272,42 @@ def test_exposure_is_written_when_a_request_fails_behind_its_assignment(site: Si
     assert 1 == len({(row.experiment_id, row.arm, row.stage, row.unit) for row in rows})
     (unit,) = [unit for units in site.experiments.outcomes(started["id"], 1).values() for unit in units]
     assert [True, False, True] == [request.is_error for request in unit.requests]
+
+
+@pytest.mark.parametrize("leaves", ["hangs up", "is cancelled"])
+def test_exposure_is_written_once_when_the_client_leaves_while_its_prompt_is_rendered(
+    leaves: str, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Assigned is assigned, whether the server notices at once or when the prompt is there."""
+    _publish(site, "legal")
+    _start(site)
+    is_rendering, may_render = threading.Event(), threading.Event()
+
+    def render(*arguments: Any) -> tuple[int, ...]:
+        is_rendering.set()
+        assert may_render.wait(30)
+        return chat_prompt(*arguments)
+
+    monkeypatch.setattr(chat_module, "chat_prompt", render)
+
+    async def scenario(_http: httpx.AsyncClient) -> None:
+        exchange = Exchange(site.app, CHAT, {"model": "legal", "messages": [{"role": "user", "content": "x"}]})
+        while not is_rendering.is_set():
+            await asyncio.sleep(0.001)
+        if leaves == "is cancelled":
+            exchange._task.cancel()
+            await asyncio.sleep(0)
+        exchange._incoming.put_nowait({"type": "http.disconnect"})
+        may_render.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await exchange._task
+        while not site.exposures() or site.client.num_in_flight:
+            await asyncio.sleep(0.001)
+
+    on_site(site, scenario)
+    assert [("cancelled", None, True)] == [
+        (row.finish_reason, row.error, row.experiment_id is not None) for row in site.exposures()
+    ]
 
 
 def test_feedback_is_taken_when_the_answer_is_still_streamed(site: Site) -> None:

@@ -31,8 +31,16 @@ from training.job_settings import resolve_settings
 _JOBS = "/v1/fine_tuning/jobs"
 _ELSEWHERE_ON_THE_WIRE = {"home", "seed", "method", "start_from", "report_to"}
 # The operator's: what a version is measured against, files of the server, and what runs on its device.
-_NOT_ON_THE_WIRE = {"sample_prompts", "sample_file", "sample_tokens", "use_liger_kernel", "validation_share"} | {
-    name for name in TrainSettings.model_fields if name.startswith("gate_")
+_NOT_ON_THE_WIRE = {
+    "sample_prompts",
+    "sample_file",
+    "sample_tokens",
+    "use_liger_kernel",
+    "gate_margin",
+    "gate_confidence",
+    "gate_samples",
+    "gate_sample_tokens",
+    "gate_degenerate",
 }
 
 
@@ -449,6 +457,32 @@ def test_trainer_reads_what_the_wire_wrote_when_a_job_is_created(site: Site, fil
     settings = resolve_settings(_claim(site).job, tmp_path / "home")
     assert (settings.epochs, settings.rank, settings.learning_rate, settings.seed) == (2, 8, 0.01, 3)
     assert settings.batch_size == TrainSettings.load(tmp_path / "home").batch_size
+
+
+@pytest.mark.parametrize("schema", [{"type": "object"}, '{"type": "object"}'])
+def test_job_declares_its_format_when_it_is_created(site: Site, file_id: str, tmp_path: Path, schema: Any) -> None:
+    """What a domain's answers look like belongs to its job, as an object or as text; so does what it may forget."""
+    form = {"gate_format_regex": r"\{.*\}", "gate_format_schema": schema, "gate_format_share": 0.5}
+    body = _create(site, file_id, method=_supervised(**form, gate_forgetting=0.2, validation_share=0.25)).json()
+    assert body["method"]["supervised"]["hyperparameters"]["gate_format_schema"] == schema
+    settings = resolve_settings(_claim(site).job, tmp_path / "home")
+    assert (settings.gate_format_regex, settings.gate_format_share) == (r"\{.*\}", 0.5)
+    assert settings.gate_format_schema == '{"type": "object"}'
+    assert (settings.gate_forgetting, settings.validation_share) == (0.2, 0.25)
+
+
+def test_job_is_refused_when_it_names_two_kinds_of_validation_rows_or_a_schema_that_is_too_long(
+    site: Site, file_id: str
+) -> None:
+    """Both would be one too many; the length is that of the schema's text."""
+    both = _create(site, file_id, method=_supervised(validation_share=0.2), validation_file=file_id)
+    assert (both.status_code, both.json()["error"]["param"]) == (
+        400,
+        "method.supervised.hyperparameters.validation_share",
+    )
+    long = _create(site, file_id, method=_supervised(gate_format_schema={"title": "x" * 20_000}))
+    assert long.status_code == 400
+    assert "expected at most 20000 characters, found 20" in long.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,16 @@ from typing import Any
 import httpx
 import pytest
 from sqlalchemy import select
+from structlog.testing import capture_logs
 
 from adapters.records import KeyLimits
 from adapters.registry import Registry
-from adapters.shadows import Shadow
+from adapters.shadows import Shadow, ShadowService
 from adapters.tables import ConversationRow, ShadowAnswerRow
+from server import shadows as shadows_module
 from server.engine_client import EngineClient
 from server.messages import SubmitCommand
+from server.shadows import ShadowKeeper
 from tests.support.engine import RECIPES, Bench, Reference, Site, on_site
 
 FIRST, SECOND, THIRD, *_ = RECIPES
@@ -259,6 +262,47 @@ def test_copies_end_when_the_worker_is_lost(keeping_site: Site) -> None:
 
     on_site(keeping_site, scenario)
     assert ["dropped"] == [row.outcome for row in _rows(keeping_site)]
+
+
+def test_keeper_goes_on_when_shadows_can_t_be_read(keeping_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the error is: its end would be the server's, which answers without knowing of shadows, too."""
+    _publish(keeping_site)
+    monkeypatch.setattr(shadows_module, "_CHECK_EVERY_S", 0.001)
+    looks: list[int] = []
+
+    class Failing(ShadowService):
+        def list(self, *, is_running: bool = False, limit: int | None = None) -> list[Shadow]:
+            looks.append(len(looks))
+            if len(looks) == 2:
+                raise OverflowError("a share that nobody expects")
+            return super().list(is_running=is_running, limit=limit)
+
+    keeper = ShadowKeeper(Failing(keeping_site.registry.database), keeping_site.client, keeping_site.services.metrics)
+
+    async def scenario() -> None:
+        task = asyncio.create_task(keeper.run())
+        while len(looks) < 4:
+            assert not task.done()
+            await asyncio.sleep(0.001)
+        task.cancel()
+
+    asyncio.run(scenario())
+    assert [0, 1, 2, 3] == looks[:4]
+
+
+def test_error_is_logged_when_a_copy_ends_by_one(keeping_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for a copy, so nobody else would ever see it; the live answer is what it is."""
+    _publish(keeping_site)
+
+    def fail(self: ShadowService, answer: Any) -> None:
+        raise OverflowError("a number that nobody expects")
+
+    monkeypatch.setattr(ShadowService, "record", fail)
+    with capture_logs() as logs:
+        (response,) = _chat(keeping_site, _body())
+    assert 200 == response.status_code
+    (crash,) = [entry for entry in logs if entry["event"] == "shadow_crashed"]
+    assert ("error", "a number that nobody expects") == (crash["log_level"], str(crash["exc_info"]))
 
 
 def test_version_can_not_be_removed_when_it_is_a_running_shadow(site: Site) -> None:

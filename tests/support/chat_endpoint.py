@@ -15,7 +15,7 @@ __all__ = ["ChatEndpoint", "chat_endpoint"]
 class ChatEndpoint(ThreadingHTTPServer):
     """Answers every POST as a chat, and keeps bodies and Authorization headers."""
 
-    def __init__(self, answer: Callable[[dict[str, Any]], str]) -> None:
+    def __init__(self, answer: Callable[[dict[str, Any]], str | None]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.answer = answer
         self.bodies: list[dict[str, Any]] = []
@@ -34,10 +34,13 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.bodies.append(body)
         self.server.keys.append(self.headers.get("authorization"))
-        message = {"role": "assistant", "content": self.server.answer(body)}
+        text = self.server.answer(body)
+        message = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         answer = {"id": "chatcmpl-1", "choices": [choice], "usage": {"completion_tokens": 1}}
-        self.send_response(200)
+        if text is None:
+            answer = {"error": {"message": "no such form", "type": "invalid_request_error"}}
+        self.send_response(400 if text is None else 200)
         self.end_headers()
         self.wfile.write(json.dumps(answer).encode())
 
@@ -46,8 +49,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def chat_endpoint(answer: Callable[[dict[str, Any]], str]) -> Iterator[ChatEndpoint]:
-    """An endpoint on a free port for the length of the block; `answer` makes the text from the request's body."""
+def chat_endpoint(answer: Callable[[dict[str, Any]], str | None]) -> Iterator[ChatEndpoint]:
+    """An endpoint on a free port for the block; `answer` makes the text from a request's body, None a 400."""
     server = ChatEndpoint(answer)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

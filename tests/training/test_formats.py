@@ -158,7 +158,7 @@ def test_read_dataset_names_every_problem_of_a_line_when_it_has_several(tmp_path
         read_dataset(path)
 
     keys = "role, content, weight, name, tool_calls, tool_call_id"
-    which = "say which of system, user, assistant, tool each of them is"
+    which = "say which of system, user, assistant, tool each of them is, or none to leave out what it says"
     assert [
         f"{path}:1: field messages[0]: key 'audio' is not supported; expected {keys}",
         f"{path}:1: roles that are not known: 'bot' (1 row); {which}: --roles bot=ROLE",

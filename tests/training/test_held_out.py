@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from adapters.errors import DataError
 from tests.support.conversations import easy_rows, make_dataset, make_messages
 from training.formats import Dataset
-from training.held_out import hold_out
+from training.held_out import choose_validation, hold_out
 
 
 def _numbered(num_rows: int) -> list[list[dict[str, str]]]:
@@ -52,3 +53,26 @@ def test_hold_out_is_the_same_when_it_is_computed_again_by_another_release(tmp_p
     """A job that goes on after an update, and a version that is trained next year, hold out these very rows."""
     _, held_out = hold_out(make_dataset(tmp_path / "rows.jsonl", _numbered(40)), 0.25)
     assert [numbered.place.number for numbered in held_out.rows] == [9, 10, 11, 20, 23, 25, 28, 29, 30, 36, 37, 40]
+
+
+@pytest.mark.parametrize(("num_rows", "is_warned"), [(7, True), (8, False)])
+def test_choose_validation_warns_when_a_file_has_too_few_rows_for_the_gate(
+    tmp_path: Path, num_rows: int, is_warned: bool
+) -> None:
+    """The share is for runs without such a file: nothing is held out beside it."""
+    train = make_dataset(tmp_path / "rows.jsonl", _numbered(20))
+    given = make_dataset(tmp_path / "v.jsonl", _numbered(num_rows))
+    division = choose_validation(train, given, 0.5)
+    assert (division.train, division.validation) == (train, given)
+    assert is_warned == bool(division.warning)
+    assert is_warned == division.warning.endswith(
+        "v.jsonl: rows to validate with: 7; the gate compares with 8 or more and will be inconclusive: give more"
+    )
+
+
+def test_choose_validation_names_the_field_when_the_share_leaves_no_row(tmp_path: Path) -> None:
+    """A client learns which of its files was at fault."""
+    one = next([row] for row in _numbered(50) if hold_out(make_dataset(tmp_path / "r.jsonl", [row]), 0.5)[1].rows)
+    with pytest.raises(DataError, match="none is left to train on") as caught:
+        choose_validation(make_dataset(tmp_path / "r.jsonl", one), None, 0.5, train_param="training_file")
+    assert "training_file" == caught.value.param

@@ -44,6 +44,7 @@ from training.job import (
     write_csv,
 )
 from training.job_settings import describe_failure, name_data, resolve_settings, tracker_environment
+from training.plots import CURVES_FILE
 from training.progress import StepMetrics
 
 
@@ -137,6 +138,8 @@ def test_job_makes_the_same_version_when_it_was_paused_and_resumed(place: JobPla
     paused = _run(place, Interruption(lambda: place.jobs.pause(job.id), at_step=3))
     assert (paused.status, _is_published(place, "parts")) == ("paused", False)
     assert checkpoints_folder(place.core.home, job.id).joinpath("checkpoint-4").is_dir()
+    # One looks at the curves of a run that was stopped most of all.
+    assert "<polyline" in (place.core.home / "jobs" / job.id / CURVES_FILE).read_text()
     place.jobs.resume(job.id)
     done = _run(place)
     assert done.status == "succeeded"

@@ -13,6 +13,7 @@ import torch
 from adapters.chat_template import RenderedRow
 from tests.support.methods import TinyWatcher, keep, make_run, method_settings, trained_tensors
 from tests.support.tiny import load_tiny_base
+from training.estimate import count_steps
 from training.length_order import grouped_order
 from training.log_probs import answer_log_probs
 from training.methods import METHODS, VALIDATORS, TrainingRun
@@ -265,6 +266,27 @@ def test_adapter_has_the_same_bits_when_the_run_was_interrupted(
     expected = trained_tensors(whole)
     assert len(expected) > 10
     assert [name for name, found in trained_tensors(resumed).items() if not torch.equal(found, expected[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("rloo", {"generations": 2, "max_answer_tokens": 2}),
+        ("grpo", {"generations": 2, "max_answer_tokens": 2, "gradient_accumulation": 2}),
+        ("dpo", {}),
+        ("kto", {}),
+        ("reward", {"gradient_accumulation": 2}),
+    ],
+)
+def test_run_takes_the_steps_that_its_estimate_counts_when_rows_are_left_over(
+    tmp_path: Path, tiny_folders: dict[str, Path], method: str, changes: dict[str, Any]
+) -> None:
+    """Seven rows fill no whole number of steps; answers are sampled for whole steps alone."""
+    run = _run(tmp_path, tiny_folders["llama"], method, **changes, batch_size=4, epochs=2)
+    run = _only(run, 7)
+    watcher = TinyWatcher()
+    METHODS[method](keep(run, watcher, tmp_path / "checkpoints"))
+    assert count_steps(7, run.settings) == watcher.metrics[-1].step == watcher.metrics[-1].num_steps
 
 
 @pytest.mark.parametrize("method", ["rloo", "grpo"])

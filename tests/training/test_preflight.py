@@ -273,3 +273,21 @@ def test_inspect_data_has_no_figures_when_every_row_is_refused(tmp_path: Path) -
 
     assert (0, None) == (report.train.num_fit_rows, report.train.tokens)
     assert () == report.unfit_sets
+
+
+def test_inspect_data_refuses_fewer_prompts_than_a_step_takes_when_answers_are_sampled(tmp_path: Path) -> None:
+    """TRL would find nothing to train on, in words that nobody understands; one prompt more is a step."""
+    settings: dict[str, Any] = {"method": "rloo", "reward": "tone@v1", "batch_size": 8, "generations": 2}
+    cure = "give more rows, a smaller batch_size or more generations"
+    assert _inspect(tmp_path, _good_rows()[:3], **settings).train.problems == (
+        "t: number of rows: 3; a step of rloo takes 4 prompts (batch_size * gradient_accumulation / generations): "
+        + cure,
+    )
+    assert () == _inspect(tmp_path, _good_rows()[:4], **settings).train.problems
+
+
+def test_inspect_data_asks_for_rows_that_teach_when_they_are_trained_on_alone(tmp_path: Path) -> None:
+    """Nobody is taught by the validation rows; how few of them are too few, the gate says."""
+    assert not any(
+        "seldom teach" in warning for warning in _inspect(tmp_path, _good_rows(), _other_rows()[:9]).warnings
+    )

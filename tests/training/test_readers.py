@@ -182,6 +182,55 @@ def test_read_table_says_that_the_hub_gives_nothing_when_it_can_not_be_reached(
         read_table("some/set", split="train")
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A data set of the hub with two configurations; the library reads it from a folder."""
+    folder = tmp_path / "gsm"
+    for name in ("main", "socratic"):
+        (folder / name).mkdir(parents=True)
+        for split in ("train", "test"):
+            rows = [{"question": f"{name} {split}?", "answer": "4"}]
+            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    configurations = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("main", "socratic"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configurations}---\n")
+    load = datasets.load_dataset
+    cache = str(tmp_path / "cache")
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, subset: load(str(folder), subset, cache_dir=cache))
+    return "openai/gsm"
+
+
+def test_read_table_reads_one_split_of_one_configuration_when_the_hub_has_several(hub: str) -> None:
+    """Both are named; what is read has the columns of the set."""
+    table = read_table(hub, subset="socratic", split="test")
+
+    assert [{"question": "socratic test?", "answer": "4"}] == [row.document for row in table.rows]
+
+
+@pytest.mark.parametrize(
+    ("subset", "found"), [(None, "has several configurations"), ("mian", "has no configuration 'mian'")]
+)
+def test_read_table_names_the_configurations_when_none_or_another_is_named(
+    hub: str, subset: str | None, found: str
+) -> None:
+    """The library's first line alone says neither which there are nor how to choose."""
+    with pytest.raises(DataError) as caught:
+        read_table(hub, subset=subset)
+
+    assert f"openai/gsm: {found}; say which with --subset NAME: main, socratic" == str(caught.value)
+
+
+def test_read_table_asks_no_hub_when_the_first_folder_of_the_path_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistyped path looks like an id; its error comes at once."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: pytest.fail("the hub was asked"))
+
+    with pytest.raises(DataError, match=r"^data/tickets: there is no such file in the folder data; "):
+        read_table("data/tickets")
+
+
 def test_read_dataset_hashes_the_bytes_of_the_file_when_it_is_compressed(tmp_path: Path) -> None:
     """The hash names the very file that was given."""
     path = tmp_path / "d.jsonl.gz"
@@ -204,3 +253,15 @@ def test_read_table_tells_rows_apart_when_files_of_a_folder_have_the_same_lines(
     assert ["f/a.jsonl:1", "f/a.jsonl:2", "f/b.jsonl:1", "f/b.jsonl:2", "f/c.parquet: row 1", "f/c.parquet: row 2"] == [
         place.within("f") for place in places
     ]
+
+
+def test_empty_last_columns_are_left_out_when_a_spreadsheet_wrote_them(tmp_path: Path) -> None:
+    """A column that was emptied leaves its delimiter in every record; one with a value in it needs a name."""
+    path = tmp_path / "t.csv"
+    path.write_text("question;answer;;\nq;a;;\nr;b; ;\n")
+    assert [{"question": "q", "answer": "a"}, {"question": "r", "answer": "b"}] == [
+        row.document for row in read_table(path).rows
+    ]
+    path.write_text("question;answer;;\nq;a;;\nr;b;x;\n")
+    with pytest.raises(DataError, match=r"column 3 has no name.*name it, or delete the column"):
+        read_table(path)

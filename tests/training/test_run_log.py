@@ -39,3 +39,13 @@ def test_cut_line_is_left_out_when_a_kill_came_between(tmp_path: Path) -> None:
     with (tmp_path / METRICS_FILE).open("a") as file:
         file.write(json.dumps({"kind": "step", "step": 2})[:9])
     assert [line["step"] for line in RunLog(tmp_path, resume_step=9).lines()] == [1]
+
+
+def test_cut_letter_is_left_out_when_a_kill_came_in_the_middle_of_its_bytes(tmp_path: Path) -> None:
+    """A job that goes on must not fail for half a letter."""
+    log = RunLog(tmp_path)
+    log.note_sample(1, {"answer": "é"})
+    with (tmp_path / SAMPLES_FILE).open("ab") as file:
+        file.write('{"answer": "é'.encode()[:-1])
+    RunLog(tmp_path, resume_step=9)
+    assert ["é"] == [line["answer"] for line in read_lines(tmp_path / SAMPLES_FILE)]

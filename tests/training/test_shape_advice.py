@@ -67,3 +67,26 @@ def test_suggest_mapping_begins_with_preferences_when_columns_are_named_so() -> 
     mapping = "prompt=question_text,chosen=good_answer,rejected=bad_answer"
     assert f"to prefer one answer to another, --map {mapping}" == to_prefer
     assert to_answer.endswith("--map user=question_text,assistant=good_answer")
+
+
+def test_suggest_mapping_names_the_messages_when_a_column_holds_them() -> None:
+    """Whatever the column is called."""
+    rows = [{"ticket": 7, "log": [{"role": "customer", "content": "q"}, {"role": "agent", "content": "a"}]}]
+    assert suggest_mapping("t", ["ticket", "log"], rows).endswith(
+        "'log' holds messages: --map messages=log; docs/data.md has all targets"
+    )
+
+
+def test_suggest_mapping_takes_prose_for_the_answer_when_a_clerk_is_named_beside_it() -> None:
+    """Neither the day on which a message came nor who has filed it is what is to be learned."""
+    rows = [
+        {
+            "message": f"What about plant {place}?",
+            "came in": f"0{place % 3 + 1}.03.2026",
+            "filed by": ("Ann", "Bo")[place % 2],
+            "office wrote": f"Cut it in month {place}.",
+        }
+        for place in range(12)
+    ]
+    to_answer, _ = _suggest(rows)
+    assert to_answer.endswith("--map 'user=message,assistant=office wrote'")

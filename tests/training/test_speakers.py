@@ -29,9 +29,12 @@ def test_roles_are_parsed_when_they_are_pairs() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("customer", "roles 'customer': expected NAME=ROLE with a role of system, user, assistant, tool"),
-        ("customer=human", "roles 'customer=human': expected NAME=ROLE with a role of system, user, assistant, tool"),
-        (" =user", "roles ' =user': expected NAME=ROLE with a role of system, user, assistant, tool"),
+        ("customer", "roles 'customer': expected NAME=ROLE with a role of system, user, assistant, tool, none"),
+        (
+            "customer=human",
+            "roles 'customer=human': expected NAME=ROLE with a role of system, user, assistant, tool, none",
+        ),
+        (" =user", "roles ' =user': expected NAME=ROLE with a role of system, user, assistant, tool, none"),
         ("bot=user,Bot=assistant", "roles 'Bot=assistant': Bot is given twice"),
     ],
 )
@@ -105,7 +108,7 @@ def test_unknown_roles_are_one_problem_when_many_rows_have_them(tmp_path: Path) 
         read_dataset(path)
 
     found = "'Customer ' (8 rows), 'agent' (6 rows), 'operator' (2 rows)"
-    which = "say which of system, user, assistant, tool each of them is"
+    which = "say which of system, user, assistant, tool each of them is, or none to leave out what it says"
     option = "--roles 'Customer =ROLE,agent=ROLE,operator=ROLE'"
     text = f"{path}: lines 1, 2, 3, 4, 5 and 3 more: roles that are not known: {found}; {which}: {option}"
     assert [text] == caught.value.problems
@@ -117,3 +120,39 @@ def test_unknown_roles_are_counted_when_there_are_too_many_to_name() -> None:
 
     assert "'n9' (1 row) and 2 more; say which" in told
     assert "n10" not in told
+
+
+def test_roles_that_are_advised_can_be_given_when_names_differ_by_case_alone() -> None:
+    """One pair for both; a name that --roles can't hold is left out of it, and that is said."""
+    told = name_unknown_roles([["Agent"], ["Agent", "agent "], ["Smith, John"]])
+
+    assert "--roles Agent=ROLE; a name with a comma can't be given, rename that speaker" in told
+    assert {"agent": "user"} == parse_roles(["Agent=user"])
+
+
+def test_speaker_is_left_out_when_its_role_is_none(tmp_path: Path) -> None:
+    """A bot that greets between the turns, whose words nobody is to learn."""
+    turns = [_TURNS[0], {"from": "bot", "value": "Please wait."}, _TURNS[1]]
+    path = write_rows(tmp_path / "t.jsonl", [{"conversations": turns}])
+    dataset = read_dataset(path, roles=parse_roles(["customer=user,agent=assistant,bot=none"]))
+    assert [_CHAT] == [numbered.row for numbered in dataset.rows]
+
+
+def test_notes_beside_messages_are_left_out_and_told_when_an_export_has_them(tmp_path: Path) -> None:
+    """Times and ids; in a list in a cell of a table, too."""
+    messages = [message | {"ts": "2026-02-03 10:00", "Agent ID": 7} for message in make_messages("q", "a")]
+    rows = write_rows(tmp_path / "t.jsonl", [{"messages": messages}])
+    table = tmp_path / "t.csv"
+    table.write_text("messages\n" + '"' + json.dumps(messages).replace('"', '""') + '"\n')
+    for dataset in (read_dataset(rows), read_dataset(table)):
+        assert [_CHAT] == [numbered.row for numbered in dataset.rows]
+        assert dataset.recognised.endswith("; left out of messages: Agent ID, ts")
+
+
+@pytest.mark.parametrize("key", ["weigth", "function_call", "train"])
+def test_key_is_refused_when_it_may_say_what_is_learned(key: str, tmp_path: Path) -> None:
+    """A slip of the pen, or another format's word for it: to leave it out would train on what was to be left out."""
+    messages = make_messages("q", "a")
+    path = write_rows(tmp_path / "t.jsonl", [{"messages": [messages[0], messages[1] | {key: 0}]}])
+    with pytest.raises(DataError, match=f"key '{key}' is not supported"):
+        read_dataset(path)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import json
 import os
 import shutil
 import signal
@@ -17,10 +20,13 @@ import pytest
 
 from adapters.errors import DatabaseBusyError, NotFoundError
 from adapters.jobs import MAX_ATTEMPTS, Claim, JobOrder, JobService
-from tests.support.conversations import easy_rows, make_messages
+from adapters.records import Job
+from tests.support.conversations import easy_rows, make_dataset, make_messages
 from tests.support.disk import small_disk
 from tests.support.jobs import HYPERPARAMETERS, JobPlace, supervised
+from training.held_out import hold_out
 from training.job import checkpoints_folder
+from training.scratch import make_scratch
 from training.supervisor import Supervisor
 
 _HANGING = "import time\nwhile True: time.sleep(1)"
@@ -29,6 +35,7 @@ _SUPERVISOR = """
 from adapters.database import open_database
 from adapters.jobs import JobService
 from adapters.settings import CoreSettings, resolve_home
+from training.scratch import make_scratch
 from training.supervisor import Supervisor
 
 core = CoreSettings.load(resolve_home())
@@ -213,6 +220,65 @@ def test_job_fails_when_its_settings_do_not_fit_together(place: JobPlace) -> Non
     assert (error.code, error.param) == ("invalid_hyperparameters", "method")
 
 
+def _warnings(place: JobPlace, job_id: str) -> list[str]:
+    return [event.message for event in place.jobs.events(job_id, limit=99, level="warn")[0]]
+
+
+def _validated(place: JobPlace, rows: list[Any], kind: str = "supervised", **hyperparameters: Any) -> Job:
+    """A job over these rows, without a validation file, behind the validation of its files."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    file_id = place.files.upload(io.BytesIO(lines.encode()), "rows.jsonl").id
+    method = {"type": kind, kind: {"hyperparameters": HYPERPARAMETERS | hyperparameters}}
+    job = place.jobs.create(JobOrder("tiny", file_id, method, 0, alias="legal", row_kinds=("chat", "labelled")))
+    assert _supervisor(place).validate_one()
+    return place.jobs.get(job.id)
+
+
+def test_validation_warns_that_nothing_can_be_compared_when_a_job_has_no_validation_rows(place: JobPlace) -> None:
+    """Before the job is queued, not when it is trained; it is queued none the less."""
+    job = _validated(place, [{"messages": row} for row in easy_rows(10)])
+    assert job.status == "queued"
+    assert any("no validation rows: the gate can't compare" in warning for warning in _warnings(place, job.id))
+
+
+def test_validation_looks_at_divided_rows_when_a_share_is_held_out(place: JobPlace) -> None:
+    """Rows that nearly equal one another and fall on both sides are told before the job is queued."""
+    answers = "one two three four five six seven eight nine ten eleven twelve thirteen"
+    rows = [{"messages": make_messages("say", f"{answers} {number}")} for number in range(12)]
+    job = _validated(place, rows, validation_share=0.5, max_length=512)
+    warnings = _warnings(place, job.id)
+    assert job.status == "queued", job.error
+    assert any("(held out): rows that nearly equal one of " in warning for warning in warnings)
+    assert not any("no validation rows" in warning for warning in warnings)
+
+
+def test_validation_warns_once_when_a_share_holds_out_too_few_rows(place: JobPlace) -> None:
+    """The gate would say it at the end; the trainer does not say it again."""
+    job = _validated(place, [{"messages": row} for row in easy_rows(10)], validation_share=0.3)
+    assert _supervisor(place).run_one()
+    assert place.jobs.get(job.id).status == "succeeded"
+    few = [warning for warning in _warnings(place, job.id) if "the gate compares with 8 or more" in warning]
+    assert 1 == len(few)
+    assert few[0].startswith("validation_share 0.3 holds out ")
+
+
+def test_validation_fails_the_job_when_its_share_leaves_nothing_to_learn(place: JobPlace, tmp_path: Path) -> None:
+    """Within seconds, and not when its turn comes."""
+    one = next([row] for row in easy_rows(50) if hold_out(make_dataset(tmp_path / "one.jsonl", [row]), 0.5)[1].rows)
+    error = _validated(place, [{"messages": row} for row in one], validation_share=0.5).error
+    assert error is not None
+    assert (error.code, error.param) == ("invalid_training_file", "training_file")
+    assert "validation_share 0.5 holds out 1 of 1 rows, none is left to train on" in error.message
+
+
+def test_validation_fails_the_job_when_its_schema_is_none(place: JobPlace) -> None:
+    """What the request's check lets pass is found before the job is queued."""
+    job = _validated(place, [{"messages": row} for row in easy_rows(3)], gate_format_schema={"type": "thing"})
+    assert job.error is not None
+    assert job.error.code == "invalid_hyperparameters"
+    assert "gate_format_schema: is no JSON schema" in job.error.message
+
+
 def test_job_waits_with_its_checkpoint_when_the_server_is_killed(place: JobPlace) -> None:
     """SIGKILL of what started the supervisor: that ends in good order by itself, with its trainer."""
     job = place.create(validate=False, n_epochs=200, checkpoint_steps=20)
@@ -243,6 +309,64 @@ def test_job_fails_when_its_trainer_crashes(place: JobPlace) -> None:
         assert failed.error is not None
         assert (failed.error.code, "exit code 3" in failed.error.message) == ("trainer_crashed", True)
     assert (place.core.home / "jobs" / first.id / "log.txt").read_text() == "reason\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"),
+    [
+        (errno.ENOSPC, "disk_full", "the server's disk is full: free some space and create the job again"),
+        (errno.ENOMEM, "out_of_memory", "has no memory for another process"),
+        (errno.EAGAIN, "out_of_memory", "or too many processes"),
+    ],
+)
+def test_job_fails_in_words_when_its_process_can_not_be_started(
+    place: JobPlace, monkeypatch: pytest.MonkeyPatch, number: int, code: str, words: str
+) -> None:
+    """What the system refuses at the start is the job's reason at once, not after three attempts; the next is taken."""
+    first, second = place.create(), place.create()
+    refusals = iter([OSError(number, os.strerror(number), "/home/of/the/server")])
+
+    def refuse_once(folder: Path) -> Path:
+        for error in refusals:
+            raise error
+        return make_scratch(folder)
+
+    monkeypatch.setattr("training.supervisor.make_scratch", refuse_once)
+    supervisor = _supervisor(place, ("-c", "import sys; sys.exit(3)"))
+    assert supervisor.run_one()
+    error = place.jobs.get(first.id).error
+    assert error is not None
+    assert error.code == code
+    assert error.message.startswith("the trainer could not be started: ")
+    assert words in error.message
+    assert "/home/of" not in error.message
+    assert supervisor.run_one()
+    assert place.jobs.get(second.id).status == "failed"
+    assert "exit code 3" in place.messages(second.id)[-1]
+
+
+def test_running_job_is_left_alone_when_a_new_one_can_not_be_started(place: JobPlace) -> None:
+    """A file lies where the new job's folder should be: that job fails, the other lane goes on, and so does its own."""
+    running = place.create()
+    blocked, good = (
+        place.jobs.create(JobOrder("tiny", place.upload(easy_rows(3)), supervised(), 0, alias="legal"))
+        for _ in range(2)
+    )
+    (place.core.home / "jobs").mkdir(exist_ok=True)
+    (place.core.home / "jobs" / blocked.id).write_text("no folder")
+    supervisor = _supervisor(place, ("-c", _HANGING), grace_s=0.1)
+    with _running(supervisor):
+        place.wait(lambda: place.jobs.get(blocked.id).status == "failed")
+        place.wait(lambda: place.jobs.get(good.id).status == "queued")
+        place.wait(lambda: place.jobs.get(running.id).status == "running")
+        assert not supervisor.stopping.is_set()
+    error = place.jobs.get(blocked.id).error
+    assert error is not None
+    assert error.code == "trainer_crashed"
+    assert error.message == (
+        "the process that validates the files could not be started: File exists; the server's log says where"
+    )
+    assert 1 == place.messages(running.id).count("The job is running")
 
 
 def test_job_fails_when_every_trainer_is_killed(place: JobPlace) -> None:

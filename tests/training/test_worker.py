@@ -194,7 +194,8 @@ def test_run_training_tells_the_warnings_of_the_preflight_when_somebody_listens(
     """What the data's owner should know is told in the words of the preflight, before the model is loaded."""
     path = run.place.validation_path
 
-    assert f"{path}: number of rows: 3; fewer than 10 seldom teach a behaviour" in run.place.recorder.warnings
+    few = "rows to validate with: 3; the gate compares with 8 or more and will be inconclusive: give more"
+    assert f"{path}: {few}" in run.place.recorder.warnings
 
 
 def test_run_training_tells_its_stages_when_somebody_listens(run: Run) -> None:
@@ -380,7 +381,7 @@ def test_run_training_records_no_validation_when_there_is_no_file(place: Workpla
     }
     assert manifest.data is not None
     assert (manifest.data.validation_sha256, manifest.data.num_validation_rows) == (None, 0)
-    warned = "no validation rows: the gate can't compare; --validation-share 0.1 holds some out"
+    warned = "no validation rows: the gate can't compare; validation_share 0.1 holds a tenth of the rows out"
     assert warned in place.recorder.warnings
 
 

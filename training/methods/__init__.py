@@ -8,7 +8,7 @@ from typing import Any
 from adapters.methods import SAMPLING_METHODS
 from training.config import TrainSettings
 from training.formats import Dataset
-from training.kinds import check_kind, check_labels
+from training.kinds import check_kind, check_labels, check_prompts
 from training.losses import Evaluation
 from training.methods.dpo import train_dpo, validate_dpo
 from training.methods.kto import train_kto, validate_kto
@@ -57,7 +57,9 @@ def check_trainable(rows: Sequence[Any], name: str, settings: TrainSettings) -> 
     """Refuse training rows from which the method could learn nothing; `name` is what messages call the file.
 
     Raises:
-        DataError: kto's rows all have one label.
+        DataError: kto's rows all have one label; rloo's or grpo's are too few for a step.
     """
     if settings.method == "kto":
         check_labels([row.label for row in rows], name)
+    if settings.method in SAMPLING_METHODS:
+        check_prompts(len(rows), name, settings)
