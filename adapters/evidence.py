@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-from adapters.statistics import Interval
+from adapters.statistics import MIN_UNITS, Interval
 
 __all__ = [
     "Comparison",
@@ -31,16 +31,20 @@ Direction = Literal["increase", "decrease"]
 Scale = Literal["share", "ratio", "number"]
 VerdictKind = Literal["promote", "roll_back", "continue", "inconclusive"]
 Outcome = Literal["better", "worse", "equivalent", "open", "no_data"]
-GuardState = Literal["held", "breached", "open", "no_data"]
+GuardState = Literal["held", "breached", "open", "no_data", "no_variation"]
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One arm's part in a comparison: users that have a value, users that have none, and the mean of the values."""
+    """One arm's part in a comparison: users that have a value, users that have none, and the mean of the values.
+
+    `is_constant` is true where there would be users enough for an interval, and all have one value.
+    """
 
     num_units: int
     num_missing: int
     mean: float | None
+    is_constant: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,16 @@ class Comparison:
         if self.direction == "increase":
             return self.interval.low, self.interval.high
         return -self.interval.high, -self.interval.low
+
+    @property
+    def lacks_variation(self) -> bool:
+        """Whether there is no interval since all users of an arm have one value: more of them may not help.
+
+        A share has an interval all the same, after the first users.
+        """
+        sides = (self.treatment, self.control)
+        is_enough = min(side.num_units for side in sides) >= MIN_UNITS
+        return self.scale != "share" and self.interval is None and is_enough and any(s.is_constant for s in sides)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +142,8 @@ class Evidence:
     `over` says why nothing more is to come (an end date, the planned users, a stop), None while more is. Where a plan
     with a fixed sample is not judged yet, `is_early` is true and the treatments' primaries have no interval; where
     its units are there, `closes_at` is when the last feedback on them is.
-    `accepts_feedback_gap` is a person's word that feedback rates may differ. Before it `has_started` nobody comes.
+    `accepts_feedback_gap` is a person's word that feedback rates may differ, `accepted_guardrails` are those that a
+    person no longer waits for; a breach of them counts. Before it `has_started` nobody comes.
     Where `is_adaptive`, weights follow the outcomes.
     """
 
@@ -145,6 +160,7 @@ class Evidence:
     closes_at: datetime | None = None
     has_started: bool = True
     is_adaptive: bool = False
+    accepted_guardrails: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +191,7 @@ def outcome_of(comparison: Comparison | None, smallest_effect: float | None) -> 
 def guard_state(comparison: Comparison, margin: float) -> GuardState:
     """Whether a treatment is shown to be no worse than by the margin, shown to be worse, or neither."""
     if (gain := comparison.gain) is None:
-        return "no_data"
+        return "no_variation" if comparison.lacks_variation else "no_data"
     low, high = gain
     if low > -margin:
         return "held"

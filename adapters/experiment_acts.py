@@ -35,7 +35,7 @@ from adapters.tables import AliasChangeRow, AliasRow, ExperimentRow, utc_now
 __all__ = ["conclude", "undo"]
 
 _MOVES = ("promote", "roll_back")
-_ACCEPTED = ("accept_feedback", "accept_split")
+_ACCEPTED = ("accept_feedback", "accept_guardrail", "accept_split")
 _UNDOABLE = ("change_weights", "stop", *_ACCEPTED, *_MOVES)
 
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from difflib import get_close_matches
 from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
@@ -14,6 +15,7 @@ from adapters.assignment import RESERVED_SALTS
 from adapters.errors import InvalidInputError
 from adapters.experiment_metrics import is_share_metric
 from adapters.records import BUILT_IN_METRICS, AnalysisPlan, Guardrail, Metric
+from adapters.statistics import DEFAULT_PLANNED_UNITS
 
 __all__ = [
     "ALIAS_PATTERN",
@@ -29,6 +31,7 @@ __all__ = [
     "check_salt",
     "check_times",
     "check_traffic",
+    "notes_on",
     "parse_arm",
     "parse_weight",
 ]
@@ -37,6 +40,7 @@ ALIAS_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 ARM_PATTERN = r"^[A-Za-z0-9]{1,32}$"
 METRIC_PATTERN = r"^[a-zA-Z][a-zA-Z0-9_.-]{0,63}$"
 VERSION_PATTERN = r"^([a-z0-9][a-z0-9._-]{0,62}@)?(v[1-9][0-9]{0,8}|[0-9a-f]{8,64})$"
+_BETTER_LOW = ("error_rate", "ttft_ms", "total_ms", "length_finish_rate")  # of no use to anybody when higher
 _MAX_ARMS = 16
 _MAX_GUARDRAILS = 10
 _MAX_SALT_CHARS = 64
@@ -243,6 +247,7 @@ def check_plan(plan: AnalysisPlan) -> None:
     if plan.metric is None and (plan.auto_promote or plan.allocation == "thompson"):
         param = "auto_promote" if plan.auto_promote else "allocation"
         raise InvalidInputError(f"{param} follows the metric, and none is given", param=param)
+    _check_directions(plan)
     if plan.auto_rollback and not plan.guardrails:
         raise InvalidInputError("auto_rollback follows the guardrails, and none is given", param="auto_rollback")
     guarded = [guardrail.metric for guardrail in plan.guardrails]
@@ -252,6 +257,38 @@ def check_plan(plan: AnalysisPlan) -> None:
         _check_guardrail(plan, guardrail)
     if not all(0 < guardrail.margin < math.inf for guardrail in plan.guardrails):
         raise InvalidInputError("the margin of a guardrail is above 0", param="guardrails")
+
+
+def notes_on(plan: AnalysisPlan) -> list[str]:
+    """What somebody who makes a plan may not have meant, in sentences; nothing of it is an error."""
+    notes = []
+    names = [*([plan.metric.name] if plan.metric else []), *(guardrail.metric for guardrail in plan.guardrails)]
+    for name in dict.fromkeys(names):
+        close = get_close_matches(name.lower(), sorted(BUILT_IN_METRICS), n=1)
+        # a part of a name is too far off for the comparison: ttft, tokens
+        close = close or [known for known in sorted(BUILT_IN_METRICS) if name.lower() in known.split("_")]
+        if name not in BUILT_IN_METRICS and close:
+            notes.append(
+                f"{name!r} is no built-in metric, so it is taken as feedback that you report; did you mean "
+                f"{close[0]!r}?"
+            )
+    if plan.metric is not None and plan.planned_units is None:
+        notes.append(
+            f"The plan has no planned_units: intervals are made narrowest at {DEFAULT_PLANNED_UNITS:,} users, and are "
+            "wider than need be before. How many it takes: hotswap experiments power"
+        )
+    return notes
+
+
+def _check_directions(plan: AnalysisPlan) -> None:
+    named = [(item.metric, item.direction) for item in plan.guardrails]
+    if plan.metric is not None:
+        named.insert(0, (plan.metric.name, plan.metric.direction))
+    for name, direction in named:
+        if name in _BETTER_LOW and direction == "increase":
+            raise InvalidInputError(
+                f"{name!r} gets better as it gets lower: expected direction decrease, found increase", param="direction"
+            )
 
 
 def _check_guardrail(plan: AnalysisPlan, guardrail: Guardrail) -> None:

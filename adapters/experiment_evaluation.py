@@ -205,6 +205,31 @@ class ExperimentEvaluation:
             record_act(session, "accept_feedback", row.id, alias=row.alias, reason=reason)
             return to_experiment(session, row, now)
 
+    def accept_guardrail(self, name: str, metric: str, reason: str) -> Experiment:
+        """No longer wait for a guardrail to be shown to hold, for the present stage: a person's word.
+
+        It holds no promotion back any more. Should it be shown to be breached, that counts as before.
+
+        Raises:
+            NotFoundError: no such experiment.
+            InvalidInputError: it has no guardrail of this metric.
+            ConflictError: it does not run any more, or the alias has several.
+        """
+        with self.registry.database.write() as session:
+            now = utc_now()
+            row = find_open_row(session, name, now)
+            if state_of(row, now) != "running":
+                raise ConflictError(f"experiment {row.id} is {state_of(row, now)}, not running")
+            guarded = [guardrail.metric for guardrail in load_plan(session, row.id).guardrails]
+            if metric not in guarded:
+                listed = ", ".join(guarded) or "none"
+                raise InvalidInputError(
+                    f"experiment {row.id} has no guardrail {metric!r}; it has {listed}", param="guardrail"
+                )
+            record_decision(session, row, "accept_guardrail", reason, numbers={"metric": metric})
+            record_act(session, "accept_guardrail", row.id, alias=row.alias, metric=metric, reason=reason)
+            return to_experiment(session, row, now)
+
     def accept_split(self, name: str, reason: str) -> Experiment:
         """Take the arms for comparable though users were not split as was meant: a person's word on what is known.
 

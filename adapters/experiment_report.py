@@ -26,6 +26,7 @@ __all__ = [
     "EffectPoint",
     "ExperimentReport",
     "MetricReport",
+    "accepted_guardrails",
     "better_shares",
     "has_accepted_feedback",
     "make_report",
@@ -136,6 +137,7 @@ def make_report(
         has_started=experiment.state != "draft",
         accepts_feedback_gap=has_accepted_feedback(experiment, decisions),
         is_adaptive=experiment.allocation == "thompson",
+        accepted_guardrails=accepted_guardrails(experiment, decisions),
     )
     names = _metric_names(experiment, outcomes) if in_full else []
     return ExperimentReport(
@@ -175,6 +177,12 @@ def better_shares(experiment: Experiment, outcomes: Outcomes, *, now: datetime, 
 def has_accepted_feedback(experiment: Experiment, decisions: Sequence[Decision]) -> bool:
     """Whether a person has let the present stage's arms differ in how often outcomes are known, and not undone it."""
     return any(d.action == "accept_feedback" and d.stage == experiment.stage for d in _standing(decisions))
+
+
+def accepted_guardrails(experiment: Experiment, decisions: Sequence[Decision]) -> frozenset[str]:
+    """The metrics of the guardrails that a person no longer waits for in the present stage."""
+    found = [d for d in _standing(decisions) if d.action == "accept_guardrail" and d.stage == experiment.stage]
+    return frozenset(decision.numbers["metric"] for decision in found)
 
 
 def _standing(decisions: Sequence[Decision]) -> list[Decision]:

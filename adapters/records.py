@@ -89,6 +89,7 @@ DecisionAction = Literal[
     "roll_back",
     "verdict",
     "accept_feedback",
+    "accept_guardrail",
     "accept_split",
     "undo",
 ]
@@ -112,6 +113,7 @@ AuditAction = Literal[
     "stop_experiment",
     "decide_experiment",
     "accept_feedback",
+    "accept_guardrail",
     "accept_split",
     "undo_decision",
     "set_holdout",

@@ -20,6 +20,7 @@ from adapters.experiment_metrics import analysed_value, first_value, is_share_me
 from adapters.outcomes import UnitOutcomes
 from adapters.records import Metric
 from adapters.statistics import MIN_UNITS
+from adapters.statistics.mixtures import ArmMoments
 
 __all__ = ["Column", "FixedSample", "Outcomes", "first_outcomes", "means_so_far", "plan_sample"]
 
@@ -47,7 +48,8 @@ class Column:
         mean = float(self.values.mean()) if len(self.values) else None
         if mean is not None and self.scale == "ratio":
             mean = math.exp(mean)
-        return Side(len(self.values), self.num_missing, mean)
+        is_constant = len(self.values) >= MIN_UNITS and ArmMoments.of(self.values).variance == 0
+        return Side(len(self.values), self.num_missing, mean, is_constant)
 
     def until(self, moment: datetime) -> Column:
         """The units that were known by then. Those without a value are not counted."""

@@ -76,16 +76,39 @@ def format_interval(comparison: Comparison) -> str:
 
 def obstacles_of(evidence: Evidence, treatment: Treatment) -> list[str]:
     """Why a treatment that is better is not promoted; none if nothing speaks against it."""
-    found = [_describe_guard(guard) for guard in treatment.guards if guard.state != "held"]
+    found = [_describe_guard(treatment, guard) for guard in _open_guards(evidence, treatment)]
     return found if evidence.accepts_feedback_gap else [*found, *_open_gaps(treatment)]
 
 
-def _describe_guard(guard: Guard) -> str:
+def _open_guards(evidence: Evidence, treatment: Treatment) -> list[Guard]:
+    """The guardrails that are not shown to hold, and that nobody has accepted."""
+    accepted = evidence.accepted_guardrails
+    return [guard for guard in treatment.guards if guard.state != "held" and guard.comparison.metric not in accepted]
+
+
+def _describe_guard(treatment: Treatment, guard: Guard) -> str:
     name = guard.comparison.metric
+    if guard.state == "no_variation":
+        return f"the guardrail {name} can't be shown to hold: {_describe_sameness(treatment, guard.comparison)}"
     if guard.state == "no_data":
         return f"the guardrail {name} has too little data to be passed"
     found = format_interval(guard.comparison)
     return f"the guardrail {name} is not shown to hold: {found}, where {format_margin(guard)} is allowed"
+
+
+def _describe_sameness(treatment: Treatment, comparison: Comparison) -> str:
+    """Whose users all have one value, of a comparison that lacks variation."""
+    first, second = comparison.treatment, comparison.control
+    if first.is_constant and second.is_constant and first.mean == second.mean:
+        whose = f"both arms have the same value, {first.mean:.4g}, in all {first.num_units + second.num_units:,} users"
+    else:
+        sides = ((treatment.name, first), ("the control", second))
+        whose = " and ".join(
+            f"all {side.num_units:,} users of {name} have the value {side.mean:.4g}"
+            for name, side in sides
+            if side.is_constant
+        )
+    return f"{whose}, and without variation there is no interval"
 
 
 def format_margin(guard: Guard) -> str:
@@ -210,14 +233,14 @@ def _closing(planned_units: int, closes_at: datetime) -> Verdict:
 def promotion(evidence: Evidence, treatment: Treatment) -> Verdict:
     """A treatment is better, and nothing speaks against it."""
     assert treatment.primary is not None
-    guards = len(treatment.guards)
-    hold = {0: "there are no guardrails", 1: "the guardrail holds", 2: "both guardrails hold"}
     notes = [
         *_adjustment(treatment),
         *(f"{other.label}: {_describe_outcome(other)}." for other in evidence.treatments if other != treatment),
     ]
     if evidence.split.accepted:
         notes.append(f"Accepted by hand: the split of stage {' and '.join(map(str, evidence.split.accepted))}.")
+    accepted = [guard for guard in treatment.guards if guard.state != "held"]
+    notes += [f"Accepted by hand: {_describe_guard(treatment, guard)}." for guard in accepted]
     if evidence.accepts_feedback_gap:
         notes += [f"Accepted by hand: {gap}." for gap in _open_gaps(treatment)]
     return Verdict(
@@ -225,10 +248,17 @@ def promotion(evidence: Evidence, treatment: Treatment) -> Verdict:
         treatment.name,
         f"{treatment.label} is better than {evidence.control}: {treatment.primary.metric} "
         f"{format_interval(treatment.primary)}, with {_confidence(treatment)} confidence; "
-        f"{hold.get(guards, f'all {guards} guardrails hold')}.",
+        f"{_describe_hold(len(treatment.guards), len(accepted))}.",
         tuple(notes),
         f"Promote {treatment.version}.",
     )
+
+
+def _describe_hold(num_guards: int, num_accepted: int) -> str:
+    if num_accepted:
+        return f"{num_guards - num_accepted} of {num_guards} guardrails hold, the rest is accepted by hand"
+    few = {0: "there are no guardrails", 1: "the guardrail holds", 2: "both guardrails hold"}
+    return few.get(num_guards, f"all {num_guards} guardrails hold")
 
 
 def loss(evidence: Evidence) -> Verdict:
@@ -262,6 +292,8 @@ def equivalence(evidence: Evidence) -> Verdict:
 
 
 def _describe_outcome(treatment: Treatment) -> str:
+    if treatment.primary is not None and treatment.primary.lacks_variation:
+        return _describe_sameness(treatment, treatment.primary)
     if treatment.primary is None or treatment.outcome == "no_data":
         return "too little data"
     words = {
@@ -278,13 +310,21 @@ def held_back(evidence: Evidence, treatment: Treatment) -> Verdict:
     assert treatment.primary is not None
     first, *others = obstacles_of(evidence, treatment)
     is_over = evidence.over is not None
-    steps = [f"No more is to come ({evidence.over})" if is_over else "Wait for the guardrails"]
+    guards = _open_guards(evidence, treatment)
+    stuck = [guard.comparison.metric for guard in guards if guard.state == "no_variation"]
+    steps = [f"No more is to come ({evidence.over})"] if is_over else []
+    if len(guards) > len(stuck) and not is_over:
+        steps.append("Wait for the guardrails")
+    if stuck:
+        steps.append(
+            f"if {' and '.join(stuck)} can't get worse by as much as is allowed, as where every answer has one length, "
+            "accept that with a reason; more users alone won't show it"
+        )
     if not evidence.accepts_feedback_gap and _open_gaps(treatment):
         steps.append(
             "find out why one arm has more feedback: where unhappy users are silent, an arm looks better than it is. "
             "Accept the difference if it is harmless"
         )
-        steps = steps if is_over or len(others) else steps[1:]
     next_step = "; ".join(steps)
     return Verdict(
         "inconclusive" if is_over else "continue",
@@ -328,7 +368,19 @@ def _too_little(evidence: Evidence) -> Verdict:
         for treatment in evidence.treatments
         if treatment.primary is not None
     )
-    users = "Nobody has come yet" if evidence.num_units == 0 else f"{_count(evidence.num_units)} came"
+    same = [_describe_sameness(t, t.primary) for t in evidence.treatments if t.primary and t.primary.lacks_variation]
+    if same:
+        return Verdict(
+            "continue",
+            None,
+            f"No difference in {evidence.metric} can be told: {same[0]}.",
+            (),
+            "Wait only if users can differ in it at all; if not, stop, and start again with a metric in which they do.",
+        )
+    nobody = (
+        "Nobody has come yet" if evidence.split.stage == 1 else f"Nobody has come in stage {evidence.split.stage} yet"
+    )
+    users = nobody if evidence.num_units == 0 else f"{_count(evidence.num_units)} came"
     told = "" if evidence.num_units == 0 else f", of {known:,} {evidence.metric} is known"
     return Verdict(
         "continue",

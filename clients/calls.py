@@ -26,6 +26,7 @@ __all__ = [
     "GuardrailSpec",
     "WeightSpec",
     "accept_feedback",
+    "accept_guardrail",
     "accept_split",
     "change_weights",
     "create_experiment",
@@ -316,6 +317,12 @@ def accept_feedback(experiment_id: str, reason: str) -> Call[results.Experiment]
     """POST /v1/experiments/{id}/accept-feedback."""
     body = {"reason": reason}
     return Call(results.Experiment, "POST", f"/v1/experiments/{_part(experiment_id)}/accept-feedback", body=body)
+
+
+def accept_guardrail(experiment_id: str, guardrail: str, reason: str) -> Call[results.Experiment]:
+    """POST /v1/experiments/{id}/accept-guardrail."""
+    body = {"guardrail": guardrail, "reason": reason}
+    return Call(results.Experiment, "POST", f"/v1/experiments/{_part(experiment_id)}/accept-guardrail", body=body)
 
 
 def accept_split(experiment_id: str, reason: str) -> Call[results.Experiment]:

@@ -276,7 +276,7 @@ class Guardrail(Comparison):
     """A guardrail: held if worse than the margin is ruled out, breached if anything better is."""
 
     margin: float | None
-    state: Literal["held", "breached", "open", "no_data"]
+    state: Literal["held", "breached", "open", "no_data", "no_variation"]
 
 
 class Treatment(_Record):

@@ -212,6 +212,10 @@ class ExperimentsResource:
         """Let arms differ in how often outcomes are known; says why that is harmless."""
         return self._client.send(calls.accept_feedback(experiment_id, reason))
 
+    def accept_guardrail(self, experiment_id: str, guardrail: str, reason: str) -> Experiment:
+        """No longer wait for a guardrail to be shown to hold; says why. A breach of it counts as before."""
+        return self._client.send(calls.accept_guardrail(experiment_id, guardrail, reason))
+
     def accept_split(self, experiment_id: str, reason: str) -> Experiment:
         """Take arms for comparable though users were not split as was meant; says why that is harmless."""
         return self._client.send(calls.accept_split(experiment_id, reason))
@@ -280,6 +284,10 @@ class AsyncExperimentsResource:
     async def accept_feedback(self, experiment_id: str, reason: str) -> Experiment:
         """See `ExperimentsResource.accept_feedback`."""
         return await self._client.send(calls.accept_feedback(experiment_id, reason))
+
+    async def accept_guardrail(self, experiment_id: str, guardrail: str, reason: str) -> Experiment:
+        """See `ExperimentsResource.accept_guardrail`."""
+        return await self._client.send(calls.accept_guardrail(experiment_id, guardrail, reason))
 
     async def accept_split(self, experiment_id: str, reason: str) -> Experiment:
         """See `ExperimentsResource.accept_split`."""

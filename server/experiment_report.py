@@ -75,7 +75,7 @@ class GuardrailObject(ComparisonObject):
     """A guardrail: held if worse than the margin is ruled out, breached if anything better is."""
 
     margin: float | None = Field(description="By how much it may be worse, on the scale of the difference.")
-    state: Literal["held", "breached", "open", "no_data"]
+    state: Literal["held", "breached", "open", "no_data", "no_variation"]
 
 
 class TreatmentObject(BaseModel):

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from adapters.experiment_config import (
     ALIAS_PATTERN,
     ARM_PATTERN,
+    METRIC_PATTERN,
     VERSION_PATTERN,
     ExperimentConfig,
     GuardrailConfig,
@@ -27,6 +28,7 @@ __all__ = [
     "ALIAS_PATTERN",
     "EXPERIMENT_PATTERN",
     "VERSION_PATTERN",
+    "AcceptGuardrailRequest",
     "AcceptRequest",
     "AdapterDetail",
     "AdapterObject",
@@ -160,6 +162,15 @@ class AcceptRequest(_Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"reason": "B's button is lower on the page"}]})
     reason: str = Field(min_length=1, max_length=1000, description="Why the difference is harmless, for the log.")
+
+
+class AcceptGuardrailRequest(AcceptRequest):
+    """Body of a word that a guardrail is no longer waited for."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"guardrail": "completion_tokens", "reason": "every answer is one token"}]}
+    )
+    guardrail: str = Field(pattern=METRIC_PATTERN, description="The guardrail's metric.")
 
 
 class HoldoutRequest(_Body):

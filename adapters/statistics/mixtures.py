@@ -27,6 +27,7 @@ __all__ = [
 # Below this many units in an arm there is no interval: the variance and the skewness are not known well enough
 # (`python -m benchmarks.experiments` shows what happens without it).
 MIN_UNITS = 20
+_ROUNDING = 1e-12  # of the largest value: what differs by less is equal
 
 _Array = NDArray[np.float64]
 
@@ -42,8 +43,12 @@ class ArmMoments:
 
     @classmethod
     def of(cls, values: Sequence[float] | _Array) -> ArmMoments:
-        """The moments of one value per unit, at least one; a single unit has variance 0."""
+        """The moments of one value per unit, at least one; a single unit has variance 0, and so have equal ones."""
         array = np.asarray(values, dtype=float)
+        # The mean of equal values is rounded: centred on it they would differ from it, all by the same, and an interval
+        # of that width would exclude everything but rounding errors.
+        if np.ptp(array) <= _ROUNDING * np.abs(array).max():
+            return cls(len(array), float(array[0]), 0.0, 0.0)
         centred = array - array.mean()
         variance = float(centred @ centred) / max(len(array) - 1, 1)
         return cls(len(array), float(array.mean()), variance, float(np.mean(centred**3)))

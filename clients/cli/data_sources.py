@@ -46,12 +46,13 @@ class DataSources:
         for source, options in self.given:
             check_kind(read_source(source, options, command), method)
 
-    def check_command(self, base: str | None, given: Mapping[str, Any]) -> str:
+    def check_command(self, home: Path | None, base: str | None, given: Mapping[str, Any]) -> str:
         """The command that looks at this data with the options and the settings of this run."""
         names = ("method", "max_length", "max_answer_tokens", "reward", "validation_share")
         more = {
             "validation": self.validation,
             "validation-split": self.validation_options.split,
+            "home": home,
             "base": base,
             **{name.replace("_", "-"): given.get(name) for name in names},
         }

@@ -50,9 +50,22 @@ def accept(
     split: Annotated[
         bool, typer.Option("--split", help="Accept a split of users that chance doesn't explain, instead.")
     ] = False,
+    guardrail: Annotated[
+        str | None,
+        typer.Option("--guardrail", metavar="METRIC", help="No longer wait for this guardrail, instead."),
+    ] = None,
     home: HomeOption = None,
 ) -> None:
     """Let arms differ in how often outcomes are known: it no longer holds a promotion back in this stage."""
+    from adapters.errors import InvalidInputError
+
+    if guardrail is not None:
+        if split:
+            raise InvalidInputError("--split and --guardrail are two acts; give one of them", param="guardrail")
+        open_evaluation(home).accept_guardrail(name, guardrail, reason)
+        told = f"{name}: {guardrail} holds no promotion back in this stage any more; a breach of it still counts"
+        console.print(told, soft_wrap=True)
+        return
     if split:
         open_evaluation(home).accept_split(name, reason)
         console.print(f"{name}: arms are compared though users were not split as was meant", soft_wrap=True)

@@ -31,6 +31,7 @@ _GUARD_STATES = {
     "breached": "[red]breached[/red]",
     "open": "not shown to hold yet",
     "no_data": "too little data",
+    "no_variation": "no variation: no interval",
 }
 _MAX_DECISIONS = 8
 _UNITS = {"share": " in points", "ratio": " in %", "number": ""}
@@ -99,7 +100,10 @@ def power(
             days = users_per_day and duration_days(units, units_per_day=users_per_day, traffic_percent=traffic)
             rows.append({"analysis": analysis, "planned_units": units, "days": days})
     except ValueError as error:
-        raise InvalidInputError(f"{error}; give --effect and either --base-rate or --std-dev") from None
+        asked = (
+            "" if (base_rate is None) != (std_dev is None) else "; give --effect and either --base-rate or --std-dev"
+        )
+        raise InvalidInputError(f"{error}{asked}") from None
     if json:
         print_json(rows)
         return
@@ -112,6 +116,9 @@ def power(
         "A sequential experiment mostly ends earlier if the difference is larger, and looking can't fool you.",
         style="dim",
     )
+    console.print("Write it into the experiment's file, which otherwise plans for 10,000:", soft_wrap=True)
+    console.print(f"    planned_units: {rows[0]['planned_units']}        # looked at all along", soft_wrap=True)
+    console.print(f"    planned_units: {rows[1]['planned_units']}        # with analysis: fixed", soft_wrap=True)
 
 
 def _write_plot(report: ExperimentReport, path: Path) -> None:
@@ -152,11 +159,15 @@ def _print_report(report: ExperimentReport) -> None:
     began = "made" if experiment.starts_at is None else "started"
     since = f"; {began} {format_moment(experiment.starts_at or experiment.created_at)} UTC"
     stage = (
-        "" if experiment.stage == 1 else f", stage {experiment.stage} (weights were changed; only this stage counts)"
+        ""
+        if experiment.stage == 1
+        else f", stage {experiment.stage} (weights were changed; only this stage counts, "
+        f"users of stages before it don't)"
     )
     console.print(f"{experiment.id} on {experiment.alias}, {experiment.state}{since}{stage}\n", soft_wrap=True)
     _print_verdict(report)
     _print_arms(report)
+    _print_plan(report)
     for treatment in report.treatments:
         _print_effect(report, treatment)
         _print_guards(report, treatment)
@@ -181,7 +192,7 @@ def _print_verdict(report: ExperimentReport) -> None:
 
 def _command(report: ExperimentReport) -> str | None:
     """What the verdict's next step is typed as."""
-    from adapters.experiment_report import has_accepted_feedback
+    from adapters.experiment_report import accepted_guardrails, has_accepted_feedback
 
     experiment, verdict = report.experiment, report.verdict
     if experiment.state == "draft":
@@ -192,7 +203,12 @@ def _command(report: ExperimentReport) -> str | None:
         return f"{_COMMANDS[verdict.kind]} {experiment.id}"
     if report.split.fired:
         return f'accept {experiment.id} --split --reason "..."'
-    gaps = (gap for treatment in report.treatments for gap in treatment.gaps if treatment.name == verdict.arm)
+    meant = [treatment for treatment in report.treatments if treatment.name == verdict.arm]
+    accepted = accepted_guardrails(experiment, report.decisions)
+    stuck = [guard.comparison.metric for t in meant for guard in t.guards if guard.state == "no_variation"]
+    if waits := [metric for metric in stuck if metric not in accepted]:
+        return f'accept {experiment.id} --guardrail {waits[0]} --reason "..."'
+    gaps = (gap for treatment in meant for gap in treatment.gaps)
     is_accepted = has_accepted_feedback(experiment, report.decisions)
     return f'accept {experiment.id} --reason "..."' if any(map(_differs, gaps)) and not is_accepted else None
 
@@ -214,6 +230,19 @@ def _print_arms(report: ExperimentReport) -> None:
     if report.experiment.metric:
         columns += [report.experiment.metric.name, "known of"]
     print_table(columns, rows, whole=["arm", "version"])
+
+
+def _print_plan(report: ExperimentReport) -> None:
+    experiment, come = report.experiment, sum(arm.num_units for arm in report.arms)
+    if experiment.planned_units is None or experiment.analysis == "fixed":  # of a fixed one the verdict tells it
+        return
+    told = f"{come:,} of {experiment.planned_units:,} planned users have come"
+    if come >= experiment.planned_units and experiment.state == "running":
+        told += (
+            "; later ones count as well, and the intervals hold. End it with stop when what may still be would not "
+            "matter to you"
+        )
+    console.print(f"{told}.", soft_wrap=True)
 
 
 def _primary_mean(metrics: Sequence[MetricReport]) -> tuple[str | None, str | None]:

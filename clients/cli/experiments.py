@@ -25,6 +25,10 @@ app.command("power")(power)
 app.command("promote")(promote)
 app.command("rollback")(rollback)
 app.command("accept")(accept)
+_STAGE_IS_NEW = (
+    "The verdict counts from here on anew: users of earlier stages take no part in it, and undoing this gives the "
+    "weights back, not those users."
+)
 _NameArgument = Annotated[str, typer.Argument(help="An experiment's id, or its alias.")]
 
 
@@ -43,7 +47,7 @@ def create(
 ) -> None:
     """Split an alias: hotswap experiments create support --arms A@v1=50 B@v2=50."""
     from adapters.errors import InvalidInputError
-    from adapters.experiment_config import parse_arm
+    from adapters.experiment_config import notes_on, parse_arm
 
     listed = [*(arms or []), *(more_arms or [])]
     if config is not None:
@@ -54,7 +58,7 @@ def create(
         raise InvalidInputError("expected an alias and --arms, or --config FILE", param="arms")
     else:
         experiment = _open(home).create(alias, [parse_arm(arm) for arm in listed], salt=salt, draft=draft)
-    _tell(experiment, _describe_start(experiment, draft=draft), json=json)
+    _tell(experiment, "\n".join([_describe_start(experiment, draft=draft), *notes_on(experiment)]), json=json)
 
 
 @app.command("list")
@@ -98,7 +102,8 @@ def change_weights(
 
     arms = [parse_weight(weight) for weight in weights]
     experiment = _open(home).change_weights(name, arms, traffic=traffic, reason=reason)
-    _tell(experiment, f"{experiment.id} is in stage {experiment.stage}: {_describe_arms(experiment)}", json=json)
+    words = f"{experiment.id} is in stage {experiment.stage}: {_describe_arms(experiment)}\n{_STAGE_IS_NEW}"
+    _tell(experiment, words, json=json)
 
 
 @app.command("undo")
@@ -107,11 +112,11 @@ def undo(name: _NameArgument, home: HomeOption = None, json: JsonOption = False)
     from adapters.experiment_acts import undo as undo_act
 
     experiment = undo_act(open_registry(home), name)
-    _tell(
-        experiment,
-        f"{experiment.id} is {experiment.state}: {_open(home).decisions(experiment.id)[-1].reason}",
-        json=json,
-    )
+    decision = _open(home).decisions(experiment.id)[-1]
+    words = f"{experiment.id} is {experiment.state}: {decision.reason}"
+    if "from_stage" in decision.numbers:
+        words += f"; this is stage {experiment.stage}\n{_STAGE_IS_NEW}"
+    _tell(experiment, words, json=json)
 
 
 @app.command("log")
@@ -177,10 +182,25 @@ def _read_file(path: Path) -> ExperimentConfig:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         return ExperimentConfig.model_validate(content)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, item['loc'])) or 'the file'}: {item['msg']}" for item in error.errors()]
+        problems = [
+            f"{'.'.join(map(str, item['loc'])) or 'the file'}: "
+            f"{_unknown_key(item['loc']) if item['type'] == 'extra_forbidden' else item['msg']}"
+            for item in error.errors()
+        ]
         raise InvalidInputError(f"{path}: {'; '.join(problems)}", param="config") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InvalidInputError(f"{path}: {error}", param="config") from None
+
+
+def _unknown_key(place: tuple[int | str, ...]) -> str:
+    """What is said of a field that there is none of: those that there are at its place."""
+    from pydantic import BaseModel
+
+    from adapters.experiment_config import ArmConfig, ExperimentConfig, GuardrailConfig, MetricConfig
+
+    parts: dict[str, type[BaseModel]] = {"arms": ArmConfig, "metric": MetricConfig, "guardrails": GuardrailConfig}
+    found: type[BaseModel] = ExperimentConfig if len(place) == 1 else parts[str(place[0])]
+    return f"no such field; there are {', '.join(found.model_fields)}"
 
 
 def _read_state(text: str | None) -> ExperimentState | None:

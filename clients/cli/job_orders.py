@@ -94,7 +94,7 @@ def create_job(
     options = read_options(mapping, split, subset, encoding, roles, join_turns=join_turns)
     sources = DataSources(data, options, validation, replace(options, split=validation_split))
     with full_disk_told(core.home, "the job"):
-        job = _place(core, order, sources, base)
+        job = _place(core, order, sources, sources.check_command(home, base, {}))
     if json:
         print_json(job)
         return
@@ -106,8 +106,8 @@ def create_job(
     )
 
 
-def _place(core: CoreSettings, order: dict[str, Any], sources: DataSources, base: str | None) -> Job:
-    """Store the files and queue the job; if it is refused, the files are deleted again."""
+def _place(core: CoreSettings, order: dict[str, Any], sources: DataSources, command: str) -> Job:
+    """Store the files and queue the job; if it is refused, the files are deleted again. `command` is to be advised."""
     from adapters.database import open_database
     from adapters.files import FileService
     from adapters.jobs import JobService
@@ -118,7 +118,6 @@ def _place(core: CoreSettings, order: dict[str, Any], sources: DataSources, base
     files = FileService(database, core.home / "files", max_bytes=settings.max_file_bytes)
     stored: list[str] = []
     try:
-        command = sources.check_command(base, {})
         for name, (source, options) in zip(("training_file", "validation_file"), sources.given, strict=False):
             stored.append(_upload(files, source, options, command))
             order[name] = stored[-1]

@@ -13,6 +13,7 @@ from clients.cli.output import console, print_json
 
 if TYPE_CHECKING:
     from adapters.comparisons import PairedComparison
+    from adapters.registry import Registry
     from adapters.shadows import ShadowPair
 
 __all__ = ["ShadowArgument", "loss"]
@@ -59,6 +60,10 @@ def _measure_losses(
 
     core = load_core(home, base=base, device=device)
     settings = TrainSettings.load(core.home)
+    registry = open_registry(home)
+    pairs = _still_published(registry, pairs)
+    if not pairs:
+        return []
     loaded = load_base(core)
     longest = settings.max_length
     rendered = [(pair, render_answer(loaded, [*pair.messages, pair.live], pair.tools, longest)) for pair in pairs]
@@ -68,9 +73,23 @@ def _measure_losses(
     rows = {candidate: [row for _, row in kept]}
     for pair, row in kept:  # none of them is the candidate's own: what it answers is not copied
         rows.setdefault(pair.live_version, []).append(row)
-    losses = measure_answers(open_registry(home), loaded, settings, rows)
+    losses = measure_answers(registry, loaded, settings, rows)
     live = {version: iter(values) for version, values in losses.items()}
     return [(pair, next(live[candidate]), next(live[pair.live_version])) for pair, _ in kept]
+
+
+def _still_published(registry: Registry, pairs: Sequence[ShadowPair]) -> list[ShadowPair]:
+    """The pairs whose live answer is of a version that is there, or of the base model."""
+    from adapters.errors import NotFoundError
+    from adapters.records import BASE_MODEL_NAME
+
+    found: dict[str, bool] = {BASE_MODEL_NAME: True}
+    for label in {pair.live_version for pair in pairs} - {BASE_MODEL_NAME}:
+        try:
+            found[label] = registry.find(label).label == label
+        except NotFoundError:
+            found[label] = False
+    return [pair for pair in pairs if found[pair.live_version]]
 
 
 def _print_losses(candidate: str, means: Sequence[float], found: PairedComparison, num_left_out: int) -> None:
@@ -83,7 +102,9 @@ def _print_losses(candidate: str, means: Sequence[float], found: PairedCompariso
         soft_wrap=True,
     )
     if num_left_out:
-        console.print(f"left out: {num_left_out}, too long, or not as the chat template wants it")
+        console.print(
+            f"left out: {num_left_out}, too long, not as the chat template wants it, or of a version that is gone"
+        )
     console.print(
         "What gave an answer is at an advantage with it: a higher loss says how far the candidate is from what is "
         "served, not that it is worse.",

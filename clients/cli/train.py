@@ -112,7 +112,7 @@ def train(
     validation_options = replace(options, split=validation_split or run.validation_split)
     sources = DataSources(data, options, validation, validation_options)
     with ProgressView(alias, error_console if json else console, name_run_folder(core.home)) as view:
-        result = _train(alias, sources, core, settings, sources.check_command(base, given), view)
+        result = _train(alias, sources, core, settings, sources.check_command(home, base, given), view)
     if json:
         print_json(result)
     else:

@@ -17,6 +17,7 @@ from server.experiment_report import ReportObject, report_object
 from server.observe import request_id_of
 from server.resources import (
     EXPERIMENT_PATTERN,
+    AcceptGuardrailRequest,
     AcceptRequest,
     AfterNumber,
     AliasPath,
@@ -163,6 +164,15 @@ async def accept_feedback(
 ) -> ExperimentObject:
     """Let arms differ in how often outcomes are known: it no longer holds a promotion back in this stage."""
     return _experiment(await asyncio.to_thread(services.evaluation.accept_feedback, experiment, body.reason))
+
+
+@router.post("/v1/experiments/{experiment}/accept-guardrail", dependencies=_EXPERIMENTS)
+async def accept_guardrail(
+    experiment: ExperimentPath, body: AcceptGuardrailRequest, services: CurrentServices
+) -> ExperimentObject:
+    """No longer wait for a guardrail to be shown to hold in this stage; a breach of it counts as before."""
+    accept = services.evaluation.accept_guardrail
+    return _experiment(await asyncio.to_thread(accept, experiment, body.guardrail, body.reason))
 
 
 @router.post("/v1/experiments/{experiment}/accept-split", dependencies=_EXPERIMENTS)

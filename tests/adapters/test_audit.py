@@ -17,12 +17,12 @@ from adapters.jobs import JobOrder, JobService
 from adapters.keys import KeyService
 from adapters.manifest import ADAPTER_WEIGHTS_FILE
 from adapters.pins import PinService
-from adapters.records import Actor, AuditAction, AuditEntry
+from adapters.records import Actor, AnalysisPlan, AuditAction, AuditEntry
 from adapters.registry import Registry
 from adapters.routing.service import RoutingService
 from adapters.shadows import ShadowService
 from tests.support.conversations import easy_rows, write_rows
-from tests.support.experiments import add_users
+from tests.support.experiments import ERRORS, add_users
 from tests.support.routing import COOKING, LEGAL, MUSIC, NOTHING
 from tests.support.versions import PLAIN_MANIFEST, publish_text, write_files
 
@@ -50,11 +50,12 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
     experiment = experiments.create("legal", HALVES)
     experiments.stop("legal")
     experiments.set_holdout("legal", 5)
-    second = experiments.create("legal", HALVES, draft=True)
+    second = experiments.create("legal", HALVES, plan=AnalysisPlan(guardrails=(ERRORS,)), draft=True)
     experiments.start(second.id)
     experiments.change_weights(second.id, [("A", None, 80), ("B", None, 20)])
     evaluation = ExperimentEvaluation(registry)
     evaluation.accept_feedback(second.id, "known")
+    evaluation.accept_guardrail(second.id, "error_rate", "known")
     add_users(registry, experiments.get(second.id), "A", [None] * 300)
     evaluation.accept_split(second.id, "a robot")
     evaluation.promote(second.id, "B")
@@ -104,6 +105,7 @@ def test_every_act_leaves_a_row_when_it_is_done(registry: Registry) -> None:
         ("start_experiment", second.id),
         ("change_weights", second.id),
         ("accept_feedback", second.id),
+        ("accept_guardrail", second.id),
         ("accept_split", second.id),
         ("decide_experiment", second.id),
         ("undo_decision", second.id),

@@ -13,7 +13,7 @@ from sqlalchemy import event
 
 from adapters.audit import AuditLog
 from adapters.database import open_database
-from adapters.errors import ConflictError, IntegrityError, NotFoundError
+from adapters.errors import ConflictError, IntegrityError, InvalidInputError, NotFoundError
 from adapters.experiment_acts import undo
 from adapters.experiment_evaluation import EVALUATOR, REALLOCATION_EVERY, ExperimentEvaluation
 from adapters.experiment_report import better_shares
@@ -25,7 +25,7 @@ from adapters.records import Decision, Experiment, Feedback, Guardrail, Metric
 from adapters.registry import Registry
 from adapters.store import ArtifactStore
 from adapters.tables import DecisionRow, ExperimentRow, ExposureRow, utc_now
-from tests.support.experiments import HALVES, NO, YES, Start, add_users, age, points_to, win
+from tests.support.experiments import ERRORS, HALVES, NO, YES, Start, add_users, age, points_to, win
 from tests.support.versions import publish_text
 
 
@@ -538,6 +538,52 @@ def test_acceptance_counts_no_more_when_it_is_undone(
     assert ["accept_split", "accept_feedback", "undo", "undo"] == _actions(registry, experiment)[-4:]
     with pytest.raises(ConflictError, match="nothing to undo"):
         undo(registry, "legal")
+
+
+def test_guardrail_is_told_and_accepted_when_its_metric_does_not_vary(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """It is not passed, and the verdict doesn't say to wait; a person's word lets the winner pass, and is undone."""
+    experiment = start(guardrails=(ERRORS, Guardrail("completion_tokens", "decrease", 0.5, is_relative=True)))
+    win(registry, experiment)
+    before = evaluation.report("legal")
+    assert "no_variation" == before.treatments[0].guards[1].state
+    assert "continue" == before.verdict.kind
+    assert "both arms have the same value, 7, in all 1,000 users, and without variation" in before.verdict.sentence
+    assert "Wait" not in before.verdict.next_step
+    assert "If completion_tokens can't get worse" in before.verdict.next_step
+    with pytest.raises(InvalidInputError, match="no guardrail 'ttft_ms'; it has error_rate, completion_tokens"):
+        evaluation.accept_guardrail("legal", "ttft_ms", "known")
+    evaluation.accept_guardrail("legal", "completion_tokens", "every answer has seven tokens")
+    after = evaluation.report("legal").verdict
+    assert "promote" == after.kind
+    assert "1 of 2 guardrails hold, the rest is accepted by hand" in after.sentence
+    assert "Accepted by hand: the guardrail completion_tokens can't be shown to hold" in after.notes[0]
+    undo(registry, "legal")
+    assert before.verdict == evaluation.report("legal").verdict
+    assert ["start", "accept_guardrail", "undo"] == _actions(registry, experiment)
+
+
+def test_breach_counts_when_the_guardrail_was_accepted(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """What is accepted is that nothing is known, and not harm."""
+    experiment = start(auto_rollback=True)
+    evaluation.accept_guardrail("legal", "error_rate", "too few users")
+    _break(registry, experiment)
+    evaluation.evaluate_all()
+    assert "decided" == ExperimentService(registry.database).get(experiment.id).state
+
+
+def test_metric_is_told_when_it_does_not_vary(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Of a primary metric: neither is there too little data, nor does waiting help."""
+    experiment = start(metric=Metric("completion_tokens", "decrease"), guardrails=())
+    win(registry, experiment)
+    verdict = evaluation.report("legal").verdict
+    assert "continue" == verdict.kind
+    assert "No difference in completion_tokens can be told: both arms have the same value, 7," in verdict.sentence
 
 
 def test_feedback_is_compared_when_the_plan_names_none_of_it(

@@ -275,6 +275,13 @@ def test_moments_equal_scipys_when_a_sample_is_given() -> None:
     assert pytest.approx(expected) == (moments.count, moments.mean, moments.variance, moments.third)
 
 
+@given(st.floats(-1e6, 1e6, allow_subnormal=False), st.integers(20, 400), st.integers(20, 400))
+def test_nothing_is_excluded_when_all_values_are_equal(value: float, first: int, second: int) -> None:
+    """The mean of equal values is rounded, so that they seem to vary around it: by nothing that a user did."""
+    assert difference_sequence([value] * first, [value] * second, is_share=False) is None
+    assert 0 == ArmMoments.of([value] * first).variance
+
+
 def test_share_sequence_holds_its_estimate_when_both_methods_contradict_each_other() -> None:
     """Users of an arm whose first half says yes and whose second half no: blocks know the first half alone."""
     found = difference_sequence([1.0] * 100 + [0.0] * 60, [1.0] * 150 + [0.0] * 150, planned_units=1000, is_share=True)

@@ -91,7 +91,8 @@ def test_train_says_what_shows_every_problem_when_rows_are_bad(
     told = _train(tmp_path, monkeypatch, capsys, "--data", source, *options)
 
     assert f"error: {source}:5: field antwort: is empty" == told[-2]
-    command = shlex.join(["hotswap", "data", "check", source, *options])
+    reading, settings = options[:-2], options[-2:]
+    command = shlex.join(["hotswap", "data", "check", source, *reading, "--home", str(tmp_path), *settings])
     assert f"every problem, and how to leave rows out: {command}" == told[-1]
 
 
@@ -103,7 +104,8 @@ def test_train_says_what_shows_every_problem_when_rows_are_too_long(
 
     told = _train(tmp_path, monkeypatch, capsys, "--data", source, *base, "--max-length", "200")
 
-    assert told[-1].startswith(f"every problem, and how to leave rows out: hotswap data check {source} --base ")
+    assert told[-1].startswith(f"every problem, and how to leave rows out: hotswap data check {source} --home ")
+    assert " --base " in told[-1]
     result = _run(tmp_path, *told[-1].partition("hotswap data ")[2].split())
     assert told[-2].removeprefix("error: ") in result.stdout
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -110,7 +111,7 @@ def test_show_says_what_is_wrong_when_a_guardrail_or_the_split_is(home: Home) ->
     assert "Verdict: roll back: B must go" in shown
     assert f"hotswap experiments rollback {experiment.id}" in shown
     assert "breached" in shown
-    add_users(home.registry, experiment, "B", [YES] * 300)
+    add_users(home.registry, experiment, "B", [None] * 300, error="failed")
     shown = home.text("show", experiment.id)
     assert "Users are split 60 to 360, where 50 to 50 was meant" in shown
     assert "not by chance, see the verdict" in shown
@@ -170,6 +171,7 @@ def test_power_prints_users_and_days_when_asked(home: Home) -> None:
         )
         assert f"{units:,}" in printed
         assert f" {-(-units // 250)} " in printed
+        assert f"planned_units: {units}" in printed
     assert "Its intervals have 96.96 % confidence" in printed
 
 
@@ -242,3 +244,66 @@ def test_show_says_what_to_type_when_a_draft_waits_or_a_difference_must_be_accep
     shown = home.text("show", draft.id)
     assert "It has not started yet." in shown
     assert f"hotswap experiments start {draft.id}" in shown
+
+
+def test_guardrail_is_accepted_when_its_metric_does_not_vary(home: Home) -> None:
+    """The report says why it is not passed and what to type, and then promotes."""
+    experiment = home.start(guardrails=(Guardrail("completion_tokens", "decrease", 0.5, is_relative=True),))
+    _win(home, experiment)
+    shown = home.text("show", "legal")
+    assert "no variation: no interval" in shown
+    assert f"hotswap experiments accept {experiment.id} --guardrail completion_tokens --reason" in shown
+    with pytest.raises(InvalidInputError, match="two acts"):
+        home.text("accept", "legal", "--guardrail", "completion_tokens", "--split", "--reason", "x")
+    told = home.text("accept", "legal", "--guardrail", "completion_tokens", "--reason", "one token each")
+    assert "completion_tokens holds no promotion back in this stage any more" in told
+    assert "Verdict: promote B" in home.text("show", "legal")
+
+
+def test_new_stage_is_told_when_weights_change_and_are_undone(home: Home) -> None:
+    """That users so far count no more, at both acts and in the report; and how many of the planned ones have come."""
+    experiment = home.start(planned_units=500)
+    _win(home, experiment)
+    assert "600 of 500 planned users have come; later ones count as well" in home.text("show", "legal")
+    assert "users of earlier stages take no part in it" in home.text("weights", "legal", "A=20", "B=80")
+    shown = home.text("show", "legal")
+    assert "nobody has come in stage 2 yet" in shown
+    assert "0 of 500 planned users have come." in shown
+    told = home.text("undo", "legal")
+    assert "this is stage 3" in told
+    assert "users of earlier stages take no part in it" in told
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("guardrials: []", "guardrials: no such field; there are alias, arms, salt"),
+        ("metric: {name: solved, knd: share}", "metric.knd: no such field; there are name, direction, kind"),
+        ("metric: {name: error_rate, direction: increase}", "'error_rate' gets better as it gets lower"),
+    ],
+    ids=["field", "field of a part", "direction"],
+)
+def test_file_is_refused_when_it_can_t_be_meant(home: Home, tmp_path: Path, changed: str, message: str) -> None:
+    """In words that name what there is."""
+    with pytest.raises(InvalidInputError, match=re.escape(message)):
+        home.text("create", "--config", str(_write_plan(tmp_path, changed)))
+
+
+def test_create_says_what_is_assumed_when_a_plan_may_be_a_slip(home: Home, tmp_path: Path) -> None:
+    """A name that is nearly a built-in one, and no planned users."""
+    plan = "metric: {name: error_rat}\nguardrails: [{metric: ttft, margin: 5}]"
+    told = home.text("create", "--draft", "--config", str(_write_plan(tmp_path, plan)))
+    assert "'error_rat' is no built-in metric, so it is taken as feedback that you report" in told
+    assert "did you mean 'ttft_ms'?" in told
+    assert "intervals are made narrowest at 10,000 users" in told
+    plan = "metric: {name: solved}\nplanned_units: 500"
+    told = home.text("create", "--draft", "--config", str(_write_plan(tmp_path, plan)))
+    assert "built-in" not in told
+    assert "planned_units" not in told
+
+
+def _write_plan(folder: Path, fields: str) -> Path:
+    path = folder / "plan.yaml"
+    arms = "[{name: A, version: v1, weight: 50}, {name: B, version: v2, weight: 50}]"
+    path.write_text(f"alias: legal\narms: {arms}\n{fields}\n")
+    return path

@@ -75,7 +75,6 @@ def test_jobs_create_names_the_row_and_keeps_nothing_when_data_is_bad(tmp_path: 
     with pytest.raises(DataError, match=r"bad\.csv:3: field answer: is empty") as caught:
         _create(files, "--data", str(good), "--validation", str(bad))
 
-    assert [
-        f"every problem, and how to leave rows out: hotswap data check {good} --validation {bad}"
-    ] == caught.value.__notes__
+    command = f"hotswap data check {good} --validation {bad} --home {tmp_path / 'home'}"
+    assert [f"every problem, and how to leave rows out: {command}"] == caught.value.__notes__
     assert ([], False) == files.list(limit=9)

@@ -183,7 +183,9 @@ def test_experiment_is_run_and_judged_when_driven_by_the_async_client(url: str, 
             assert 3 == (await experiments.undo(draft.id)).stage
             assert 4 == len((await experiments.decisions(draft.id)).data)
             await experiments.stop(draft.id)
-            judged = [(await experiments.create("legal", arms)).id]
+            guarded = ExperimentSpec(guardrails=[GuardrailSpec("error_rate", 0.01)])
+            judged = [(await experiments.create("legal", arms, guarded)).id]
+            assert "running" == (await experiments.accept_guardrail(judged[0], "error_rate", "known")).state
             assert "running" == (await experiments.accept_feedback(judged[0], "known")).state
             add_users(site.registry, site.experiments.get(judged[0]), "A", [None] * 300)
             assert "running" == (await experiments.accept_split(judged[0], "known")).state
@@ -254,7 +256,9 @@ def test_experiment_is_planned_and_changed_when_driven_by_the_client(url: str, s
         assert (3, 20) == (experiments.undo(draft.id).stage, experiments.get(draft.id).traffic)
         assert ["create", "start"] == [item.action for item in experiments.decisions(draft.id, limit=2).data]
         assert "stopped" == experiments.stop(draft.id).state
-        judged = [experiments.create("legal", [ArmSpec("A", "v1", 50), ArmSpec("B", "v2", 50)]).id]
+        guarded = ExperimentSpec(guardrails=[GuardrailSpec("error_rate", 0.01)])
+        judged = [experiments.create("legal", [ArmSpec("A", "v1", 50), ArmSpec("B", "v2", 50)], guarded).id]
+        assert "running" == experiments.accept_guardrail(judged[0], "error_rate", "known").state
         assert "running" == experiments.accept_feedback(judged[0], "known").state
         add_users(site.registry, site.experiments.get(judged[0]), "A", [None] * 300)
         assert "running" == experiments.accept_split(judged[0], "known").state

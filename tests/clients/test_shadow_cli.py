@@ -14,6 +14,7 @@ from adapters.experiments import ExperimentService
 from adapters.records import Binding, Exposure
 from adapters.registry import Registry
 from adapters.shadows import ShadowAnswer, ShadowService
+from adapters.tables import ExposureRow
 from clients.cli.main import app
 from tests.support.chat_endpoint import chat_endpoint
 from tests.support.engine import RECIPES, save_recipes
@@ -128,6 +129,26 @@ def test_loss_is_measured_when_answers_are_kept(
     assert difference == pytest.approx(found["compared"]["mean_difference"])
     assert difference != 0
     assert "loss of 3 live answers to 1 users" in _run(tmp_path, "loss", "legal", *core)
+
+
+def test_loss_leaves_answers_out_when_their_version_is_gone(
+    tmp_path: Path, registry: Registry, tiny_folders: dict[str, Path]
+) -> None:
+    """The base model's answer is measured all the same, and the others are counted."""
+    base, adapters = load_tiny_base(tiny_folders["llama"]), save_recipes(tmp_path / "a", tiny_folders["llama"])
+    for name, recipe in list(RECIPES.items())[:2]:
+        manifest = make_manifest(base.reference, rank=recipe.rank, alpha=recipe.alpha)
+        registry.publish(adapters[name], manifest, alias="legal")
+    shadow = ShadowService(registry.database).start("legal", "v2", share=5)
+    for number in range(3):
+        _answer(registry, shadow.id, number, f"live {number}", "another")
+    with registry.database.write() as session:
+        session.get_one(ExposureRow, "chatcmpl-0").number = None
+    registry.remove("legal@v1")
+    found = json.loads(
+        _run(tmp_path, "loss", "legal", "--base", str(tiny_folders["llama"]), "--device", "cpu", "--json")
+    )
+    assert (2, 1) == (found["num_left_out"], found["compared"]["num_prompts"])
 
 
 def test_judge_says_how_texts_are_kept_when_there_are_none_to_judge(
