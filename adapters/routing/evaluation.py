@@ -12,10 +12,11 @@ import numpy.typing as npt
 from adapters.routing.embeddings import TokenEmbeddings
 from adapters.routing.model import RouterModel
 
-__all__ = ["Evaluation", "Predictor", "RiskPoint", "add_typos", "evaluate", "predictor_of"]
+__all__ = ["Evaluation", "Predictor", "RiskPoint", "ThresholdPoint", "add_typos", "evaluate", "predictor_of"]
 
 _NUM_BINS = 10
 _COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
+_THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 _TYPO_SEED = 7
 _BATCH = 256  # texts that are read at once: the memory that a large file takes is bounded
 _LETTERS_A_SLIP = 40  # people who type leave about 2 % of the letters wrong
@@ -30,6 +31,16 @@ class RiskPoint:
 
     coverage: float
     risk: float
+
+
+@dataclass(frozen=True, slots=True)
+class ThresholdPoint:
+    """What a threshold would do, in shares as in `Evaluation`."""
+
+    threshold: float
+    routed: float
+    misrouted: float
+    taken_in: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +63,7 @@ class Evaluation:
     misrouted: float
     taken_in: float | None
     risk_coverage: tuple[RiskPoint, ...]
+    thresholds: tuple[ThresholdPoint, ...]
     flips_by_typos: float
     flips_by_case: float
     flips_by_paraphrase: float | None
@@ -80,6 +92,7 @@ def evaluate(
     best, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     is_right = best == labels
     chosen = _choices(probabilities, threshold)
+    at_threshold = _at_threshold(probabilities, labels, threshold)
     pairs = [(number, text) for number, text in enumerate(paraphrases) if text is not None]
     return Evaluation(
         num_texts=len(texts),
@@ -88,10 +101,11 @@ def evaluate(
         macro_f1=_macro_f1(best[is_inside], labels[is_inside]),
         calibration_error=_calibration_error(confidence, is_right),
         auc=_auc(confidence[is_inside], confidence[~is_inside]),
-        routed=float((chosen[is_inside] >= 0).mean()),
-        misrouted=float(((chosen >= 0) & ~is_right)[is_inside].mean()),
-        taken_in=float((chosen[~is_inside] >= 0).mean()) if (~is_inside).any() else None,
+        routed=at_threshold.routed,
+        misrouted=at_threshold.misrouted,
+        taken_in=at_threshold.taken_in,
         risk_coverage=_risk_coverage(confidence, is_right),
+        thresholds=tuple(_at_threshold(probabilities, labels, other) for other in sorted({*_THRESHOLDS, threshold})),
         flips_by_typos=_flips(predict, threshold, [*map(add_typos, texts)], chosen),
         flips_by_case=_flips(predict, threshold, [text.upper() for text in texts], chosen),
         flips_by_paraphrase=_flips(predict, threshold, [text for _, text in pairs], chosen[[n for n, _ in pairs]])
@@ -133,6 +147,19 @@ def add_typos(text: str) -> str:
 
 def _choices(probabilities: npt.NDArray[np.float32], threshold: float) -> npt.NDArray[np.int64]:
     return np.where(probabilities.max(axis=1) >= threshold, probabilities.argmax(axis=1), -1)
+
+
+def _at_threshold(
+    probabilities: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], threshold: float
+) -> ThresholdPoint:
+    chosen = _choices(probabilities, threshold)
+    is_routed, is_inside = chosen >= 0, labels != -1
+    return ThresholdPoint(
+        threshold=threshold,
+        routed=float(is_routed[is_inside].mean()),
+        misrouted=float((is_routed & (chosen != labels))[is_inside].mean()),
+        taken_in=float(is_routed[~is_inside].mean()) if (~is_inside).any() else None,
+    )
 
 
 def _flips(predict: Predictor, threshold: float, texts: Sequence[str], chosen: npt.NDArray[np.int64]) -> float:

@@ -24,10 +24,11 @@ from adapters.routing.features import Vectors, Vocabulary, count_grams, hash_wor
 from adapters.routing.spelling import Speller, correct_spelling
 from adapters.routing.templates import strip_templates
 
-__all__ = ["Calibration", "Meaning", "Neighbour", "RouterModel", "Scores", "gate_inputs"]
+__all__ = ["Calibration", "Meaning", "Neighbour", "RouterModel", "Scores", "gate_input"]
 
 _CONFIG_KEY = "router"
 _SHARED_TAKEN = 0.85
+_SUM_SHARE = 0.5  # of the sum over all aliases, beside the highest value, in what the gate looks at
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -83,10 +84,10 @@ class Meaning:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """`sharpness` multiplies what the regression says, before the softmax; the gate is logistic in `gate_inputs`."""
+    """`sharpness` multiplies what the regression says, before the softmax; the gate is logistic in `gate_input`."""
 
     sharpness: float
-    gate_weights: tuple[float, ...]
+    gate_weight: float
     gate_bias: float
 
 
@@ -151,7 +152,7 @@ class RouterModel:
             assert embeddings is not None, "whoever loads the router checks"
             values = values + self.meaning.vectorise(cleaned, embeddings) @ self.meaning_coefficients
         calibration = self.calibration
-        gates = 1 / (1 + np.exp(-(gate_inputs(values) @ np.array(calibration.gate_weights) + calibration.gate_bias)))
+        gates = 1 / (1 + np.exp(-(calibration.gate_weight * gate_input(values) + calibration.gate_bias)))
         raised = np.exp(calibration.sharpness * (values - values.max(axis=1, keepdims=True)))
         inside = raised / raised.sum(axis=1, keepdims=True)
         return [Scores(row.astype(np.float32)) for row in gates[:, None] * inside]
@@ -229,12 +230,14 @@ class RouterModel:
             raise IntegrityError(f"the stored router can't be read: {error}") from None
 
 
-def gate_inputs(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """What the gate looks at, `[num_texts, 2]`: the highest value of any alias, and the sum over all of them.
+def gate_input(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """What the gate looks at, `[num_texts]`: the highest value of any alias, and a little of the sum over all of them.
 
-    Between two aliases that are alike the highest is low although the text is at home; the sum is not.
+    Between two aliases that are alike the highest is low although the text is at home; the sum is not. The share of the
+    sum is fixed: strangers are played by aliases that were left out, whose sums lack a summand, and a gate that could
+    weigh the sum took that for the mark of a stranger, the more the fewer aliases there were (docs/decisions/0029).
     """
-    return 10 * np.column_stack([values.max(axis=1), values.sum(axis=1)])
+    return np.asarray(10 * (values.max(axis=1) + _SUM_SHARE * values.sum(axis=1)))
 
 
 def _read_config(content: bytes) -> dict[str, Any]:
@@ -249,7 +252,6 @@ def _read_config(content: bytes) -> dict[str, Any]:
 def _build(config: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) -> RouterModel:
     vocabulary = Vocabulary(arrays["ids"].view(np.uint64), arrays["weights"])
     parts = (arrays["prompt_values"], arrays["prompt_columns"], arrays["prompt_starts"])
-    calibration = config["calibration"]
     meaning = None
     if "words" in arrays:
         meaning = Meaning(
@@ -273,5 +275,5 @@ def _build(config: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) ->
         prompts=sparse.csr_matrix(parts, shape=(len(arrays["classes"]), len(vocabulary.ids))),
         classes=arrays["classes"],
         positions=arrays["positions"],
-        calibration=Calibration(calibration["sharpness"], tuple(calibration["gate_weights"]), calibration["gate_bias"]),
+        calibration=Calibration(**config["calibration"]),
     )

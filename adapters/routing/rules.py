@@ -117,6 +117,9 @@ def _parse_rule(number: int, rule: Any) -> RoutingRule:
     except ValidationError as error:
         detail = error.errors()[0]
         field = ".".join(str(part) for part in detail["loc"])
+        if detail["type"] == "extra_forbidden" and len(detail["loc"]) == 1:
+            known = ", ".join(RoutingRule.model_fields)
+            raise InvalidInputError(f"rule {number}: {field}: no such field, expected {known}", param="rules") from None
         reason = detail["msg"].removeprefix("Value error, ")
         raise InvalidInputError(f"rule {number}: {field + ': ' if field else ''}{reason}", param="rules") from None
 

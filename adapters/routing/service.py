@@ -209,6 +209,17 @@ class RoutingService:
         with self._registry.database.read() as session:
             return load_rules(session)
 
+    def unknown_in_rules(self) -> tuple[str, ...]:
+        """The aliases that rules name and that do not exist, or not for whoever the service acts for, by name."""
+        named = {rule.alias for rule in self.rules()} - {BASE_MODEL_NAME}
+        return tuple(sorted(named - self._registry.names()))
+
+    def passes_over(self, alias: str) -> bool:
+        """Whether others can be learned from, but not this alias: no prompts of its version are kept."""
+        with self._registry.database.read() as session:
+            versions = self._follower.sources(session).versions
+        return bool(versions) and alias not in versions
+
     def set_rules(self, rules: Sequence[RoutingRule]) -> None:
         """Replace all rules."""
         with self._registry.database.write() as session:

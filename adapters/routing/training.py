@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from adapters.routing.embeddings import TokenEmbeddings
 from adapters.routing.features import count_grams, hash_words, learn_vocabulary, normalise
-from adapters.routing.model import Calibration, Meaning, RouterModel, gate_inputs
+from adapters.routing.model import Calibration, Meaning, RouterModel, gate_input
 from adapters.routing.prompts import MIN_ALIASES, group_alike
 from adapters.routing.spelling import Speller, correct_spelling
 from adapters.routing.templates import find_templates, strip_templates
@@ -157,10 +157,9 @@ def _calibrate(fit: _Fit, classes: npt.NDArray[np.int32], num_aliases: int) -> C
     singly = _targets(classes, num_aliases) - fit.duals / np.diag(fit.inverse)[:, None]
     is_own = classes < num_aliases
     left_out = _leave_aliases_out(fit, classes, num_aliases)
-    general = gate_inputs(singly[~is_own]) if (~is_own).any() else np.empty((0, 2))
-    gate = _fit_gate(gate_inputs(singly[is_own]), left_out, general)
+    gate = _fit_gate(gate_input(singly[is_own]), left_out, gate_input(singly[~is_own]))
     sharpness = _fit_sharpness(singly[is_own], classes[is_own])
-    return Calibration(sharpness, tuple(map(float, gate.coef_[0])), float(gate.intercept_[0]))
+    return Calibration(sharpness, float(gate.coef_[0, 0]), float(gate.intercept_[0]))
 
 
 def _leave_aliases_out(fit: _Fit, classes: npt.NDArray[np.int32], num_aliases: int) -> Array:
@@ -169,7 +168,7 @@ def _leave_aliases_out(fit: _Fit, classes: npt.NDArray[np.int32], num_aliases: i
     for alias in range(num_aliases):
         own = np.flatnonzero(classes == alias)
         values = -np.linalg.solve(fit.inverse[np.ix_(own, own)], fit.duals[own])
-        found.append(gate_inputs(np.delete(values, alias, axis=1)))
+        found.append(gate_input(np.delete(values, alias, axis=1)))
     return np.concatenate(found)
 
 
@@ -191,7 +190,7 @@ def _fit_gate(inside: Array, left_out: Array, general: Array) -> LogisticRegress
     weight = np.concatenate(weights)
     gate = LogisticRegression(C=_GATE_INVERSE_PENALTY, max_iter=1000)
     return gate.fit(
-        np.concatenate([*groups, *groups]),
+        np.concatenate([*groups, *groups])[:, None],
         np.concatenate([labels, 1 - labels]),
         sample_weight=np.concatenate([weight * (1 - doubts), weight * doubts]),
     )

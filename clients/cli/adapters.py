@@ -12,6 +12,7 @@ from adapters.errors import NotFoundError
 from adapters.records import version_name
 from clients.cli.options import BaseOption, HomeOption, JsonOption, load_core, open_registry
 from clients.cli.output import console, format_bytes, format_loss, print_gate, print_json, print_table
+from clients.cli.route import warn_unknown_to_router
 
 if TYPE_CHECKING:
     from adapters.pins import PinService
@@ -112,6 +113,8 @@ def promote(
     registry = open_registry(home)
     alias = registry.promote(version_name(name, version))
     _print_alias(alias.name, alias.current.label, alias, as_json=json)
+    if not json:
+        warn_unknown_to_router(registry, alias.name)
     report = registry.gate_report(alias.current.label)
     if report is not None and report.verdict == "failed" and not json:
         console.print(f"{alias.current.label} was promoted all the same: {report.reason}", markup=False, soft_wrap=True)

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clients.cli.options import HomeOption, JsonOption, open_evaluation
+from clients.cli.options import HomeOption, JsonOption, open_evaluation, open_registry
 from clients.cli.output import console, print_json
+from clients.cli.route import warn_unknown_to_router
 
 if TYPE_CHECKING:
     from adapters.records import Experiment
@@ -30,7 +31,10 @@ def promote(
     json: JsonOption = False,
 ) -> None:
     """End an experiment: its alias answers with a treatment's version from here on."""
-    _tell(open_evaluation(home).promote(name, arm, reason=reason), json=json)
+    experiment = open_evaluation(home).promote(name, arm, reason=reason)
+    _tell(experiment, json=json)
+    if not json:
+        warn_unknown_to_router(open_registry(home), experiment.alias)
 
 
 def rollback(

@@ -13,10 +13,11 @@ from clients.cli.output import console, format_moment, print_json, print_table
 
 if TYPE_CHECKING:
     from adapters.chat_rows import Row
+    from adapters.registry import Registry
     from adapters.routing.evaluation import Evaluation, Predictor
     from adapters.routing.service import Decision, NearPrompt, RoutingService
 
-__all__ = ["app"]
+__all__ = ["app", "warn_unknown_to_router"]
 
 
 class _RouteGroup(TyperGroup):
@@ -44,7 +45,7 @@ def explain(
     base: BaseOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Say where a request would go, and why; `explain` may be left out: hotswap route "my parcel is late"."""
+    """Say where a request would go, and why; `explain` may be left out: hotswap route "Where is my order?"."""
     service = _open(home, base)
     decision = service.route([text], metadata=_parse_metadata(metadata or []), key=key)
     near = service.nearest(text)
@@ -106,11 +107,12 @@ def history(
         (
             f"{item.number}{' *' if item.is_current else ''}",
             format_moment(item.trained_at),
+            "yes" if item.can_be_restored else "deleted",
             ", ".join(f"{alias} {digest[:12]}" for alias, digest in item.versions.items()),
         )
         for item in found
     ]
-    print_table(["router", "trained", "from"], rows, whole=["router", "trained"])
+    print_table(["router", "trained", "kept", "from"], rows, whole=["router", "trained", "kept"])
 
 
 @app.command("rollback")
@@ -149,6 +151,10 @@ def rules(
         conditions += [f"matches {rule.matches}"] if rule.matches else []
         rows.append((number, rule.name, " and ".join(conditions), rule.alias))
     print_table(["", "rule", "if", "then"], rows)
+    for alias in service.unknown_in_rules():
+        console.print(
+            f"no alias is called {alias!r}: rules that name it are passed over until there is one", markup=False
+        )
 
 
 @app.command("learn")
@@ -181,8 +187,26 @@ def forget(
     RoutingService(open_registry(home), None).forget_prompts(name)
     if json:
         print_json({"name": name, "num_prompts": 0})
-    else:
-        console.print(f"no prompts of {name} are kept; running servers train within seconds")
+        return
+    console.print(
+        f"no prompts of {name} are kept; running servers train within seconds. The router can no longer know what "
+        "belongs to it: its questions may go to another alias. A rule sends them home: hotswap route rules",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def warn_unknown_to_router(registry: Registry, alias: str) -> None:
+    """Say so where an alias points to a version without prompts while `auto` knows others: nothing else would tell."""
+    from adapters.routing.service import RoutingService
+
+    if RoutingService(registry, None).passes_over(alias):
+        console.print(
+            f"no prompts are kept of the version that {alias} points to: only a rule of auto chooses {alias} now, "
+            f"and its questions may go to another alias. hotswap route learn {alias} FILE gives it some",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _read_rows(file: Path) -> list[Row]:
@@ -283,7 +307,7 @@ def _print_evaluation(result: Evaluation, threshold: float) -> None:
         ("expected calibration error", f"{result.calibration_error:.3f}"),
         ("in/out AUC", None if result.auc is None else f"{result.auc:.3f}"),
         (f"routed at threshold {threshold:g}", percent(result.routed)),
-        ("  of those to a wrong alias", percent(result.misrouted)),
+        ("to a wrong alias", percent(result.misrouted)),
         ("belong nowhere, but were routed", percent(result.taken_in)),
         ("choice flips by typos", percent(result.flips_by_typos)),
         ("choice flips by case", percent(result.flips_by_case)),
@@ -292,3 +316,15 @@ def _print_evaluation(result: Evaluation, threshold: float) -> None:
     print_table(["measure", "value"], rows)
     points = [(percent(point.coverage), percent(point.risk)) for point in result.risk_coverage]
     print_table(["of the most confident", "are wrong"], points)
+    console.print("of all texts; those that belong nowhere count as wrong there", style="dim", soft_wrap=True)
+    columns = ["threshold", "routed", "to a wrong alias", "belong nowhere, but routed"]
+    shares = [
+        (f"{point.threshold:g}", percent(point.routed), percent(point.misrouted), percent(point.taken_in))
+        for point in result.thresholds
+    ]
+    print_table(columns, shares)
+    console.print(
+        "A lower route_threshold (hotswap serve --route-threshold) routes more of what belongs to an alias, and more "
+        "that is wrong: take the lowest whose errors you can live with. What is not routed goes to the base model.",
+        soft_wrap=True,
+    )

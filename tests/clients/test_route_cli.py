@@ -43,7 +43,7 @@ def test_text_is_explained_when_no_command_is_named(shell: Shell) -> None:
     document = shell.json("route", "explain", LEGAL[0])
     assert ("legal", "router") == (document["decision"]["alias"], document["decision"]["route"])
     assert LEGAL[0] == document["nearest"][0]["text"]
-    assert "base" == shell.json("route", ABOUT_NOTHING)["decision"]["alias"]
+    assert "base" == shell.json("route", "what is the capital of france")["decision"]["alias"]
 
 
 def test_rules_are_replaced_and_shown_when_given(shell: Shell, tmp_path: Path) -> None:
@@ -53,6 +53,17 @@ def test_rules_are_replaced_and_shown_when_given(shell: Shell, tmp_path: Path) -
     assert "metadata team=kitchen" in shell.text("route", "rules", str(file))
     decision = shell.json("route", ABOUT_LEASE, "--metadata", "team=kitchen")["decision"]
     assert ("cooking", "kitchen") == (decision["alias"], decision["rule"])
+    file.write_text("rules: [{alias: kitchn, matches: a}, {alias: cooking, matches: b}, {alias: base, matches: c}]")
+    shown = shell.text("route", "rules", str(file))
+    assert "no alias is called 'kitchn'" in shown
+    assert "no alias is called 'base'" not in shown
+    file.write_text("rules: [{alias: legal, match: a}]")
+    with pytest.raises(
+        InvalidInputError, match="rule 1: match: no such field, expected name, alias, metadata, key, matches"
+    ):
+        shell.text("route", "rules", str(file))
+    file.write_text("rules:\n- {name: kitchen, metadata: {team: kitchen}, alias: cooking}\n")
+    shell.text("route", "rules", str(file))
     file.write_text("rules: [{alias: legal}]")
     with pytest.raises(InvalidInputError, match="rule 1"):
         shell.text("route", "rules", str(file))
@@ -77,8 +88,26 @@ def test_version_without_prompts_is_found_when_it_is_given_some(shell: Shell, tm
     assert "1 *" in shell.text("route", "history")
     assert {"name": "music", "num_prompts": 0} == shell.json("route", "forget", "music")
     assert "base" == shell.json("route", "which chords for this guitar melody")["decision"]["alias"]
+    assert {1: True, 2: False} == {
+        router["number"]: router["can_be_restored"]
+        for router in shell.json("route", "history")
+        if router["number"] in (1, 2)
+    }
+    assert "deleted" in shell.text("route", "history")
     with pytest.raises(DataError, match=r"prompts\.jsonl:1"):
         shell.text("route", "learn", "music", _write(tmp_path / "prompts.jsonl", ["no row"]))
+
+
+def test_promotion_says_so_when_the_version_has_no_prompts(shell: Shell, tmp_path: Path) -> None:
+    """`auto` no longer knows the alias then; nothing is said where it does, and forgetting warns alike."""
+    registry = Registry(
+        open_database(f"sqlite:///{tmp_path / 'home' / 'hotswap.db'}"), ArtifactStore(tmp_path / "home" / "store")
+    )
+    publish_text(registry, "four", alias="legal", promote=False)
+    registry.database.close()
+    assert "only a rule of auto chooses legal now" in shell.text("adapters", "promote", "legal@v2")
+    assert "only a rule" not in shell.text("adapters", "promote", "legal@v1")
+    assert "may go to another alias" in shell.text("route", "forget", "legal")
 
 
 @pytest.mark.parametrize(
@@ -109,6 +138,9 @@ def test_router_is_measured_when_texts_are_labelled(shell: Shell, tmp_path: Path
     alone = shell.json("route", "evaluate", file, "--train", train)
     assert (3, 1, 1.0, 1.0) == tuple(alone[name] for name in ("num_texts", "num_outside", "accuracy", "auc"))
     assert [] == shell.json("route", "history")
-    assert "in/out AUC" in shell.text("route", "evaluate", file)
+    shown = shell.text("route", "evaluate", file)
+    assert "in/out AUC" in shown
+    assert "A lower route_threshold" in shown
+    assert [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8] == [point["threshold"] for point in alone["thresholds"]]
     with pytest.raises(InvalidInputError, match="no text with an alias that the router knows: cooking, legal"):
         shell.text("route", "evaluate", _write(tmp_path / "eval.jsonl", {"text": "a", "alias": "absent"}))

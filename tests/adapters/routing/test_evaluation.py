@@ -32,6 +32,13 @@ def test_figures_are_those_worked_out_when_evaluated() -> None:
     assert pytest.approx((0.1 + 0.7 + 0.6 + 0.1 + 0.6) / 5) == found.calibration_error
     assert [pytest.approx(2 / 3), pytest.approx(1 / 3)] == [found.routed, found.misrouted]
     assert 0.5 == found.taken_in
+    shares = {
+        point.threshold: (round(point.routed, 3), round(point.misrouted, 3), point.taken_in)
+        for point in found.thresholds
+    }
+    assert (1.0, 0.333, 0.5) == shares[0.3]
+    assert (0.667, 0.333, 0.5) == shares[0.5]
+    assert (0.333, 0.0, 0.0) == shares[0.8]
     assert 1.0 == found.flips_by_paraphrase
     assert 0.0 == found.flips_by_case
     assert [pytest.approx(3 / 5), pytest.approx(1 / 2)] == [

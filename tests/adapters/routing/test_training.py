@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from adapters.errors import IntegrityError
 from adapters.routing.embeddings import TokenEmbeddings, open_embeddings
 from adapters.routing.model import RouterModel
+from adapters.routing.prompts import group_labelled, read_background, read_labelled
 from adapters.routing.training import train_router
 from tests.support.routing import ABOUT_BREAD, ABOUT_LEASE, ABOUT_NOTHING, NOTHING, PROMPTS
 
@@ -118,6 +119,29 @@ def test_large_alias_takes_nothing_over_when_another_has_few_prompts() -> None:
     model = train_router({**PROMPTS, "legal": PROMPTS["legal"][:3]}, NOTHING)
     for text, expected in (("may my landlord end my lease early", "legal"), (ABOUT_BREAD, "cooking")):
         assert expected == model.aliases[int(model.score([text])[0].probabilities.argmax())]
+
+
+def test_strangers_are_doubted_when_few_aliases_are_known() -> None:
+    """Of four domains that no alias knows, most are nobody's to a router of two; its own are still found."""
+    file = Path(__file__).parents[3] / "examples" / "routing.train.jsonl"
+    texts = group_labelled(read_labelled(file))
+    known = ("medical", "support")
+    model = train_router({alias: texts[alias][:100] for alias in known}, read_background())
+    strange = [text for alias, own in texts.items() if alias not in known for text in own[100:]]
+    own = [text for alias in known for text in texts[alias][100:]]
+    taken_in, routed = (
+        np.mean([scores.probabilities.max() >= 0.5 for scores in model.score(asked)]) for asked in (strange, own)
+    )
+    assert taken_in < 0.45  # 0.54 while the gate could weigh the sum
+    assert routed > 0.8
+
+
+@pytest.mark.parametrize("aliases", [("medical", "support"), ("legal", "medical", "support")])
+def test_alias_gains_nothing_from_doubt_when_a_text_is_more_like_it(aliases: tuple[str, ...]) -> None:
+    """The gate opens the wider the higher the highest value is, whatever was left out to calibrate it."""
+    texts = group_labelled(read_labelled(Path(__file__).parents[3] / "examples" / "routing.train.jsonl"))
+    model = train_router({alias: texts[alias][:60] for alias in aliases}, read_background())
+    assert model.calibration.gate_weight > 0
 
 
 CHINESE = {
