@@ -235,7 +235,7 @@ def gate_input(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
     Between two aliases that are alike the highest is low although the text is at home; the sum is not. The share of the
     sum is fixed: strangers are played by aliases that were left out, whose sums lack a summand, and a gate that could
-    weigh the sum took that for the mark of a stranger, the more the fewer aliases there were (docs/decisions/0029).
+    weigh the sum took that for the mark of a stranger, the more the fewer aliases there were (docs/decisions/0028).
     """
     return np.asarray(10 * (values.max(axis=1) + _SUM_SHARE * values.sum(axis=1)))
 

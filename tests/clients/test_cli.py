@@ -180,7 +180,7 @@ def test_experiment_lives_its_life_when_driven_by_command(shell: Shell, tmp_path
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("alias: legal\narms: []\nmetrics: 1\n", r"arms: .*; metrics: Extra inputs"),
+        ("alias: legal\narms: []\nmetrics: 1\n", r"arms: .*; metrics: no such field"),
         ("[]", "the file: "),
         ("a: [", "while parsing"),
         (
