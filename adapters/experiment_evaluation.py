@@ -198,9 +198,7 @@ class ExperimentEvaluation:
         """
         with self.registry.database.write() as session:
             now = utc_now()
-            row = find_open_row(session, name, now)
-            if state_of(row, now) != "running":
-                raise ConflictError(f"experiment {row.id} is {state_of(row, now)}, not running")
+            row = _find_running(session, name, now)
             record_decision(session, row, "accept_feedback", reason)
             record_act(session, "accept_feedback", row.id, alias=row.alias, reason=reason)
             return to_experiment(session, row, now)
@@ -217,9 +215,7 @@ class ExperimentEvaluation:
         """
         with self.registry.database.write() as session:
             now = utc_now()
-            row = find_open_row(session, name, now)
-            if state_of(row, now) != "running":
-                raise ConflictError(f"experiment {row.id} is {state_of(row, now)}, not running")
+            row = _find_running(session, name, now)
             guarded = [guardrail.metric for guardrail in load_plan(session, row.id).guardrails]
             if metric not in guarded:
                 listed = ", ".join(guarded) or "none"
@@ -314,6 +310,18 @@ class ExperimentEvaluation:
             return False
         sample = plan_sample(outcomes, experiment.planned_units, self._feedback_window)
         return sample is not None and sample.closes_at <= now
+
+
+def _find_running(session: Session, name: str, now: datetime) -> ExperimentRow:
+    """The experiment that goes by a name.
+
+    Raises:
+        ConflictError: it does not run any more.
+    """
+    row = find_open_row(session, name, now)
+    if state_of(row, now) != "running":
+        raise ConflictError(f"experiment {row.id} is {state_of(row, now)}, not running")
+    return row
 
 
 def _look(session: Session, experiment_id: str, now: datetime, reports: _Reports, window: timedelta) -> _Seen | None:

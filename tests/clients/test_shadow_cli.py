@@ -111,10 +111,9 @@ def test_model_judges_both_orders_when_it_is_named(tmp_path: Path, registry: Reg
     assert 0 == found["position_bias"]["first_place_won_both"]
 
 
-def test_loss_is_measured_when_answers_are_kept(
-    tmp_path: Path, registry: Registry, tiny_folders: dict[str, Path]
-) -> None:
-    """Of each kept live answer under the candidate and under what gave it; the same version twice is no difference."""
+@pytest.fixture
+def measuring(tmp_path: Path, registry: Registry, tiny_folders: dict[str, Path]) -> tuple[str, ...]:
+    """The command that measures three kept answers of `legal@v1` under `legal@v2`, whose shadow runs."""
     base, adapters = load_tiny_base(tiny_folders["llama"]), save_recipes(tmp_path / "a", tiny_folders["llama"])
     for name, recipe in list(RECIPES.items())[:2]:
         manifest = make_manifest(base.reference, rank=recipe.rank, alpha=recipe.alpha)
@@ -122,32 +121,27 @@ def test_loss_is_measured_when_answers_are_kept(
     shadow = ShadowService(registry.database).start("legal", "v2", share=5)
     for number in range(3):
         _answer(registry, shadow.id, number, f"live {number}", "another")
-    core = ("--base", str(tiny_folders["llama"]), "--device", "cpu")
-    found = json.loads(_run(tmp_path, "loss", "legal", *core, "--json"))
+    return "loss", "legal", "--base", str(tiny_folders["llama"]), "--device", "cpu"
+
+
+def test_loss_is_measured_when_answers_are_kept(tmp_path: Path, measuring: tuple[str, ...]) -> None:
+    """Of each kept live answer under the candidate and under what gave it; the same version twice is no difference."""
+    found = json.loads(_run(tmp_path, *measuring, "--json"))
     assert (0, 3) == (found["num_left_out"], found["compared"]["num_prompts"])
     difference = found["live_loss"] - found["shadow_loss"]  # a win is the lower loss
     assert difference == pytest.approx(found["compared"]["mean_difference"])
     assert difference != 0
-    assert "loss of 3 live answers to 1 users" in _run(tmp_path, "loss", "legal", *core)
+    assert "loss of 3 live answers to 1 users" in _run(tmp_path, *measuring)
 
 
 def test_loss_leaves_answers_out_when_their_version_is_gone(
-    tmp_path: Path, registry: Registry, tiny_folders: dict[str, Path]
+    tmp_path: Path, registry: Registry, measuring: tuple[str, ...]
 ) -> None:
     """The base model's answer is measured all the same, and the others are counted."""
-    base, adapters = load_tiny_base(tiny_folders["llama"]), save_recipes(tmp_path / "a", tiny_folders["llama"])
-    for name, recipe in list(RECIPES.items())[:2]:
-        manifest = make_manifest(base.reference, rank=recipe.rank, alpha=recipe.alpha)
-        registry.publish(adapters[name], manifest, alias="legal")
-    shadow = ShadowService(registry.database).start("legal", "v2", share=5)
-    for number in range(3):
-        _answer(registry, shadow.id, number, f"live {number}", "another")
     with registry.database.write() as session:
         session.get_one(ExposureRow, "chatcmpl-0").number = None
     registry.remove("legal@v1")
-    found = json.loads(
-        _run(tmp_path, "loss", "legal", "--base", str(tiny_folders["llama"]), "--device", "cpu", "--json")
-    )
+    found = json.loads(_run(tmp_path, *measuring, "--json"))
     assert (2, 1) == (found["num_left_out"], found["compared"]["num_prompts"])
 
 
