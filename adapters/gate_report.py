@@ -18,11 +18,20 @@ _NEEDED: tuple[CheckName, ...] = ("base", "present")
 FORGETTING_CURE = "lower learning_rate, train for fewer epochs, or mix everyday conversations into the rows"
 _CURES: dict[CheckName, str] = {
     "base": "train on more rows, or for more epochs; fewer where the validation loss rose while the training loss fell",
-    "present": "train on more rows than that version was, or go on from it with start_from",
+    "present": "train on more rows, go on from that version (--start-from), or train for more steps",
     "forgetting": FORGETTING_CURE,
     "format": "train for more epochs or on more rows, if the rows themselves keep to the format",
     "sampling": "train for more steps or on more rows, and read samples.jsonl of the run",
 }
+# By what the comparison with the version that answers now found.
+_SEEMS_BETTER = (
+    "it may be better, which so few validation rows can't show: give more of them (--validation-share 0.2), or train "
+    "on more rows"
+)
+_MADE_WORSE = (
+    "training made it worse than what answers now: a lower learning_rate, fewer epochs, or more rows; after only a few "
+    "steps, more of them"
+)
 # By what most of the degenerate answers are, as `GateCheck.figures` of `sampling` counts them.
 _FLAW_CURES = {
     "too_long": "train for more steps or on more rows: the end of a turn is not learned yet",
@@ -53,8 +62,15 @@ class GateCheck(BaseModel):
             return None
         if self.name == "format" and not self.figures:
             return "have answers sampled: gate_samples above 0"
+        if self.name in ("base", "present") and "improvement" in self.figures:
+            return self._comparison_cure(self.figures["improvement"])
         flaws = [flaw for flaw in _FLAW_CURES if flaw in self.figures] if self.name == "sampling" else []
         return _FLAW_CURES[max(flaws, key=self.figures.__getitem__)] if flaws else _CURES[self.name]
+
+    def _comparison_cure(self, improvement: float) -> str:
+        if improvement > 0:
+            return _SEEMS_BETTER
+        return _MADE_WORSE if self.name == "present" else _CURES[self.name]
 
 
 class GateReport(BaseModel):

@@ -19,7 +19,7 @@ from adapters.errors import ConflictError, DataError
 from adapters.row_places import PlacedProblem, RowPlace, data_error, group_problems
 from training.readers import RawRow, read_table
 from training.recognise import Shape, choose_shape, spread
-from training.speakers import drop_notes, name_unknown_roles, rename_speakers
+from training.speakers import name_unknown_roles, rename_speakers, tidy_messages
 from training.turns import TurnJoiner
 
 __all__ = [
@@ -157,7 +157,7 @@ def read_rows(source: Path | str, options: ReadOptions | None = None, *, name: s
         is_sheet = table.layout.startswith(("CSV", "TSV"))
         expected = "expected a header, and a record a row below it" if is_sheet else f"{EXPECTED_ROW} on each line"
         raise DataError([f"{table.name}: holds no rows; {expected}"])
-    raws, notes = _drop_notes(table.rows)
+    raws, done = _tidy(table.rows)
     if options.roles:
         raws = [replace(raw, document=rename_speakers(raw.document, options.roles)) for raw in raws]
     if any("." in column for column in (options.mapping or {}).values()):  # a value in an object of the row
@@ -176,10 +176,10 @@ def read_rows(source: Path | str, options: ReadOptions | None = None, *, name: s
         if found:
             bad.append((raw, found))
     recognised = f"{table.layout}: {shape.describe(columns)}" if shape else table.layout
-    if turns is not None and (done := turns.describe()):
-        recognised = f"{recognised}; {done}"
-    if notes:
-        recognised = f"{recognised}; left out of messages: {', '.join(notes)}"
+    if turns is not None and (mended := turns.describe()):
+        recognised = f"{recognised}; {mended}"
+    if done:
+        recognised = f"{recognised}; {', '.join(done)}"
     return ReadRows(table.name, table.sha256, recognised, tuple(rows), _as_sentences(bad, table.name), len(bad))
 
 
@@ -253,14 +253,13 @@ def _place(temporary: Path, path: Path) -> None:
         temporary.replace(path)
 
 
-def _drop_notes(raws: Sequence[RawRow]) -> tuple[list[RawRow], list[str]]:
-    """The rows without what stands beside their messages, and the keys of that."""
-    pairs = [drop_notes(raw.document) for raw in raws]
-    cleaned = [
-        replace(raw, document=document) if dropped else raw
-        for raw, (document, dropped) in zip(raws, pairs, strict=True)
+def _tidy(raws: Sequence[RawRow]) -> tuple[list[RawRow], list[str]]:
+    """The rows with messages as they usually are, and what was done for it."""
+    pairs = [tidy_messages(raw.document) for raw in raws]
+    tidied = [
+        replace(raw, document=document) if done else raw for raw, (document, done) in zip(raws, pairs, strict=True)
     ]
-    return cleaned, sorted(set().union(*(dropped for _, dropped in pairs)))
+    return tidied, sorted(set().union(*(done for _, done in pairs)))
 
 
 def _read_row(raw: RawRow, shape: Shape | None, turns: TurnJoiner | None) -> tuple[Row | None, list[RowProblem]]:

@@ -123,14 +123,17 @@ def _check_better(
     is_better = found.low > settings.gate_margin
     measure, short = _MEASURES.get(settings.method, ("validation loss", "loss"))
     own, others = (_mean(evaluation) for evaluation in (candidate, other))
-    direction = "better" if found.estimate >= 0 else "worse"
     sentence = (
-        f"{measure} {own:.3f} against {others:.3f} of {title}: {abs(found.estimate):.3f} {direction}, "
-        f"at least {found.low:.3f} better with {settings.gate_confidence:.0%} confidence; "
-        f"more than {settings.gate_margin:g} is needed"
+        f"{measure} {own:.3f} against {others:.3f} of {title}: {_in_words(found.estimate)}, with "
+        f"{settings.gate_confidence:.0%} confidence {'at least' if found.low >= 0 else 'no more than'} "
+        f"{_in_words(found.low)}; more than {settings.gate_margin:g} better is needed"
     )
     figures = {short: own, f"other_{short}": others, "improvement": found.estimate, "low": found.low}
     return _check(name, "passed" if is_better else "failed", sentence, figures)
+
+
+def _in_words(improvement: float) -> str:
+    return f"{abs(improvement):.3f} {'better' if improvement >= 0 else 'worse'}"
 
 
 def _mean(evaluation: Evaluation) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 
 from adapters.errors import DataError
 
-__all__ = ["ROLES", "drop_notes", "name_unknown_roles", "parse_roles", "rename_speakers"]
+__all__ = ["ROLES", "name_unknown_roles", "parse_roles", "rename_speakers", "tidy_messages"]
 
 # What a speaker's name can be mapped to, with `--roles name=role`; `none` leaves what the speaker says out.
 ROLES = ("system", "user", "assistant", "tool", "none")
@@ -35,6 +35,9 @@ _TELLING_KEYS = (
     "mask",
     "loss",
 )
+# What exports call who speaks, and what is said.
+_SPEAKER_KEYS = ("author", "sender", "speaker")
+_WORD_KEYS = ("body", "text", "message", "content")
 _MAX_DEPTH = 4
 _MAX_NAMES_SHOWN = 10
 
@@ -68,20 +71,21 @@ def rename_speakers(document: Any, roles: Mapping[str, str]) -> Any:
     return {key: _change_lists(value, rename, depth=1) for key, value in document.items()}
 
 
-def drop_notes(document: Any) -> tuple[Any, frozenset[str]]:
-    """A row without what exports write beside each message, as times and ids, and the keys that were left out.
+def tidy_messages(document: Any) -> tuple[Any, frozenset[str]]:
+    """A row whose messages have `role` and `content`, without what exports write beside them, as times and ids.
 
-    A key that is nearly one of those that count stays, and is told as the mistake that it may be.
+    Says in words what was done. A key that is nearly one of those that count stays, and is told as the mistake that it
+    may be.
     """
-    dropped: set[str] = set()
+    done: set[str] = set()
     if not isinstance(document, Mapping):
         return document, frozenset()
 
-    def drop(messages: list[Any]) -> list[Any]:
-        return [_without_notes(message, dropped) for message in messages]
+    def tidy(messages: list[Any]) -> list[Any]:
+        return [_without_notes(message, done) for message in _with_usual_keys(messages, done)]
 
-    cleaned = {key: _change_lists(value, drop, depth=1) for key, value in document.items()}
-    return (cleaned, frozenset(dropped)) if dropped else (document, frozenset())
+    tidied = {key: _change_lists(value, tidy, depth=1) for key, value in document.items()}
+    return (tidied, frozenset(done)) if done else (document, frozenset())
 
 
 def name_unknown_roles(rows: Iterable[Sequence[str]]) -> str:
@@ -131,12 +135,25 @@ def _rename_message(message: Any, roles: Mapping[str, str]) -> Any:
     return {**message, **{key: role for key, role in named.items() if role is not None}}
 
 
-def _without_notes(message: Any, dropped: set[str]) -> Any:
+def _with_usual_keys(messages: list[Any], done: set[str]) -> list[Any]:
+    """Messages whose speaker and words go by other names, if each of them has one of either, and all the same."""
+    if not messages or not all(isinstance(message, Mapping) for message in messages):
+        return messages
+    shared = frozenset(messages[0]).intersection(*messages)
+    speakers, words = ([key for key in keys if key in shared] for keys in (_SPEAKER_KEYS, _WORD_KEYS))
+    if len(speakers) != 1 or len(words) != 1 or any("role" in message or "from" in message for message in messages):
+        return messages
+    usual = {speakers[0]: "role", words[0]: "content"}
+    done.add(f"{speakers[0]} and {words[0]} of messages read as role and content")
+    return [{usual.get(key, key): value for key, value in message.items()} for message in messages]
+
+
+def _without_notes(message: Any, done: set[str]) -> Any:
     """The message without keys that say nothing to be learned; one without a speaker or words is left as it is."""
     if not isinstance(message, Mapping) or not _is_said(message):
         return message
     notes = {key for key, value in message.items() if value is not None and _is_note(key)}
-    dropped |= notes
+    done |= {f"{key!r:.60} of messages left out" for key in notes}
     return {key: value for key, value in message.items() if key not in notes}
 
 

@@ -44,7 +44,11 @@ def test_reason_names_what_failed_when_the_gate_was_not_passed() -> None:
     ("name", "figures", "words"),
     [
         ("base", {"low": -0.1}, "train on more rows, or for more epochs"),
-        ("present", {"low": -0.1}, "start_from"),
+        ("present", {"low": -0.1}, "--start-from"),
+        ("present", {"improvement": 0.05, "low": -0.1}, "more of them (--validation-share 0.2)"),
+        ("base", {"improvement": 0.05, "low": -0.1}, "so few validation rows can't show"),
+        ("present", {"improvement": -0.05, "low": -0.1}, "a lower learning_rate"),
+        ("base", {"improvement": -0.05, "low": -0.1}, "for more epochs"),
         ("forgetting", {"rise": 2.0}, "lower learning_rate"),
         ("format", {"share": 0.5}, "more rows"),
         ("format", {}, "gate_samples above 0"),

@@ -74,7 +74,7 @@ def test_scores_count_and_not_losses_when_a_method_has_scores(
     worse = _find(_evidence(candidate=even, base=right), settings, "base")
 
     assert ("passed", "failed") == (better.outcome, worse.outcome)
-    assert better.sentence.startswith(f"{words} of the base model: 0.400 better, at least ")
+    assert better.sentence.startswith(f"{words} of the base model: 0.400 better, with 95% confidence at least ")
     assert (0.9, 0.5) == (better.figures[figure], better.figures[f"other_{figure}"])
 
 

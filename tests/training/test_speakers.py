@@ -146,7 +146,22 @@ def test_notes_beside_messages_are_left_out_and_told_when_an_export_has_them(tmp
     table.write_text("messages\n" + '"' + json.dumps(messages).replace('"', '""') + '"\n')
     for dataset in (read_dataset(rows), read_dataset(table)):
         assert [_CHAT] == [numbered.row for numbered in dataset.rows]
-        assert dataset.recognised.endswith("; left out of messages: Agent ID, ts")
+        assert dataset.recognised.endswith("; 'Agent ID' of messages left out, 'ts' of messages left out")
+
+
+def test_messages_are_read_when_an_export_calls_their_parts_otherwise(tmp_path: Path) -> None:
+    """Who speaks and what is said go by other names; said, since it is a guess."""
+    messages = [{"author": message["role"], "body": message["content"]} for message in make_messages("q", "a")]
+    dataset = read_dataset(write_rows(tmp_path / "t.jsonl", [{"messages": messages}]))
+    assert [_CHAT] == [numbered.row for numbered in dataset.rows]
+    assert dataset.recognised.endswith("; author and body of messages read as role and content")
+
+
+def test_messages_are_left_as_they_are_when_two_keys_may_hold_the_words(tmp_path: Path) -> None:
+    """Nobody guesses between them."""
+    messages = [{"author": "user", "body": "q", "text": "p"}, {"author": "assistant", "body": "a", "text": "b"}]
+    with pytest.raises(DataError, match="key 'author' is not supported"):
+        read_dataset(write_rows(tmp_path / "t.jsonl", [{"messages": messages}]))
 
 
 @pytest.mark.parametrize("key", ["weigth", "function_call", "train"])
