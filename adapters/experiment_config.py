@@ -206,7 +206,8 @@ def check_arms(arms: Sequence[tuple[str, str | None, float]]) -> None:
     names = [name for name, _, _ in arms]
     if not 2 <= len(arms) <= _MAX_ARMS or len(set(names)) != len(names):
         raise InvalidInputError(
-            f"expected two or more arms with different names, at most {_MAX_ARMS}, found {names}", param="arms"
+            f"expected two or more arms with different names, every one of them, at most {_MAX_ARMS}, found {names}",
+            param="arms",
         )
     if not all(re.fullmatch(ARM_PATTERN, name) for name in names):
         raise InvalidInputError(f"arm names are 1 to 32 letters and digits, found {names}", param="arms")

@@ -170,7 +170,8 @@ class ExperimentEvaluation:
         verdict, control = report.verdict, report.experiment.arms[0].name
         arm = arm or (verdict.arm if verdict.kind == "promote" else None)
         if arm is None:
-            raise InvalidInputError(f"the verdict is {verdict.kind}; say which arm to promote", param="arm")
+            others = ", ".join(candidate.name for candidate in report.experiment.arms[1:])
+            raise InvalidInputError(f"the verdict promotes no arm; say which of {others} to promote", param="arm")
         if arm == control:
             raise InvalidInputError(f"{arm} is the control; roll back to it instead", param="arm")
         return self._act(report, "promote", arm, reason or verdict.sentence, by_hand=True)

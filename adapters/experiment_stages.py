@@ -116,12 +116,14 @@ def find_pinned(session: Session, alias: str, version: str) -> tuple[int, str]:
         InvalidInputError: it is a reward model.
     """
     name = parse_model_name(version_name(alias, version))
-    statement = select(AliasVersionRow).where(AliasVersionRow.alias == alias)
-    for row in session.scalars(statement):
+    statement = select(AliasVersionRow).where(AliasVersionRow.alias == alias).order_by(AliasVersionRow.number)
+    rows = list(session.scalars(statement))
+    for row in rows:
         if row.number == name.number or (name.digest_prefix and row.digest.startswith(name.digest_prefix)):
             _check_is_chat(session, f"{alias}@v{row.number}", row.digest)
             return row.number, row.digest
-    raise NotFoundError(f"{alias!r} has no version {version!r}")
+    known = ", ".join(f"v{row.number}" for row in rows) or "none"
+    raise NotFoundError(f"{alias!r} has no version {version!r}; it has {known}")
 
 
 def _check_is_chat(session: Session, label: str, digest: str) -> None:

@@ -165,6 +165,13 @@ def test_acts_are_undone_when_somebody_wants_them_back(
     assert (1, "undo") == (points_to(registry), _actions(registry, experiment)[-1])
 
 
+def test_promotion_asks_for_an_arm_when_the_verdict_has_none(start: Start, evaluation: ExperimentEvaluation) -> None:
+    """Nobody's guess moves an alias."""
+    experiment = start([("A", "v1", 40.0), ("B", "v2", 40.0), ("C", "v3", 20.0)])
+    with pytest.raises(InvalidInputError, match="the verdict promotes no arm; say which of B, C to promote"):
+        evaluation.promote(experiment.id)
+
+
 def test_verdict_stays_when_users_report_after_the_decision(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:

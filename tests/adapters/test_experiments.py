@@ -139,6 +139,12 @@ def test_create_refuses_when_the_arms_are_wrong(
     assert experiments.list() == []
 
 
+def test_create_names_the_versions_when_an_arm_has_none(experiments: ExperimentService) -> None:
+    """A slip of the pen is mended without a second command."""
+    with pytest.raises(NotFoundError, match=r"'legal' has no version 'v9'; it has v1, v2"):
+        experiments.create("legal", [("A", "v1", 50.0), ("B", "v9", 50.0)])
+
+
 def test_create_accepts_thirds_when_they_add_up_but_for_rounding(experiments: ExperimentService) -> None:
     """Weights are floats; a rounding error is no mistake."""
     arms = [(name, f"v{number}", 100 / 3) for number, name in enumerate("ABC", start=1)]
