@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from training.answer_rules import ComparisonPrompt
     from training.formats import ReadOptions
 
-__all__ = ["replay"]
+__all__ = ["conclude", "replay"]
 
 
 def replay(
@@ -251,13 +251,35 @@ def _print_report(report: dict[str, Any]) -> None:
         for found in measure["comparisons"]
     ]
     columns = ["by", "versions", "won-tied-lost", "win rate", "p (signs)", "difference", "p (sizes)"]
-    print_table(columns, rows, whole=columns[:3])
+    print_table(columns, rows, whole=columns)
+    for sentence in conclude(report):
+        console.print(sentence, markup=False, soft_wrap=True)
     for measure in report["measures"]:
         _print_ratings(measure)
     console.print(
         "A tie is half a win. Intervals are of 95 % and, like the p-values, hold for one look and one comparison.",
         style="dim",
     )
+
+
+def conclude(report: dict[str, Any]) -> list[str]:
+    """What the numbers of a report say, a sentence a comparison, and what may be wrong with the answers behind them."""
+    found = [_conclude_one(measure["name"], one) for measure in report["measures"] for one in measure["comparisons"]]
+    return found + [
+        f"{version['num_cut']} of {version['num_answers']} answers of {version['version']} were cut at the limit of "
+        "tokens: what is compared are beginnings. Give a higher --max-tokens."
+        for version in report["versions"]
+        if version["num_cut"] * 2 >= version["num_answers"] > 0
+    ]
+
+
+def _conclude_one(measure: str, found: dict[str, Any]) -> str:
+    first, second, interval = (found[name] for name in ("first", "second", "win_interval"))
+    by = f"By {measure}, over {found['num_prompts']} prompts"
+    if interval is None or interval["low"] <= 0.5 <= interval["high"]:  # half is what chance gives
+        return f"{by}: neither {first} nor {second} is shown to win more often."
+    winner, loser = (first, second) if found["win_rate"] > 0.5 else (second, first)
+    return f"{by}: {winner} wins more often than {loser}."
 
 
 def _print_ratings(measure: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from adapters.registry import Registry
 from adapters.tables import ConversationRow
 from clients.cli.judging import Journal
 from clients.cli.main import app
+from clients.cli.replay import conclude
 from clients.errors import ApiError
 from clients.judge import Verdict
 from server.messages import SubmitCommand
@@ -91,6 +92,30 @@ def test_versions_are_compared_by_rules_when_prompts_have_references(published: 
     assert [("legal@v1", 4, 0), ("legal@v2", 4, 0)] == [
         (version["version"], version["num_answers"], version["num_failed"]) for version in report["versions"]
     ]
+
+
+@pytest.mark.parametrize(
+    ("win_rate", "interval", "said"),
+    [
+        (0.9, {"low": 0.7, "high": 1.0}, "v1 wins more often than v2."),
+        (0.1, {"low": 0.0, "high": 0.3}, "v2 wins more often than v1."),
+        (0.6, {"low": 0.4, "high": 0.8}, "neither v1 nor v2 is shown to win more often."),
+        (0.9, None, "neither v1 nor v2 is shown to win more often."),
+    ],
+)
+def test_replay_concludes_in_a_sentence_when_all_answers_are_there(
+    win_rate: float, interval: dict[str, float] | None, said: str
+) -> None:
+    """For whoever reads no p-values; half is what chance gives. Answers that were cut are warned of."""
+    found = {"first": "v1", "second": "v2", "num_prompts": 40, "win_rate": win_rate, "win_interval": interval}
+    versions = [
+        {"version": "v1", "num_answers": 40, "num_cut": 20},
+        {"version": "v2", "num_answers": 40, "num_cut": 19},
+    ]
+    report = {"measures": [{"name": "length", "comparisons": [found]}], "versions": versions}
+    told, warned = conclude(report)
+    assert f"By length, over 40 prompts: {said}" == told
+    assert warned.startswith("20 of 40 answers of v1 were cut at the limit of tokens")
 
 
 def test_replay_asks_for_what_is_missing_alone_when_an_earlier_run_was_cut(published: Site, tmp_path: Path) -> None:
