@@ -31,7 +31,7 @@ from adapters.experiment_rows import (
 )
 from adapters.experiments import ExperimentService
 from adapters.exposures import FEEDBACK_WINDOW
-from adapters.outcomes import read_history, read_outcomes
+from adapters.outcomes import LONGEST_MS, read_history, read_outcomes
 from adapters.records import Actor, Experiment
 from adapters.registry import Registry
 from adapters.settled_values import Outcomes, plan_sample
@@ -43,7 +43,6 @@ _log = structlog.get_logger(__name__)
 EVALUATOR = Actor("evaluator")
 REALLOCATION_EVERY = timedelta(days=1)
 _Act = Literal["promote", "roll_back"]
-_STAGE_BEGINS = ("start", "change_weights", "undo")
 _LEAST_SHIFT = 5.0  # percent: less is not worth a stage
 
 
@@ -271,7 +270,8 @@ class ExperimentEvaluation:
     def _reallocate(self, report: ExperimentReport) -> None:
         """Let the weights follow the better arms, once a day: days differ, and a stage takes whole ones."""
         experiment = report.experiment
-        began = max(item.made_at for item in report.decisions if item.action in _STAGE_BEGINS)
+        # What was undone is a stage of its own only where it took one: an acceptance that is taken back does not.
+        began = max(item.made_at for item in report.decisions if item.action == "start" or "from_stage" in item.numbers)
         if utc_now() - began < REALLOCATION_EVERY:
             return
         with self.registry.database.read() as session:
@@ -357,8 +357,8 @@ def _count_closed(session: Session, row: ExperimentRow, until: datetime) -> int:
         return 0
     of_stage = ExposureRow.experiment_id == row.id, ExposureRow.stage == row.stage
     # What comes of an answer is dated by its end: counted by its beginning before, the value would not be there yet.
-    longest = timedelta(milliseconds=session.scalar(select(func.max(ExposureRow.total_ms)).where(*of_stage)) or 0)
-    closed = select(func.count()).where(*of_stage, ExposureRow.served_at <= until - longest)
+    longest_ms = min(session.scalar(select(func.max(ExposureRow.total_ms)).where(*of_stage)) or 0, LONGEST_MS)
+    closed = select(func.count()).where(*of_stage, ExposureRow.served_at <= until - timedelta(milliseconds=longest_ms))
     return session.scalar(closed) or 0
 
 

@@ -16,10 +16,10 @@ from sqlalchemy.orm import Session
 from adapters.records import Experiment
 from adapters.tables import ExposureRow, FeedbackRow
 
-__all__ = ["AnsweredRequest", "ReportedValue", "UnitOutcomes", "read_history", "read_outcomes"]
+__all__ = ["LONGEST_MS", "AnsweredRequest", "ReportedValue", "UnitOutcomes", "read_history", "read_outcomes"]
 
 _ROWS_AT_ONCE = 5_000
-_LONGEST_MS = 86_400_000.0  # a longer answer is counted as a day's: any float may stand in a row, and dates end
+LONGEST_MS = 86_400_000.0  # a longer answer is counted as a day's: any float may stand in a row, and dates end
 
 
 class AnsweredRequest(NamedTuple):
@@ -36,7 +36,7 @@ class AnsweredRequest(NamedTuple):
     @property
     def ended_at(self) -> datetime:
         """When its answer was there, or had failed."""
-        return self.at + timedelta(milliseconds=min(self.total_ms, _LONGEST_MS))
+        return self.at + timedelta(milliseconds=min(self.total_ms, LONGEST_MS))
 
 
 class ReportedValue(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -11,6 +10,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from adapters.errors import ConfigurationError
+from adapters.expressions import search
 from adapters.methods import HELD_TO_A_REFERENCE, METHOD_SETTINGS, SAMPLING_METHODS, Method
 from adapters.settings import SettingsSection, split_names
 from training.answer_format import check_json_schema
@@ -208,10 +208,8 @@ class TrainSettings(SettingsSection):
     @field_validator("gate_format_regex")
     @classmethod
     def _check_expression(cls, value: str | None) -> str | None:
-        try:
-            re.compile(value or "")
-        except re.error as error:
-            raise ValueError(f"is no regular expression: {error}") from None
+        if value is not None:
+            search(value, "")
         return value
 
     @field_validator("gate_format_schema")

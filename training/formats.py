@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ __all__ = [
     "write_dataset",
     "write_documents",
 ]
+
+
+_MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +160,7 @@ def read_rows(source: Path | str, options: ReadOptions | None = None, *, name: s
         is_sheet = table.layout.startswith(("CSV", "TSV"))
         expected = "expected a header, and a record a row below it" if is_sheet else f"{EXPECTED_ROW} on each line"
         raise DataError([f"{table.name}: holds no rows; {expected}"])
-    raws, done = _tidy(table.rows)
+    raws, done = _tidy(table.rows, {*_MESSAGE_COLUMNS, (options.mapping or {}).get("messages", "")})
     if options.roles:
         raws = [replace(raw, document=rename_speakers(raw.document, options.roles)) for raw in raws]
     if any("." in column for column in (options.mapping or {}).values()):  # a value in an object of the row
@@ -253,9 +256,9 @@ def _place(temporary: Path, path: Path) -> None:
         temporary.replace(path)
 
 
-def _tidy(raws: Sequence[RawRow]) -> tuple[list[RawRow], list[str]]:
+def _tidy(raws: Sequence[RawRow], columns: Collection[str]) -> tuple[list[RawRow], list[str]]:
     """The rows with messages as they usually are, and what was done for it."""
-    pairs = [tidy_messages(raw.document) for raw in raws]
+    pairs = [tidy_messages(raw.document, columns) for raw in raws]
     tidied = [
         replace(raw, document=document) if done else raw for raw, (document, done) in zip(raws, pairs, strict=True)
     ]

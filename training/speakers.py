@@ -6,10 +6,10 @@ Knows lists of messages wherever a row holds them; what a column means is for `t
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from adapters.errors import DataError
@@ -18,22 +18,13 @@ __all__ = ["ROLES", "name_unknown_roles", "parse_roles", "rename_speakers", "tid
 
 # What a speaker's name can be mapped to, with `--roles name=role`; `none` leaves what the speaker says out.
 ROLES = ("system", "user", "assistant", "tool", "none")
-# What a message may have beside who speaks and what is said, and what others' formats have there that must not be lost.
-_TELLING_KEYS = (
-    "role",
-    "content",
-    "from",
-    "value",
-    "weight",
-    "name",
-    "tool_calls",
-    "tool_call_id",
-    "function_call",
-    "audio",
-    "refusal",
-    "train",
-    "mask",
-    "loss",
+# What exports write beside a message that nobody is to learn. Any other key that is not known stays the error that it
+# is: who leaves out a weight, a picture or a thought trains on something else than what is there.
+_NOTE = re.compile(
+    r"(?!.*(image|file|attach|audio|video|media|doc|tool))"
+    r"((.*[ _-])?(id|ids|uuid|ts|time|timestamp|date|datetime|email|phone|avatar|channel|status|seq)"
+    r"|(created|updated|sent)([ _-]?(at|on))?)",
+    re.IGNORECASE,
 )
 # What exports call who speaks, and what is said.
 _SPEAKER_KEYS = ("author", "sender", "speaker")
@@ -71,20 +62,19 @@ def rename_speakers(document: Any, roles: Mapping[str, str]) -> Any:
     return {key: _change_lists(value, rename, depth=1) for key, value in document.items()}
 
 
-def tidy_messages(document: Any) -> tuple[Any, frozenset[str]]:
+def tidy_messages(document: Any, columns: Collection[str]) -> tuple[Any, frozenset[str]]:
     """A row whose messages have `role` and `content`, without what exports write beside them, as times and ids.
 
-    Says in words what was done. A key that is nearly one of those that count stays, and is told as the mistake that it
-    may be.
+    Says in words what was done. `columns` are those that hold messages; nothing else of the row is looked at.
     """
     done: set[str] = set()
-    if not isinstance(document, Mapping):
+    if not isinstance(document, Mapping) or document.keys().isdisjoint(columns):
         return document, frozenset()
 
     def tidy(messages: list[Any]) -> list[Any]:
         return [_without_notes(message, done) for message in _with_usual_keys(messages, done)]
 
-    tidied = {key: _change_lists(value, tidy, depth=1) for key, value in document.items()}
+    tidied = {key: _change_lists(value, tidy, depth=1) if key in columns else value for key, value in document.items()}
     return (tidied, frozenset(done)) if done else (document, frozenset())
 
 
@@ -139,9 +129,10 @@ def _with_usual_keys(messages: list[Any], done: set[str]) -> list[Any]:
     """Messages whose speaker and words go by other names, if each of them has one of either, and all the same."""
     if not messages or not all(isinstance(message, Mapping) for message in messages):
         return messages
-    shared = frozenset(messages[0]).intersection(*messages)
-    speakers, words = ([key for key in keys if key in shared] for keys in (_SPEAKER_KEYS, _WORD_KEYS))
-    if len(speakers) != 1 or len(words) != 1 or any("role" in message or "from" in message for message in messages):
+    used = frozenset().union(*messages)
+    shared = used.intersection(*messages)
+    speakers, words = ([key for key in keys if key in used] for keys in (_SPEAKER_KEYS, _WORD_KEYS))
+    if len(speakers) != 1 or len(words) != 1 or not shared.issuperset(speakers + words) or used & {"role", "from"}:
         return messages
     usual = {speakers[0]: "role", words[0]: "content"}
     done.add(f"{speakers[0]} and {words[0]} of messages read as role and content")
@@ -162,8 +153,7 @@ def _is_said(message: Mapping[Any, Any]) -> bool:
 
 
 def _is_note(key: Any) -> bool:
-    is_known = key in _TELLING_KEYS
-    return isinstance(key, str) and not is_known and not get_close_matches(key.lower(), _TELLING_KEYS, 1, cutoff=0.75)
+    return isinstance(key, str) and _NOTE.fullmatch(key) is not None
 
 
 def _key(name: str) -> str:

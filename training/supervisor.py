@@ -53,6 +53,7 @@ _DATABASE_ERRORS = (OperationalError, DatabaseBusyError)
 _INSIST_EVERY_S = 5.0
 _LEAST_FREE_BYTES = 1_000_000
 _NO_PROCESS_ERRORS = (errno.ENOMEM, errno.EAGAIN)
+_PASSING = frozenset({"disk_full", "out_of_memory"})  # what a process may be refused for now, and not a minute later
 _MAX_DEVICE_CHARS = 120
 _OUT_OF_MEMORY_COUNTS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
 
@@ -176,10 +177,11 @@ class Supervisor:
         try:
             process = self._start(lane, claim, folder)
         except OSError as error:
-            # A full disk, no memory, no processes left: the next job and the other lane are none the worse for it.
             _log.exception("job_not_started", job=claim.job.id, worker=lane.worker)
             reason = _describe_refusal(lane, error)
             self._insist(lambda: self._give_up(claim, reason))
+            if reason.code in _PASSING:  # the next job would be refused as well
+                self.stopping.wait(_INSIST_EVERY_S)
             return True
         ending = self._watch(process, claim)
         discard_scratch(folder)
@@ -206,9 +208,13 @@ class Supervisor:
             )
 
     def _give_up(self, claim: Claim, reason: JobError) -> None:
-        """End a job that no process could be started for."""
-        self._jobs.fail(claim, reason)
-        self._leave(self._jobs.release(claim))
+        """Let a job that no process could be started for wait for its next attempt, or end it if none would help."""
+        if reason.code in _PASSING:
+            problem = f"{reason.message[:1].upper()}{reason.message[1:]}"
+            self._leave(self._jobs.release(claim, problem=problem, last=reason))
+        else:
+            self._jobs.fail(claim, reason)
+            self._leave(self._jobs.release(claim))
 
     def _insist(self, act: Callable[[], None]) -> None:
         """Do what must not be lost as soon as the database takes it, which on a full disk may be hours later."""

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from adapters.errors import InvalidInputError, InvalidNameError
+from adapters.expressions import search
 from adapters.records import BASE_MODEL_NAME, check_alias_name
 
 __all__ = ["MAX_RULES", "Asked", "RoutingRule", "find_rule", "parse_rules", "read_rules"]
@@ -53,7 +54,7 @@ class RoutingRule(BaseModel):
     @classmethod
     def _is_expression(cls, value: str | None) -> str | None:
         if value is not None:
-            _search(value, "")
+            search(value, "")
         return value
 
     @model_validator(mode="after")
@@ -129,17 +130,4 @@ def _holds(rule: RoutingRule, asked: Asked) -> bool:
         return False
     if rule.key is not None and rule.key != asked.key:
         return False
-    return rule.matches is None or _search(rule.matches, asked.text)
-
-
-def _search(expression: str, text: str) -> bool:
-    """Whether the expression matches somewhere in the text; in time linear in both."""
-    # Arrow is a large library: whoever has no such rule need not load it.
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    bounded = text[:_MAX_CHARS].encode("utf-8", "replace").decode()
-    try:
-        return bool(pc.match_substring_regex(pa.scalar(bounded), expression).as_py())
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"is no regular expression of RE2's: {error}") from None
+    return rule.matches is None or search(rule.matches, asked.text[:_MAX_CHARS])

@@ -472,6 +472,32 @@ def test_weights_follow_the_better_arm_once_a_day_when_that_was_asked_for(
     assert "Weights follow the outcomes (thompson)" in evaluation.report("legal").verdict.notes[-1]
 
 
+def test_weights_follow_on_the_same_day_when_an_acceptance_was_taken_back(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """It begins no stage, and so no day."""
+    experiment = start(allocation="thompson", planned_units=2000)
+    win(registry, experiment, 80)
+    with registry.database.write() as session:
+        for row in session.query(DecisionRow):
+            row.made_at -= REALLOCATION_EVERY
+    evaluation.accept_feedback(experiment.id, "known")
+    undo(registry, experiment.id)
+    evaluation.evaluate_all()
+    assert 2 == ExperimentService(registry.database).get(experiment.id).stage
+
+
+def test_experiment_is_watched_when_a_row_holds_any_float(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """A time that no clock gives ends nobody's watch."""
+    experiment = start(auto_rollback=True, guardrails=(ERRORS, Guardrail("feedback_rate", "increase", 0.5)))
+    add_users(registry, experiment, "A", [NO] * 300, ttft_ms=1e14)
+    add_users(registry, experiment, "B", [NO] * 300, error="the model failed")
+    evaluation.evaluate_all()
+    assert "roll_back" == _actions(registry, experiment)[-1]
+
+
 def test_person_s_weights_stay_when_they_come_while_others_are_computed(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:

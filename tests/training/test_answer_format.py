@@ -42,6 +42,19 @@ def test_answer_keeps_to_a_schema_when_it_is_json_that_follows_it(answer: str, e
     assert keeps_format(answer, expression=None, schema=SCHEMA) is expected
 
 
+@pytest.mark.parametrize(
+    ("expression", "schema"), [("(a+)+", None), (None, '{"pattern": "^(a+)+$"}'), (None, '{"items": {"$ref": "#/no"}}')]
+)
+def test_answer_does_not_keep_to_it_when_the_format_would_hang_or_break(
+    expression: str | None, schema: str | None
+) -> None:
+    """A client's expression takes time linear in the answer; what a schema refers to may be missing only for some."""
+    answer = "a" * 5_000 + "b" if schema is None else '"' + "a" * 5_000 + 'b"'
+    if schema is not None and "$ref" in schema:
+        answer = "[1]"
+    assert not keeps_format(answer, expression=expression, schema=schema)
+
+
 def test_answer_keeps_to_both_when_both_are_declared() -> None:
     """One is not enough."""
     assert keeps_format('{"topic": "a"}', expression=r"\{.*\}", schema=SCHEMA)
@@ -51,7 +64,14 @@ def test_answer_keeps_to_both_when_both_are_declared() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
     [
-        ("gate_format_regex", "(", "is no regular expression: missing )"),
+        ("gate_format_regex", "(", "is no regular expression of RE2's: "),
+        ("gate_format_regex", "a)|(?:b", "is no regular expression of RE2's: "),
+        ("gate_format_regex", r"(a)\1", "is no regular expression of RE2's: "),
+        ("gate_format_schema", '{"pattern": "("}', "is no JSON schema: "),
+        ("gate_format_schema", '{"pattern": "(a)\\\\1"}', "is no regular expression of RE2's: "),
+        ("gate_format_schema", '{"patternProperties": {"(a+)+": {}}}', "found patternProperties"),
+        ("gate_format_schema", '{"$ref": "#"}', "a reference that leads nowhere, or to itself"),
+        ("gate_format_schema", '{"$ref": "#/definitions/nope"}', "a reference that leads nowhere, or to itself"),
         ("gate_format_schema", "{]", "is not JSON"),
         ("gate_format_schema", '{"type": "thing"}', "is no JSON schema: "),
         ("gate_format_schema", '{"$ref": "http://127.0.0.1/x.json"}', "stands by itself, found a reference to 'http"),

@@ -157,16 +157,37 @@ def test_messages_are_read_when_an_export_calls_their_parts_otherwise(tmp_path: 
     assert dataset.recognised.endswith("; author and body of messages read as role and content")
 
 
-def test_messages_are_left_as_they_are_when_two_keys_may_hold_the_words(tmp_path: Path) -> None:
-    """Nobody guesses between them."""
-    messages = [{"author": "user", "body": "q", "text": "p"}, {"author": "assistant", "body": "a", "text": "b"}]
+def test_answer_stays_what_it_is_when_it_is_a_list_of_messages_itself(tmp_path: Path) -> None:
+    """Text that is learned is nobody's conversation."""
+    answer = json.dumps([{"role": "assistant", "content": "hi", "id": 3}])
+    dataset = read_dataset(write_rows(tmp_path / "t.jsonl", [{"prompt": "q", "completion": answer}]))
+    assert [ChatRow(tuple(make_messages("q", answer)))] == [numbered.row for numbered in dataset.rows]
+
+
+@pytest.mark.parametrize("other", [{"text": "p"}, {}])
+def test_messages_are_left_as_they_are_when_two_keys_may_hold_the_words(other: dict[str, str], tmp_path: Path) -> None:
+    """Nobody guesses between them, be it in all messages or in one."""
+    messages = [{"author": "user", "body": "q", "text": "p"}, {"author": "assistant", "body": "a", **other}]
     with pytest.raises(DataError, match="key 'author' is not supported"):
         read_dataset(write_rows(tmp_path / "t.jsonl", [{"messages": messages}]))
 
 
-@pytest.mark.parametrize("key", ["weigth", "function_call", "train"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "weigth",
+        "function_call",
+        "train",
+        "loss_weight",
+        "loss_mask",
+        "reasoning_content",
+        "images",
+        "thinking",
+        "image_id",
+    ],
+)
 def test_key_is_refused_when_it_may_say_what_is_learned(key: str, tmp_path: Path) -> None:
-    """A slip of the pen, or another format's word for it: to leave it out would train on what was to be left out."""
+    """A slip of the pen, or another format's word: to leave it out would train on something else than what is there."""
     messages = make_messages("q", "a")
     path = write_rows(tmp_path / "t.jsonl", [{"messages": [messages[0], messages[1] | {key: 0}]}])
     with pytest.raises(DataError, match=f"key '{key}' is not supported"):

@@ -322,17 +322,22 @@ def test_job_fails_when_its_trainer_crashes(place: JobPlace) -> None:
 def test_job_fails_in_words_when_its_process_can_not_be_started(
     place: JobPlace, monkeypatch: pytest.MonkeyPatch, number: int, code: str, words: str
 ) -> None:
-    """What the system refuses at the start is the job's reason at once, not after three attempts; the next is taken."""
+    """What the system refuses may pass: the job has its attempts, and then the reason; the next is taken."""
+    monkeypatch.setattr("training.supervisor._INSIST_EVERY_S", 0.01)
     first, second = place.create(), place.create()
-    refusals = iter([OSError(number, os.strerror(number), "/home/of/the/server")])
+    refusals = iter([OSError(number, os.strerror(number), "/home/of/the/server")] * 3)
 
-    def refuse_once(folder: Path) -> Path:
+    def refuse_thrice(folder: Path) -> Path:
         for error in refusals:
             raise error
         return make_scratch(folder)
 
-    monkeypatch.setattr("training.supervisor.make_scratch", refuse_once)
+    monkeypatch.setattr("training.supervisor.make_scratch", refuse_thrice)
     supervisor = _supervisor(place, ("-c", "import sys; sys.exit(3)"))
+    for _ in range(2):
+        assert supervisor.run_one()
+        assert ("queued", "queued") == (place.jobs.get(first.id).status, place.jobs.get(second.id).status)
+        assert words in place.messages(first.id)[-1]
     assert supervisor.run_one()
     error = place.jobs.get(first.id).error
     assert error is not None
