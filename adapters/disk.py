@@ -27,7 +27,8 @@ _WORDS = re.compile(
 def is_about_the_disk(error: BaseException | str) -> bool:
     """Whether an error, or what another program wrote of one, says that a disk is full."""
     is_plain = isinstance(error, StorageFullError) or (isinstance(error, OSError) and error.errno in _NUMBERS)
-    return is_plain or bool(_WORDS.search(str(error)))
+    said = error.orig if isinstance(error, DBAPIError) else error  # not its parameters, which are a user's words
+    return is_plain or bool(_WORDS.search(str(said)))
 
 
 @contextmanager
@@ -45,7 +46,9 @@ def full_disk_told(place: Path, what: str) -> Iterator[None]:
         if not is_about_the_disk(error):
             raise
         problem = StorageFullError(f"no space left for {what}; nothing of it was kept")
-        problem.add_note(f"the disk of {place} has {_megabytes(free_bytes(place))} free, which is too little")
+        problem.add_note(
+            f"the disk of {place} has {_megabytes(free_bytes(place))} free; a quota or a limit on files may be less"
+        )
         raise problem from error
 
 

@@ -81,6 +81,7 @@ def create_job(
 ) -> None:
     """Queue a job over data of this machine; hotswap serve on the same home folder trains it."""
     from adapters.disk import full_disk_told
+    from adapters.methods import WIRE_METHODS
 
     core = load_core(home, base=base)
     chosen = dict(_read_pair(pair) for pair in hyperparameters or ())
@@ -93,8 +94,9 @@ def create_job(
     }
     options = read_options(mapping, split, subset, encoding, roles, join_turns=join_turns)
     sources = DataSources(data, options, validation, replace(options, split=validation_split))
+    trained_as = None if method == "supervised" else WIRE_METHODS.get(method)
     with full_disk_told(core.home, "the job"):
-        job = _place(core, order, sources, sources.check_command(home, base, {}))
+        job = _place(core, order, sources, sources.check_command(home, base, {"method": trained_as}))
     if json:
         print_json(job)
         return

@@ -113,7 +113,7 @@ def test_train_tells_the_step_and_the_folder_when_it_gets_ctrl_c(tmp_path: Path,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 150
         while (
             not (has_begun := any((tmp_path / "home").glob("runs/*/metrics.jsonl")))
             and process.poll() is None
@@ -121,9 +121,10 @@ def test_train_tells_the_step_and_the_folder_when_it_gets_ctrl_c(tmp_path: Path,
         ):
             time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        printed, _ = process.communicate(timeout=300)
+        printed, _ = process.communicate(timeout=120)
     finally:
         process.kill()
+        process.wait()
     assert has_begun, printed
     (folder,) = (tmp_path / "home" / "runs").iterdir()
     assert f"Metrics and sampled answers go to {folder}" in printed
