@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import settings
 
 # Before anything imports a hub client: a test that would download fails at once instead.
@@ -28,6 +29,13 @@ from tests.support.tiny import FAMILIES, load_tiny_base, save_tiny_base
 # keeps it so.
 settings.register_profile("untimed", settings(), deadline=None)
 settings.load_profile("untimed")
+
+
+@pytest.fixture(autouse=True)
+def _own_log() -> Iterator[None]:
+    """A command that runs in the tests' process says how things are logged; the next test begins without that."""
+    yield
+    structlog.reset_defaults()
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

@@ -106,7 +106,7 @@ def tell_people() -> None:
     structlog.configure(
         processors=[structlog.processors.format_exc_info, _make_line],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),  # what it is then: whoever captures it may end
     )
 
 
