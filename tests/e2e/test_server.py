@@ -244,7 +244,7 @@ async def _kill_worker_in_the_middle(url: str, log: Path) -> tuple[str | None, b
 
 
 def _worker_pid(log: Path) -> int:
-    (line,) = [line for line in log.read_text().splitlines() if "engine_ready" in line]
+    (line,) = [line for line in log.read_text().splitlines() if "engine_ready" in line and "pid=" in line]
     return int(next(word for word in line.split() if word.startswith("pid=")).removeprefix("pid="))
 
 
