@@ -33,8 +33,9 @@ _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 
 
 def write_curves(log: RunLog, method: Method) -> None:
-    """Write a run's curves beside its metrics."""
-    curves = read_curves(log.lines(), method)
+    """Write a run's curves beside its metrics; of a run that has measured nothing yet there are none."""
+    if not (curves := read_curves(log.lines(), method)):
+        return
     (log.folder / CURVES_FILE).write_text(draw_svg(curves, title=f"{MEASURES[method]} by step"), encoding="utf-8")
 
 

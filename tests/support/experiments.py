@@ -9,7 +9,7 @@ from datetime import timedelta
 from adapters.exposures import add_exposure
 from adapters.records import Binding, Experiment, Exposure, Feedback, Guardrail, Metric
 from adapters.registry import Registry
-from adapters.tables import ExposureRow, utc_now
+from adapters.tables import ExposureRow, FeedbackRow, utc_now
 
 __all__ = ["ERRORS", "HALVES", "NO", "SOLVED", "YES", "Start", "add_users", "age", "points_to", "win"]
 
@@ -67,7 +67,9 @@ def points_to(registry: Registry) -> int:
 
 
 def age(registry: Registry, by: timedelta) -> None:
-    """Make all that was answered older."""
+    """Make all that was answered and reported older."""
     with registry.database.write() as session:
-        for row in session.query(ExposureRow):
-            row.served_at -= by
+        for exposure in session.query(ExposureRow):
+            exposure.served_at -= by
+        for report in session.query(FeedbackRow):
+            report.reported_at -= by

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -35,11 +36,11 @@ def main() -> None:
     """Train the job that is let alone, then one for each seed, in the order in which they wait."""
     num_kills, seeds = int(sys.argv[1]), [int(seed) for seed in sys.argv[2:]]
     num_steps = _count_steps()
-    for seed in seeds:
+    for num_done, seed in enumerate(seeds, start=1):
         chosen = random.Random(seed)
         fatal_steps: list[int | None] = [chosen.randint(1, num_steps) for _ in range(num_kills)]
         for fatal_step in [*fatal_steps, None]:
-            status = _in_child(lambda fatal_step=fatal_step: _train(fatal_step))  # type: ignore[misc]
+            status = _in_child(partial(_train, num_done, fatal_step))
             if status == 0:  # one that goes on from a checkpoint has fewer steps: it may have come to its end
                 break
             assert os.WIFSIGNALED(status), f"the trainer ended with status {status}"
@@ -48,7 +49,7 @@ def main() -> None:
 
 def _count_steps() -> int:
     reader, writer = os.pipe()
-    assert _in_child(lambda: os.write(writer, str(_train(None)).encode())) == 0
+    assert _in_child(lambda: os.write(writer, str(_train(0, None)).encode())) == 0
     return int(os.read(reader, 100))
 
 
@@ -61,8 +62,11 @@ def _in_child(act: Callable[[], object]) -> int:
     return os.waitpid(child, 0)[1]
 
 
-def _train(fatal_step: int | None) -> int:
-    """Work on the job whose turn it is, up to the fatal step; returns how many steps there were."""
+def _train(num_done: int, fatal_step: int | None) -> int:
+    """Work on the job behind so many that are done, up to the fatal step; returns how many steps there were.
+
+    There are none if that job is done, too: a job's last steps are behind its success, where its trainer may be killed.
+    """
     torch.set_num_threads(1)
     core = CoreSettings.load(resolve_home())
     database = open_database(core.resolved_database_url)
@@ -76,6 +80,8 @@ def _train(fatal_step: int | None) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
 
     jobs = JobService(database)
+    if sum(job.status == "succeeded" for job in jobs.list(limit=100)[0]) > num_done:
+        return 0
     claim = jobs.claim(lease_s=0)  # a lease that has run out is a lost trainer's
     assert claim is not None
     for name in ("begin", "commit", "before_cursor_execute"):
