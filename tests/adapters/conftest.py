@@ -15,6 +15,14 @@ from tests.support.versions import publish_text
 
 
 @pytest.fixture
+def experiments(registry: Registry) -> ExperimentService:
+    """Experiments on an alias with three versions, pointing to the last."""
+    for content in ("one", "two", "three"):
+        publish_text(registry, content)
+    return ExperimentService(registry.database)
+
+
+@pytest.fixture
 def start(registry: Registry) -> Start:
     """Start an experiment on `legal`, which points to v1 of three versions."""
     for content in ("one", "two", "three"):

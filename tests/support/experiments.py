@@ -6,12 +6,26 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 
+from adapters.experiments import ExperimentService
 from adapters.exposures import add_exposure
 from adapters.records import Binding, Experiment, Exposure, Feedback, Guardrail, Metric
 from adapters.registry import Registry
 from adapters.tables import ExposureRow, FeedbackRow, utc_now
 
-__all__ = ["ERRORS", "HALVES", "NO", "SOLVED", "YES", "Start", "add_users", "age", "points_to", "win"]
+__all__ = [
+    "ERRORS",
+    "HALVES",
+    "NO",
+    "SOLVED",
+    "YES",
+    "Start",
+    "add_users",
+    "age",
+    "age_reports",
+    "expose",
+    "points_to",
+    "win",
+]
 
 SOLVED = Metric("solved", "increase", "share")
 ERRORS = Guardrail("error_rate", "decrease", 0.02)
@@ -53,6 +67,25 @@ def add_users(
             feedback = [Feedback(responses[-1], metric, value) for metric, value in (outcome or {}).items()]
             add_exposure(session, exposure, feedback)
     return responses
+
+
+def expose(
+    service: ExperimentService,
+    experiment: Experiment,
+    arm: str,
+    unit: str,
+    response: str,
+    error: str | None = None,
+    *,
+    forced: bool = False,
+) -> None:
+    """Record one request of a unit in an arm of an experiment."""
+    found = next(candidate for candidate in experiment.arms if candidate.name == arm)
+    stage = experiment.stage
+    binding = Binding(
+        experiment.alias, "experiment", found.digest, found.number, experiment.id, arm, stage=stage, forced=forced
+    )
+    service.record_exposure(Exposure(response, binding, unit, "user", 5, 7, 1.5, 9.5, None if error else "stop", error))
 
 
 def win(registry: Registry, experiment: Experiment, num: int = 500) -> None:
