@@ -347,6 +347,7 @@ def test_lists_fit_a_terminal_of_eighty_columns_when_names_are_usual(shell: Shel
     for command in (("jobs", "list"), ("keys", "list"), ("adapters", "list"), ("experiments", "list")):
         lines = shell.text(*command).splitlines()
         assert len(lines) > 3
+        assert command[0] != "jobs" or "validating_files" in "".join(lines)
         assert max(map(len, lines)) <= 80, lines
 
 
@@ -480,6 +481,28 @@ def test_job_is_drawn_when_it_has_been_measured(shell: Shell) -> None:
     assert "validation loss (nats a token), 2.000 to 2.000, steps 2 to 3" in shown
     assert any("\u2801" <= letter <= "\u28ff" for letter in shown)
     assert "training loss," not in shell.text("jobs", "show", job.id)
+
+
+def test_job_says_what_its_version_is_when_it_has_made_one(shell: Shell, tmp_path: Path) -> None:
+    """The alias answers with it, or with another by now, or it is gone; each with what to do."""
+    job_id = _add_job(shell, tmp_path)
+    jobs = JobService(open_database(f"sqlite:///{shell.environment['HOTSWAP_HOME']}/hotswap.db"))
+    pass_all(jobs)
+    claim = jobs.claim(lease_s=60)
+    assert claim is not None
+    with jobs.database.write() as session:
+        result = jobs.get(job_id).training_file
+        jobs.succeed(session, claim, fine_tuned_model="legal@v2", result_file=result, trained_tokens=1)
+
+    live = shell.text("jobs", "show", job_id).splitlines()[-1]
+    shell.text("adapters", "promote", "legal@v1")
+    other = shell.text("jobs", "show", job_id).splitlines()[-1]
+    shell.text("adapters", "remove", "legal@v2", "--yes")
+
+    assert 'legal answers with legal@v2 now. Try: hotswap chat legal "..." (with hotswap serve running)' == live
+    ways = 'Try: hotswap adapters promote legal@v2 or hotswap chat legal@v2 "..."'
+    assert f"legal@v2 is published; legal stands for legal@v1. {ways}" == other
+    assert "legal@v2 was removed since" == shell.text("jobs", "show", job_id).splitlines()[-1]
 
 
 def test_unpromoted_alias_is_shown_when_nothing_of_it_is_live(shell: Shell, tmp_path: Path) -> None:
