@@ -122,10 +122,7 @@ class ExperimentService:
             check_room(session, alias)
             session.add(row)
             session.flush()
-            owned = shift_weights({}, {name: weight for name, _, weight in arms})
-            found = [
-                Arm(name, *find_pinned(session, alias, version), weight, owned[name]) for name, version, weight in arms
-            ]
+            found = _pin_arms(session, alias, arms)
             add_arms(session, row, found)
             if draft:
                 record_decision(session, row, "create", "a draft was made", numbers={"arms": shares_of(found)})
@@ -336,6 +333,11 @@ class ExperimentService:
             row = find_experiment_row(session, experiment_id)
             found = read_outcomes(session, row.id, stage)
             return {arm.name: found.get(arm.name, []) for arm in load_arms(session, row.id, stage)}
+
+
+def _pin_arms(session: Session, alias: str, arms: Sequence[tuple[str, str, float]]) -> list[Arm]:
+    owned = shift_weights({}, {name: weight for name, _, weight in arms})
+    return [Arm(name, *find_pinned(session, alias, version), weight, owned[name]) for name, version, weight in arms]
 
 
 def _start(session: Session, row: ExperimentRow, alias_row: AliasRow) -> None:

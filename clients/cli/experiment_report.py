@@ -1,4 +1,4 @@
-"""`hotswap experiments show` and `power`: what came of an experiment, and how long one takes. Writes for people."""
+"""`hotswap experiments show`: what came of an experiment, and what may still come. Writes for people."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rich.markup import escape
 
 from clients.cli.effect_plot import EffectPoint, draw_effect, draw_effects_svg
 from clients.cli.options import HomeOption, JsonOption, open_evaluation
-from clients.cli.output import console, format_moment, print_json, print_table
+from clients.cli.output import console, format_confidence, format_moment, print_json, print_table
 
 if TYPE_CHECKING:
     from adapters.evidence import Comparison, Guard, Treatment
     from adapters.experiment_report import ExperimentReport, MetricReport
 
-__all__ = ["power", "show"]
+__all__ = ["show"]
 
 _VERDICTS = {
     "promote": ("green", "promote {arm}"),
@@ -55,72 +55,6 @@ def show(
         _print_report(report)
 
 
-def power(
-    effect: Annotated[
-        float, typer.Option("--effect", help="The true difference that is to be found, in the metric's own unit.")
-    ],
-    base_rate: Annotated[
-        float | None, typer.Option("--base-rate", min=0, max=1, help="The control's share, of a metric of yes and no.")
-    ] = None,
-    std_dev: Annotated[
-        float | None, typer.Option("--std-dev", min=0, help="Of any other metric: how far users differ.")
-    ] = None,
-    users_per_day: Annotated[
-        float | None, typer.Option("--users-per-day", min=0.001, max=1e12, help="New users a day, for the days.")
-    ] = None,
-    traffic: Annotated[
-        float, typer.Option("--traffic", min=0.01, max=100, help="Percent of the users that are in the experiment.")
-    ] = 100.0,
-    alpha: Annotated[float, typer.Option("--alpha", min=0.0001, max=0.5, help="Rate of false alarms.")] = 0.05,
-    chance: Annotated[
-        float, typer.Option("--power", min=0.01, max=0.999, help="Probability that the difference is found.")
-    ] = 0.8,
-    treatments: Annotated[
-        int, typer.Option("--treatments", min=1, max=15, help="Arms beside the control, all of equal weight.")
-    ] = 1,
-    json: JsonOption = False,
-) -> None:
-    """How many users an experiment takes, and how many days, looked at all along or once at the end."""
-    from adapters.errors import InvalidInputError
-    from adapters.statistics import comparison_confidence, duration_days, required_units
-
-    confidence = comparison_confidence(alpha, num_treatments=treatments)
-    try:
-        rows = []
-        for analysis in ("sequential", "fixed"):
-            pair = required_units(
-                effect,
-                base_rate=base_rate,
-                std_dev=std_dev,
-                confidence=confidence,
-                power=chance,
-                analysis="sequential" if analysis == "sequential" else "fixed",
-            )
-            units = -(-pair * (treatments + 1) // 2)
-            days = users_per_day and duration_days(units, units_per_day=users_per_day, traffic_percent=traffic)
-            rows.append({"analysis": analysis, "planned_units": units, "days": days})
-    except ValueError as error:
-        asked = (
-            "" if (base_rate is None) != (std_dev is None) else "; give --effect and either --base-rate or --std-dev"
-        )
-        raise InvalidInputError(f"{error}{asked}") from None
-    if json:
-        print_json(rows)
-        return
-    looks = {"sequential": "as often as you like", "fixed": "once, when all users are there"}
-    table = [(row["analysis"], looks[str(row["analysis"])], f"{row['planned_units']:,}", row["days"]) for row in rows]
-    print_table(["analysis", "you may look", "users in all arms", "days"], table, whole=["analysis"])
-    console.print(
-        f"With so many users a true difference of {effect:+g} is found with a probability of {chance:.0%}. "
-        f"Its intervals have {_percent(confidence)} confidence until weights are changed. "
-        "A sequential experiment mostly ends earlier if the difference is larger, and looking can't fool you.",
-        style="dim",
-    )
-    console.print("Write it into the experiment's file, which otherwise plans for 10,000:", soft_wrap=True)
-    console.print(f"    planned_units: {rows[0]['planned_units']}        # looked at all along", soft_wrap=True)
-    console.print(f"    planned_units: {rows[1]['planned_units']}        # with analysis: fixed", soft_wrap=True)
-
-
 def _write_plot(report: ExperimentReport, path: Path) -> None:
     from adapters.errors import InvalidInputError
 
@@ -132,9 +66,8 @@ def _write_plot(report: ExperimentReport, path: Path) -> None:
         )
     control = report.experiment.arms[0].name
     unit = _UNITS[report.treatments[0].primary.scale] if report.treatments[0].primary else ""
-    title = (
-        f"{report.experiment.metric.name}: difference to {control}{unit} by users, {_percent(report.confidence)} sure"
-    )
+    sure = format_confidence(report.confidence)
+    title = f"{report.experiment.metric.name}: difference to {control}{unit} by users, {sure} sure"
     try:
         path.write_text(draw_effects_svg(effects, title=title), encoding="utf-8")
     except OSError as error:
@@ -345,7 +278,7 @@ def _print_decisions(report: ExperimentReport) -> None:
 
 
 def _footnote(report: ExperimentReport) -> str:
-    experiment, sure = report.experiment, _percent(report.confidence)
+    experiment, sure = report.experiment, format_confidence(report.confidence)
     guards = sorted(
         {
             guard.comparison.interval.confidence
@@ -364,9 +297,7 @@ def _footnote(report: ExperimentReport) -> str:
             f"Each user counts once, with the first outcome. The truth lies between the two ends with {sure} "
             "confidence, at all looks together, however often you look."
         )
-    told += f" Of guardrails that is {_percent(guards[0])}." if guards and guards != [report.confidence] else ""
+    told += (
+        f" Of guardrails that is {format_confidence(guards[0])}." if guards and guards != [report.confidence] else ""
+    )
     return f"{told} What is measured besides are averages of all answers."
-
-
-def _percent(confidence: float) -> str:
-    return f"{confidence * 100:.4g} %"

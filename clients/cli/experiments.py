@@ -1,4 +1,7 @@
-"""`hotswap experiments`: split an alias between versions, change and end that; reading is in `experiment_report`."""
+"""`hotswap experiments`: split an alias between versions, change and end that.
+
+What comes of one is printed by `experiment_report`, what one takes by `experiment_power`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clients.cli.experiment_acts import accept, promote, rollback
-from clients.cli.experiment_report import power, show
+from clients.cli.experiment_power import power
+from clients.cli.experiment_report import show
 from clients.cli.options import HomeOption, JsonOption, open_registry
 from clients.cli.output import console, format_moment, print_json, print_table
 

@@ -21,6 +21,7 @@ __all__ = [
     "console",
     "error_console",
     "format_bytes",
+    "format_confidence",
     "format_loss",
     "format_moment",
     "format_seconds",
@@ -96,6 +97,11 @@ def format_seconds(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def format_confidence(confidence: float) -> str:
+    """A confidence for people, whose digits count where it is close to 1: 99.5 %."""
+    return f"{confidence * 100:.4g} %"
 
 
 def format_loss(loss: float | None) -> str | None:

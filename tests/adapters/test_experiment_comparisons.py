@@ -28,7 +28,7 @@ from adapters.records import (
 from adapters.registry import Registry
 from adapters.settled_values import first_outcomes
 from adapters.tables import ExperimentRow, ExposureRow, FeedbackRow, utc_now
-from tests.support.experiments import HALVES, NO, SOLVED, YES, Start, add_users, age, points_to, win
+from tests.support.experiments import HALVES, NO, SOLVED, YES, Start, add_users, age, age_reports, points_to, win
 
 
 def _arm(evaluation: ExperimentEvaluation, experiment: Experiment, name: str) -> ArmReport:
@@ -435,6 +435,7 @@ def test_fixed_sample_is_adjusted_when_its_users_were_there_before(
     asked = add_users(registry, earlier, "A", [{"stars": mark} for mark in marks])
     ExperimentService(registry.database).stop(earlier.id)
     age(registry, timedelta(days=30))
+    age_reports(registry, timedelta(days=30))
     experiment = ExperimentService(registry.database).create(
         "legal",
         HALVES,

@@ -38,6 +38,13 @@ def _decisions(registry: Registry, experiment: Experiment) -> list[Decision]:
     return list(ExperimentService(registry.database).decisions(experiment.id))
 
 
+def _let_a_day_pass(registry: Registry) -> None:
+    """Make every decision so old that weights may follow the outcomes again."""
+    with registry.database.write() as session:
+        for row in session.query(DecisionRow):
+            row.made_at -= REALLOCATION_EVERY
+
+
 def _actions(registry: Registry, experiment: Experiment) -> list[str]:
     return [decision.action for decision in _decisions(registry, experiment)]
 
@@ -458,9 +465,7 @@ def test_weights_follow_the_better_arm_once_a_day_when_that_was_asked_for(
     win(registry, experiment, 80)
     evaluation.evaluate_all()
     assert 1 == ExperimentService(registry.database).get(experiment.id).stage
-    with registry.database.write() as session:
-        for row in session.query(DecisionRow):
-            row.made_at -= REALLOCATION_EVERY
+    _let_a_day_pass(registry)
     for _ in range(2):
         evaluation.evaluate_all()
     found = ExperimentService(registry.database).get(experiment.id)
@@ -478,9 +483,7 @@ def test_weights_follow_on_the_same_day_when_an_acceptance_was_taken_back(
     """It begins no stage, and so no day."""
     experiment = start(allocation="thompson", planned_units=2000)
     win(registry, experiment, 80)
-    with registry.database.write() as session:
-        for row in session.query(DecisionRow):
-            row.made_at -= REALLOCATION_EVERY
+    _let_a_day_pass(registry)
     evaluation.accept_feedback(experiment.id, "known")
     undo(registry, experiment.id)
     evaluation.evaluate_all()
@@ -504,9 +507,7 @@ def test_person_s_weights_stay_when_they_come_while_others_are_computed(
     """Weights by the numbers of a stage that is over are not set."""
     experiment = start(allocation="thompson", planned_units=2000)
     win(registry, experiment, 80)
-    with registry.database.write() as session:
-        for row in session.query(DecisionRow):
-            row.made_at -= REALLOCATION_EVERY
+    _let_a_day_pass(registry)
     service = ExperimentService(registry.database)
     readings: list[int] = []
 
