@@ -171,6 +171,22 @@ class StageComparisons:
         margin = _margin_on_scale(guardrail, compared)
         return Guard(compared, margin, "no_data" if margin is None else guard_state(compared, margin))
 
+    @cached_property
+    def reported_shares(self) -> frozenset[str]:
+        """The reported metrics all of whose values so far are 0 or 1, as yes and no are.
+
+        By the data, which the plan's own metrics are not read by: there is no interval of what is told by it.
+        """
+        units = [unit for arm in self._outcomes.values() for unit in arm]
+        names = {name for unit in units for name in unit.reports}
+        others = {
+            name
+            for unit in units
+            for name, reports in unit.reports.items()
+            if any(report.value not in (0, 1) for report in reports)
+        }
+        return frozenset(names - others)
+
     def _has_feedback_besides(self, watched: Collection[str]) -> bool:
         """Whether there is feedback of which nothing else is told: by other metrics than the plan's."""
         reported = {name for units in self._outcomes.values() for unit in units for name in unit.reports}

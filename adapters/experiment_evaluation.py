@@ -6,6 +6,7 @@ is done twice, or on a stage that is over.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
@@ -389,12 +390,18 @@ def _as_decided(report: ExperimentReport) -> ExperimentReport:
     numbers, today = ends[-1].numbers, report.verdict
     made_at = f"{ends[-1].made_at:%Y-%m-%d %H:%M} UTC"
     notes = [*numbers["notes"], f"This was the verdict of {made_at}; the numbers below are today's."]
-    if (today.kind, today.arm) != (numbers["kind"], numbers["arm"]):
+    if (today.kind, today.arm) != (numbers["kind"], numbers["arm"]) and _has_more(report, numbers):
         notes.append(f"With what has come since then it would be {today.kind}: {today.sentence}")
     is_decided = report.experiment.state == "decided"
     step = "Nothing more; undo takes the decision back." if is_decided else "Nothing more; the decision was taken back."
     verdict = Verdict(numbers["kind"], numbers["arm"], numbers["sentence"], tuple(notes), step)
     return replace(report, verdict=verdict)
+
+
+def _has_more(report: ExperimentReport, numbers: Mapping[str, Any]) -> bool:
+    """Whether anything has come since a decision with these numbers: its end alone makes another verdict of them."""
+    found = json.loads(json.dumps(_numbers(report)))  # as they are stored
+    return any(found[name] != numbers[name] for name in ("split", "treatments"))
 
 
 def _note_verdict(session: Session, row: ExperimentRow, report: ExperimentReport) -> None:

@@ -15,7 +15,7 @@ from adapters.evidence import Evidence, Scale, Split, Treatment, Verdict
 from adapters.experiment_comparisons import StageComparisons, guard_confidence
 from adapters.experiment_metrics import built_in, num_outcomes_of
 from adapters.outcomes import UnitOutcomes
-from adapters.records import BUILT_IN_METRICS, Arm, Decision, Experiment, Metric
+from adapters.records import BUILT_IN_METRICS, Arm, Decision, Experiment, Metric, MetricKind
 from adapters.settled_values import Outcomes, first_outcomes, means_so_far
 from adapters.statistics import Interval, sample_ratio, thompson_weights
 from adapters.verdicts import judge
@@ -241,7 +241,7 @@ def _metric_names(experiment: Experiment, outcomes: Outcomes) -> list[str]:
 
 
 def _metric(stage: StageComparisons, arm: Arm, treatment: Treatment | None, name: str) -> MetricReport | None:
-    role, metric = _role_of(stage.experiment, name)
+    role, metric = _role_of(stage, name)
     units, own = stage.units(arm.name), None
     if role == "other":
         column = means_so_far(units, metric)
@@ -267,15 +267,17 @@ def _metric(stage: StageComparisons, arm: Arm, treatment: Treatment | None, name
     )
 
 
-def _role_of(experiment: Experiment, name: str) -> tuple[_Role, Metric]:
-    """What part a metric has in the verdict, and the metric as the plan has it."""
+def _role_of(stage: StageComparisons, name: str) -> tuple[_Role, Metric]:
+    """What part a metric has in the verdict, and the metric as the plan has it, else as its values look."""
+    experiment = stage.experiment
     if experiment.metric is not None and experiment.metric.name == name:
         return "primary", experiment.metric
     for guardrail in experiment.guardrails:
         if guardrail.metric == name:
             return "guardrail", Metric(name, guardrail.direction, guardrail.kind)
     known = built_in(name)
-    return "other", Metric(name, known.direction if known else "increase")
+    kind: MetricKind = "share" if name in stage.reported_shares else "number"
+    return "other", Metric(name, known.direction if known else "increase", kind)
 
 
 def _difference(treatment: Treatment, role: _Role, name: str) -> Interval | None:

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from adapters.assignment import shift_weights
@@ -50,7 +50,7 @@ from adapters.records import (
     Exposure,
     Feedback,
 )
-from adapters.tables import AliasRow, ExperimentRow, utc_now
+from adapters.tables import AliasRow, ExperimentRow, ExposureRow, utc_now
 
 __all__ = ["ExperimentService"]
 
@@ -273,6 +273,18 @@ class ExperimentService:
         """
         with self.database.read() as session:
             return load_arms(session, find_experiment_row(session, experiment_id).id, stage)
+
+    def note_on_stage(self, experiment: Experiment) -> str:
+        """What a stage that is not the first means for the verdict, with the number of users that it leaves out."""
+        earlier = (ExposureRow.experiment_id == experiment.id, ExposureRow.stage < experiment.stage)
+        with self.database.read() as session:
+            num_users = session.scalar(
+                select(func.count(ExposureRow.unit.distinct())).where(*earlier, ExposureRow.forced.is_(False))
+            )
+        return (
+            f"The verdict counts stage {experiment.stage} alone, from its first user on: users of earlier stages, "
+            f"{num_users:,} so far, take no part in it. undo gives back the weights, not those users."
+        )
 
     def list(
         self, *, state: ExperimentState | None = None, after: str | None = None, limit: int | None = None

@@ -66,7 +66,13 @@ class UnitOutcomes:
     @property
     def first_answered(self) -> AnsweredRequest:
         """The request that was answered first, which need not be the one that was asked first."""
-        return min(self.requests, key=lambda request: request.ended_at)
+        first, ended_at = self.requests[0], self.requests[0].ended_at
+        for request in self.requests[1:]:
+            if request.at >= ended_at:  # as all behind it: most users wait for an answer before they ask again
+                break
+            if request.ended_at < ended_at:
+                first, ended_at = request, request.ended_at
+        return first
 
     @property
     def answered_at(self) -> datetime:

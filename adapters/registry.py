@@ -316,9 +316,9 @@ def _bind_to_arm(session: Session, alias: str, wanted: str) -> Binding:
     ]
     if len(found) != 1:
         listed = ", ".join(f"{item.id}/{arm.name}" for item in find_running(session, alias) for arm in item.arms)
-        raise InvalidInputError(
-            f"{len(found)} arms of {alias!r} are called {wanted[:80]!r}; running: {listed or 'none'}", param=ARM_HEADER
-        )
+        called = f"{len(found)} arms of {alias!r} are" if found else f"no arm of {alias!r} is"
+        there = f"it has {listed}" if listed else "no experiment runs on it"
+        raise InvalidInputError(f"{called} called {wanted[:80]!r}; {there}", param=ARM_HEADER)
     return replace(_bind_arm(*found[0]), forced=True)
 
 

@@ -206,6 +206,7 @@ class Experiment(_Record):
     created_at: Moment
     stopped_at: Moment | None
     config_hash: str
+    notes: list[str]
 
 
 class Decision(_Record):

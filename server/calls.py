@@ -125,7 +125,7 @@ def headers_of(binding: Binding) -> dict[str, str]:
     headers = {
         "x-hotswap-alias": binding.alias,
         "x-hotswap-version": binding.version_label,
-        "x-hotswap-route": binding.route,
+        "x-hotswap-route": "forced" if binding.forced else binding.route,
     }
     if binding.confidence is not None:
         headers["x-hotswap-confidence"] = f"{binding.confidence:.3f}"

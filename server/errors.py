@@ -15,10 +15,12 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from adapters import errors as core
+from server.calls import headers_of
 from server.observe import request_id_of
 from server.schemas import error_body
 
 if TYPE_CHECKING:
+    from adapters.records import Binding
     from server.services import Services
 
 __all__ = ["ANSWERS", "Answer", "answer_error", "count_error", "describe_error", "install_error_handlers"]
@@ -103,7 +105,9 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, core.HotswapError)
     answer, body = describe_error(error)
     count_error(request, answer.code)
-    headers = {} if answer.should_retry is None else {"x-should-retry": str(answer.should_retry).lower()}
+    headers = _headers_of(request)
+    if answer.should_retry is not None:
+        headers["x-should-retry"] = str(answer.should_retry).lower()
     if isinstance(error, core.OverloadedError):
         headers["retry-after"] = str(error.retry_after_s)
     elif answer.status == 401:
@@ -114,6 +118,12 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
         told = "; ".join([str(error), *getattr(error, "__notes__", ())])
         _log.error("request_failed", path=request.url.path, error=told, kind=type(error).__name__)
     return JSONResponse(body, status_code=answer.status, headers=headers)
+
+
+def _headers_of(request: Request) -> dict[str, str]:
+    """Those that say what was to answer, as on good answers, if the route has bound the request to anything."""
+    binding: Binding | None = getattr(request.state, "binding", None)
+    return {} if binding is None else headers_of(binding)
 
 
 def count_error(request: Request, code: str) -> None:

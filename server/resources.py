@@ -370,6 +370,10 @@ class ExperimentObject(BaseModel):
     created_at: int
     stopped_at: int | None
     config_hash: str = Field(description="SHA-256 of what decides who gets what and how it is read.")
+    notes: list[str] = Field(
+        description="What may be a slip in the plan; as the answer to `weights` and `undo` also whom a stage that is "
+        "not the first leaves out of the verdict."
+    )
 
 
 class DecisionObject(BaseModel):

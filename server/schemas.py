@@ -34,6 +34,7 @@ _MAX_STOP_STRINGS = 4
 _MAX_BIASES = 300
 _MAX_NEW_TOKENS = 131_072
 _MAX_METADATA = 16
+_MAX_OUTCOME = 1e12
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 AllowedAnswer = Annotated[str, StringConstraints(min_length=1, max_length=512)]
@@ -41,6 +42,15 @@ TokenId = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,6})$")]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 MetadataKey = Annotated[str, StringConstraints(max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+
+
+def _check_outcome(value: object) -> object:
+    """Refuse what is neither kind of value: of a union's members the first would speak for all."""
+    # Booleans are numbers here, and NaN is in no range.
+    if not isinstance(value, int | float) or not -_MAX_OUTCOME <= value <= _MAX_OUTCOME:
+        bounds = f"{-_MAX_OUTCOME:g} to {_MAX_OUTCOME:g}"
+        raise ValueError(f"expected true, false or a number from {bounds}, found {value!r:.80}")
+    return value
 
 
 def _ineffective(*taken: object, because: str) -> BeforeValidator:
@@ -244,7 +254,10 @@ class FeedbackRequest(Wire):
 
     id: str = Field(min_length=1, max_length=64)
     metric: str = Field(pattern=r"^[a-zA-Z][a-zA-Z0-9_.-]{0,63}$")
-    value: StrictBool | Annotated[float, Field(ge=-1e12, le=1e12, allow_inf_nan=False, strict=True)]
+    value: Annotated[
+        StrictBool | Annotated[float, Field(ge=-_MAX_OUTCOME, le=_MAX_OUTCOME, allow_inf_nan=False, strict=True)],
+        BeforeValidator(_check_outcome),
+    ]
     comment: str | None = Field(None, max_length=2000)
 
 

@@ -242,6 +242,7 @@ def _print_split(report: ExperimentReport) -> None:
 
 
 def _print_gaps(report: ExperimentReport) -> None:
+    from adapters.records import BUILT_IN_METRICS
     from adapters.verdict_words import format_interval
 
     for treatment in report.treatments:
@@ -250,8 +251,13 @@ def _print_gaps(report: ExperimentReport) -> None:
                 continue
             judged = f"the arms differ, {format_interval(gap)}" if _differs(gap) else "no difference is shown"
             sides = ((report.arms[0].arm.name, gap.control.mean), (treatment.name, gap.treatment.mean))
-            known = ", ".join(f"{mean * 100:.3g} % in {name}" for name, mean in sides)
             what = "There is feedback on" if gap is treatment.feedback else f"{gap.metric} is known of"
+            if not any(mean for _, mean in sides):
+                whose = " and ".join(name for name, _ in sides)
+                why = "" if gap.metric in BUILT_IN_METRICS else ": nobody has reported it"
+                console.print(f"{what} no answer in {whose}{why}.", soft_wrap=True)
+                continue
+            known = ", ".join(f"{mean * 100:.3g} % in {name}" for name, mean in sides)
             console.print(f"{what} so many of a user's answers: {known}; {judged}.", soft_wrap=True)
 
 

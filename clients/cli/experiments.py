@@ -29,10 +29,6 @@ app.command("power")(power)
 app.command("promote")(promote)
 app.command("rollback")(rollback)
 app.command("accept")(accept)
-_STAGE_IS_NEW = (
-    "The verdict counts from here on anew: users of earlier stages take no part in it, and undoing this gives the "
-    "weights back, not those users."
-)
 _NameArgument = Annotated[str, typer.Argument(help="An experiment's id, or its alias.")]
 
 
@@ -101,25 +97,33 @@ def change_weights(
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Change the weights of a running experiment: hotswap experiments weights support A=90 B=10."""
+    """Change the weights of a running experiment: hotswap experiments weights support A=90 B=10.
+
+    A new stage begins: the verdict counts anew, without the users so far, whom undo does not bring back.
+    """
     from adapters.experiment_config import parse_weight
 
     arms = [parse_weight(weight) for weight in weights]
-    experiment = _open(home).change_weights(name, arms, traffic=traffic, reason=reason)
-    words = f"{experiment.id} is in stage {experiment.stage}: {_describe_arms(experiment)}\n{_STAGE_IS_NEW}"
-    _tell(experiment, words, json=json)
+    service = _open(home)
+    experiment = service.change_weights(name, arms, traffic=traffic, reason=reason)
+    words = f"{experiment.id} is in stage {experiment.stage}: {_describe_arms(experiment)}"
+    _tell(experiment, f"{words}\n{service.note_on_stage(experiment)}", json=json)
 
 
 @app.command("undo")
 def undo(name: _NameArgument, home: HomeOption = None, json: JsonOption = False) -> None:
-    """Take the latest change of weights, promotion, rollback, acceptance or stop back that isn't yet."""
+    """Take the latest change of weights, promotion, rollback, acceptance or stop back that isn't yet.
+
+    After a change of weights or a stop a new stage begins: the verdict counts anew, without the users so far.
+    """
     from adapters.experiment_acts import undo as undo_act
 
+    service = _open(home)
     experiment = undo_act(open_registry(home), name)
-    decision = _open(home).decisions(experiment.id)[-1]
+    decision = service.decisions(experiment.id)[-1]
     words = f"{experiment.id} is {experiment.state}: {decision.reason}"
     if "from_stage" in decision.numbers:
-        words += f"; this is stage {experiment.stage}\n{_STAGE_IS_NEW}"
+        words += f"; this is stage {experiment.stage}\n{service.note_on_stage(experiment)}"
     _tell(experiment, words, json=json)
 
 

@@ -173,12 +173,12 @@ def _print_report(report: ShadowReport) -> None:
         console.print("no copy has been answered yet: there is nothing to compare")
         return
     rows = [
-        ("answers that equal the live one", f"{report.same_share.mean:.1%}", _bounds(report.same_share)),
+        ("answers that equal the live one", f"{report.same_share.mean:.1%}", _bounds(report.same_share, ".1%")),
         ("words in common, 0 to 1", f"{report.mean_overlap:.2f}", ""),
         ("tokens, live", f"{report.live_tokens:.1f}", ""),
         ("tokens, shadow", f"{report.shadow_tokens:.1f}", ""),
-        ("tokens, shadow minus live", *_difference(report.token_difference)),
-        ("cut at the limit, shadow minus live", *_difference(report.cut_difference)),
+        ("tokens, shadow minus live", *_difference(report.token_difference, "+.2f")),
+        ("cut at the limit, shadow minus live", *_difference(report.cut_difference, "+.1%")),
     ]
     print_table(["over the answered requests", "mean", "95 % interval"], rows)
     console.print(
@@ -201,11 +201,11 @@ def _print_judged(name: str, found: PairedComparison) -> None:
     )
 
 
-def _difference(estimate: MeanEstimate | None) -> tuple[str, str]:
-    return ("-", "") if estimate is None else (f"{estimate.mean:+.2f}", _bounds(estimate))
+def _difference(estimate: MeanEstimate | None, form: str) -> tuple[str, str]:
+    return ("-", "") if estimate is None else (f"{estimate.mean:{form}}", _bounds(estimate, form))
 
 
-def _bounds(estimate: MeanEstimate) -> str:
-    return (
-        estimate.method if estimate.interval is None else f"{estimate.interval.low:.2f} to {estimate.interval.high:.2f}"
-    )
+def _bounds(estimate: MeanEstimate, form: str) -> str:
+    """The ends of its interval in the form of the mean."""
+    found = estimate.interval
+    return estimate.method if found is None else f"{found.low:{form}} to {found.high:{form}}"

@@ -27,6 +27,6 @@ async def create_chat_completion(
     request_id = request_id_of(request.scope)
     headers = read_experiment_headers(request.headers, caller)
     call = await services.chat.accept(body, request_id=request_id, caller=caller, timeout_s=timeout_s, headers=headers)
-    request.state.binding = call.binding  # for the count of errors
+    request.state.binding = call.binding  # for the count of errors and their headers
     writer = ChatWriter(call, body, services.chat.logprobs)
     return await respond(call, services.chat.generate(call), writer, request, is_streamed=body.stream)

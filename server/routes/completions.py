@@ -30,7 +30,7 @@ async def create_completion(
     call = await services.chat.accept_completion(
         body, request_id=request_id, caller=caller, timeout_s=timeout_s, headers=headers
     )
-    request.state.binding = call.binding  # for the count of errors
+    request.state.binding = call.binding  # for the count of errors and their headers
     echoes: dict[str, str] = {}
     if body.echo:
         echoes = {name: services.chat.prompt_text(answer.generation.prompt) for name, answer in call.answers.items()}

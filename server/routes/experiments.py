@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 
 from adapters.experiment_acts import undo
-from adapters.experiment_config import GuardrailConfig, MetricConfig
+from adapters.experiment_config import GuardrailConfig, MetricConfig, notes_on
 from adapters.records import Arm, Decision, Experiment, ExperimentState, Feedback
 from server.auth import needs
 from server.experiment_report import ReportObject, report_object
@@ -37,7 +37,7 @@ from server.resources import (
     make_page,
 )
 from server.schemas import FeedbackRequest
-from server.services import CurrentCaller, CurrentServices
+from server.services import CurrentCaller, CurrentServices, Services
 
 __all__ = ["router"]
 
@@ -129,10 +129,10 @@ async def start_experiment(experiment: ExperimentPath, services: CurrentServices
 async def change_weights(
     experiment: ExperimentPath, body: WeightsRequest, services: CurrentServices
 ) -> ExperimentObject:
-    """Give the arms of a running experiment other weights: a new stage begins, and is analysed as such."""
+    """Give the arms of a running experiment other weights: a new stage begins, and users so far count no more."""
     arms = [(arm.name, arm.version, arm.weight) for arm in body.arms]
     changed = await asyncio.to_thread(services.experiments.change_weights, experiment, arms, traffic=body.traffic)
-    return _experiment(changed)
+    return await _staged(changed, services)
 
 
 @router.post("/v1/experiments/{experiment}/stop", dependencies=_EXPERIMENTS)
@@ -183,8 +183,11 @@ async def accept_split(experiment: ExperimentPath, body: AcceptRequest, services
 
 @router.post("/v1/experiments/{experiment}/undo", dependencies=_EXPERIMENTS)
 async def undo_decision(experiment: ExperimentPath, services: CurrentServices) -> ExperimentObject:
-    """Take the latest change of weights, promotion, rollback, acceptance or stop back that isn't yet."""
-    return _experiment(await asyncio.to_thread(undo, services.registry, experiment))
+    """Take the latest change of weights, promotion, rollback, acceptance or stop back that isn't yet.
+
+    After a change of weights or a stop a new stage begins, and users so far count no more.
+    """
+    return await _staged(await asyncio.to_thread(undo, services.registry, experiment), services)
 
 
 @router.get("/v1/experiments/{experiment}/decisions", dependencies=_EXPERIMENTS)
@@ -213,6 +216,14 @@ def _experiment(experiment: Experiment) -> ExperimentObject:
     return ExperimentObject(**_experiment_fields(experiment))
 
 
+async def _staged(experiment: Experiment, services: Services) -> ExperimentObject:
+    """An experiment whose stage may have changed: of one that is not the first it says whom that leaves out."""
+    answer = _experiment(experiment)
+    if experiment.stage > 1:
+        answer.notes.append(await asyncio.to_thread(services.experiments.note_on_stage, experiment))
+    return answer
+
+
 def _decision(decision: Decision) -> DecisionObject:
     return DecisionObject(
         id=decision.id,
@@ -236,6 +247,7 @@ def _experiment_fields(experiment: Experiment) -> dict[str, Any]:
         "ends_at": _seconds(experiment.ends_at),
         "created_at": int(experiment.created_at.timestamp()),
         "stopped_at": _seconds(experiment.stopped_at),
+        "notes": notes_on(experiment),
     }
 
 

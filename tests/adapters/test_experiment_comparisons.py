@@ -252,6 +252,18 @@ def test_value_outside_of_a_share_counts_as_the_nearest_when_it_came_with_the_an
     assert 0 == found.interval.estimate
 
 
+def test_unplanned_metric_is_shown_as_a_share_when_all_report_yes_or_no(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """In both arms alike, whichever has the value that is none."""
+    experiment = start()
+    add_users(registry, experiment, "A", [{"liked": 1.0, "stars": 1.0}] * 2)
+    add_users(registry, experiment, "B", [{"liked": 0.0, "stars": 0.5}])
+    found = [_arm(evaluation, experiment, name) for name in ("A", "B")]
+    assert ["share"] * 2 == [_metric(arm, "liked").scale for arm in found]
+    assert ["number"] * 2 == [_metric(arm, "stars").scale for arm in found]
+
+
 def test_report_names_the_plan_s_metrics_when_clients_report_hundreds(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:

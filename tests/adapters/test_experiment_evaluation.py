@@ -207,6 +207,17 @@ def test_verdict_stays_when_users_report_after_the_decision(
     assert (before.sentence, "Nothing more; the decision was taken back.") == (undone.sentence, undone.next_step)
 
 
+def test_today_s_verdict_is_not_told_beside_the_decision_when_nothing_has_come(
+    registry: Registry, start: Start, evaluation: ExperimentEvaluation
+) -> None:
+    """Nobody came before it nor behind it: that it is over by now makes another verdict of the same numbers."""
+    experiment = start()
+    evaluation.promote(experiment.id, "B")
+    undo(registry, experiment.id)
+    notes = evaluation.report(experiment.id).verdict.notes
+    assert "the numbers below are today's." in notes[-1]
+
+
 def test_alias_stays_when_the_winner_s_files_are_damaged(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:

@@ -581,8 +581,10 @@ def test_arm_is_who_is_forced_into_it_when_a_tester_asks(registry: Registry, exp
         expected = next(item for item in first.arms if item.name == arm)
         assert {Binding("legal", "experiment", expected.digest, number, first.id, arm, stage=1, forced=True)} == bound
     second = experiments.create("legal", HALVES, traffic=40)
-    with pytest.raises(InvalidInputError, match=f"2 arms of 'legal' are called 'A'; running: {first.id}/A"):
+    with pytest.raises(InvalidInputError, match=f"2 arms of 'legal' are called 'A'; it has {first.id}/A"):
         registry.resolve("legal", unit="u", arm="A")
+    with pytest.raises(InvalidInputError, match=f"no arm of 'legal' is called 'Z'; it has {first.id}/A"):
+        registry.resolve("legal", unit="u", arm="Z")
     assert second.id == registry.resolve("legal", unit="u", arm=f"{second.id}/A").experiment_id
     for model in ("legal@v1", "base"):
         with pytest.raises(InvalidInputError, match="is no alias that an experiment could split"):

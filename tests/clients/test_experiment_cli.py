@@ -133,6 +133,17 @@ def test_show_compares_feedback_when_the_plan_names_none_of_it(home: Home) -> No
     add_users(home.registry, experiment, "B", [{"liked": 1.0}, None, None, None] * 75)
     shown = home.text("show", "legal")
     assert "There is feedback on so many of a user's answers: 50 % in A, 25 % in B; the arms differ, -25.0 po" in shown
+    assert re.search(r"\bliked +│ +100 % +│ +100 %", shown)
+
+
+def test_show_says_that_nobody_reported_when_nobody_did(home: Home) -> None:
+    """In place of no difference between nothing and nothing."""
+    experiment = home.start()
+    for arm in ("A", "B"):
+        add_users(home.registry, experiment, arm, [None] * 100)
+    shown = home.text("show", "legal")
+    assert "solved is known of no answer in A and B: nobody has reported it." in shown
+    assert "no difference is shown" not in shown
 
 
 def test_plot_is_refused_when_its_folder_is_not_there(home: Home, tmp_path: Path) -> None:
@@ -265,13 +276,15 @@ def test_new_stage_is_told_when_weights_change_and_are_undone(home: Home) -> Non
     experiment = home.start(planned_units=500)
     _win(home, experiment)
     assert "600 of 500 planned users have come; later ones count as well" in home.text("show", "legal")
-    assert "users of earlier stages take no part in it" in home.text("weights", "legal", "A=20", "B=80")
+    told = "users of earlier stages, 600 so far, take no part in it"
+    assert told in home.text("weights", "legal", "A=20", "B=80")
     shown = home.text("show", "legal")
     assert "nobody has come in stage 2 yet" in shown
     assert "0 of 500 planned users have come." in shown
-    told = home.text("undo", "legal")
-    assert "this is stage 3" in told
-    assert "users of earlier stages take no part in it" in told
+    undone = home.text("undo", "legal")
+    assert "this is stage 3" in undone
+    assert told in undone
+    assert "without the users so far" in home.text("weights", "--help")
 
 
 @pytest.mark.parametrize(

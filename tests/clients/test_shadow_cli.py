@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,13 @@ def _run(home: Path, *arguments: str) -> str:
     return result.stdout
 
 
-def _answer(registry: Registry, shadow_id: str, number: int, live: str, shadow: str, *, keep: bool = True) -> None:
+def _answer(
+    registry: Registry, shadow_id: str, number: int, live: str, shadow: str, *, keep: bool = True, unit: str = "u"
+) -> None:
     name = f"chatcmpl-{number}"
     binding = Binding("legal", "alias", "d" * 64, 1)
     ExperimentService(registry.database).record_exposure(
-        Exposure(name, binding, "u", "user", 5, 7, 1.5, 9.5, "stop", None)
+        Exposure(name, binding, unit, "user", 5, 7, 1.5, 9.5, "stop", None)
     )
     sides = [{"role": "assistant", "content": text} for text in (live, shadow)]
     if keep:
@@ -73,8 +76,17 @@ def test_show_compares_both_answers_when_there_are_some(tmp_path: Path, registry
     shown = _run(tmp_path, "show", "legal")
     for expected in ("50.0%", "tokens, shadow minus live", "+2.00", "too few users", "texts kept"):
         assert expected in shown
+    assert "+0.0%" in shown  # of what was cut
     report = json.loads(_run(tmp_path, "show", "legal", "--json"))["report"]
     assert (4, 3, 1) == (report["num_answered"], report["num_kept"], report["num_units"])
+
+
+def test_interval_is_told_in_percent_when_the_mean_is(tmp_path: Path, registry: Registry, shadow_id: str) -> None:
+    """A share beside the ends of its interval, all three alike."""
+    for number in range(30):
+        _answer(registry, shadow_id, number, "x", "x" if number % 2 else "y", unit=f"user-{number}")
+    shown = _run(tmp_path, "show", "legal")
+    assert re.search(r"50\.0% +│ +\d+\.\d% to \d+\.\d%", shown)
 
 
 def test_function_judges_the_pairs_whose_text_is_kept_when_asked(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +14,7 @@ from sqlalchemy import select, update
 
 from adapters.registry import Registry
 from adapters.tables import ConversationRow, ExposureRow, utc_now
+from tests.support.background import run_until
 from tests.support.engine import RECIPES, Bench, Exchange, Site, on_site
 from tests.support.tiny import CHATML_WITH_TOOLS
 
@@ -153,15 +153,7 @@ def test_old_conversations_go_when_the_server_runs(keeping_site: Site) -> None:
         row = ConversationRow.response_id == old.response_id
         session.execute(update(ConversationRow).where(row).values(kept_at=moment))
 
-    async def run_for_a_moment() -> None:
-        task = asyncio.create_task(keeping_site.services.conversations.run())
-        while len(_kept(keeping_site)) > 1:
-            await asyncio.sleep(0.01)
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-
-    asyncio.run(asyncio.wait_for(run_for_a_moment(), 20))
+    asyncio.run(run_until(lambda: len(_kept(keeping_site)) == 1, keeping_site.services.conversations.run()))
     assert [young.response_id] == [row.response_id for row in _kept(keeping_site)]
     with keeping_site.registry.database.read() as session:
         assert 2 == len(session.scalars(select(ExposureRow)).all())

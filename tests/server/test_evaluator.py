@@ -12,6 +12,7 @@ from sqlalchemy.exc import OperationalError
 from adapters.experiment_evaluation import EVALUATOR, ExperimentEvaluation
 from adapters.records import AnalysisPlan, Experiment, Guardrail, Metric
 from server.evaluator import Evaluator
+from tests.support.background import run_until
 from tests.support.engine import RECIPES, Site, on_site
 from tests.support.experiments import HALVES, add_users
 
@@ -55,11 +56,8 @@ def test_alias_answers_with_the_control_when_one_evaluation_has_seen_the_errors(
     async def scenario(http: httpx.AsyncClient) -> tuple[set[str], set[str]]:
         users = [CHAT | {"user": f"user {number}"} for number in range(4)]
         before = {(await http.post("/v1/chat/completions", json=body)).headers["x-hotswap-version"] for body in users}
-        task = asyncio.create_task(_evaluator(site, interval_s=3600).run())
-        while site.experiments.get(experiment.id).state == "running":
-            assert not task.done()
-            await asyncio.sleep(0.01)
-        task.cancel()
+        evaluator = _evaluator(site, interval_s=3600)
+        await run_until(lambda: site.experiments.get(experiment.id).state != "running", evaluator.run())
         answers = [await http.post("/v1/chat/completions", json=body) for body in users]
         return before, {
             f"{answer.headers['x-hotswap-version']} by {answer.headers['x-hotswap-route']}" for answer in answers
@@ -81,14 +79,8 @@ def test_evaluator_goes_on_when_the_database_was_away_or_numbers_overflow(site: 
             if len(looks) == 2:
                 raise OverflowError("math range error")
 
-    async def scenario() -> None:
-        task = asyncio.create_task(Evaluator(Failing(site.registry), interval_s=0.001).run())
-        while len(looks) < 4:
-            assert not task.done()
-            await asyncio.sleep(0.001)
-        task.cancel()
-
-    asyncio.run(scenario())
+    evaluator = Evaluator(Failing(site.registry), interval_s=0.001)
+    asyncio.run(run_until(lambda: len(looks) >= 4, evaluator.run()))
     assert [0, 1, 2, 3] == looks[:4]
 
 

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from sqlalchemy import select
 
+from adapters.manifest import BaseReference
 from adapters.records import KeyLimits
 from adapters.tables import ExposureRow, FeedbackRow, utc_now
 from server import chat as chat_module
@@ -231,13 +232,50 @@ def test_arm_is_the_testers_when_the_header_names_it(site: Site) -> None:
         for user in ("ann", "bob", "eve"):
             answer = _chat(site, user=user, headers={"x-hotswap-arm": arm})
             assert (arm, version) == (answer.headers["x-hotswap-arm"], answer.headers["x-hotswap-version"])
+            assert "forced" == answer.headers["x-hotswap-route"]
     _call(site, "POST", "/v1/feedback", json={"id": answer.json()["id"], "metric": "solved", "value": 1})
-    assert [True] * 6 == [row.forced for row in site.exposures()]
+    assert [(True, "experiment")] * 6 == [(row.forced, row.route) for row in site.exposures()]
     assert {"A": [], "B": []} == site.experiments.outcomes(started["id"], 1)
     report = _call(site, "GET", f"{API}/{started['id']}").json()["report"]
     assert [0, 0] == [arm["num_exposures"] for arm in report]
     refused = _chat(site, headers={"x-hotswap-arm": "C"})
     assert (400, "x-hotswap-arm") == (refused.status_code, refused.json()["error"]["param"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answer_names_the_arm_when_its_version_fails(stream: bool, site: Site) -> None:
+    """In the headers of good answers, so that clients see which version it was."""
+    other = BaseReference(name="other", fingerprint="e" * 64, quantisation="none")
+    site.publish("legal", FIRST)
+    site.publish("legal", SECOND, reference=other, promote=False)
+    started = _start(site).json()
+    failed = _chat(site, headers={"x-hotswap-arm": "B"}, stream=stream)
+    assert 500 == failed.status_code
+    assert {"x-hotswap-arm": "B", "x-hotswap-version": "legal@v2", "x-hotswap-experiment": started["id"]} == {
+        name: failed.headers[name] for name in ("x-hotswap-arm", "x-hotswap-version", "x-hotswap-experiment")
+    }
+
+
+def test_notes_say_what_may_be_a_slip_when_an_experiment_is_made_or_changed(site: Site) -> None:
+    """A name that is nearly a built-in one; whom a new stage leaves out."""
+    _publish(site, "legal")
+    made = _start(site, metric={"name": "error_rat"}, planned_units=500).json()
+    (slip,) = made["notes"]
+    assert "did you mean 'error_rate'?" in slip
+    for user in ("ann", "bob", "ann"):
+        _chat(site, user=user)
+    _chat(site, user="tester", headers={"x-hotswap-arm": "B"})
+    path = f"{API}/{made['id']}"
+    assert [slip] == _call(site, "GET", path).json()["notes"]
+    shares = {"arms": [{"name": "A", "weight": 90}, {"name": "B", "weight": 10}]}
+    for stage, answer in (
+        (2, _call(site, "POST", f"{path}/weights", json=shares)),
+        (3, _call(site, "POST", f"{path}/undo")),
+    ):
+        first, note = answer.json()["notes"]
+        assert slip == first
+        assert f"The verdict counts stage {stage} alone" in note
+        assert "users of earlier stages, 2 so far, take no part in it" in note
 
 
 def test_arm_is_nobodys_to_choose_when_the_key_lacks_the_scope(site: Site) -> None:

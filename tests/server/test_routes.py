@@ -299,6 +299,17 @@ def test_feedback_is_400_when_its_body_is_wrong(fields: dict[str, Any], param: s
     assert (400, param) == (response.status_code, error_of(response)["param"])
 
 
+@pytest.mark.parametrize("value", ["yes", None, [1], 1e13])
+def test_feedback_says_what_a_value_may_be_when_it_is_none(value: object, site: Site) -> None:
+    """Both kinds are named, with the bounds and what was found."""
+    (response,) = post(site, {"id": "chatcmpl-x", "metric": "ok", "value": value}, path="/v1/feedback")
+    assert (
+        f"value: expected true, false or a number from -1e+12 to 1e+12, found {value!r}"
+        == (error_of(response)["message"])
+    )
+    assert (400, "value") == (response.status_code, error_of(response)["param"])
+
+
 # Models and operations -----------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from server import shadows as shadows_module
 from server.engine_client import EngineClient
 from server.messages import SubmitCommand
 from server.shadows import ShadowKeeper
+from tests.support.background import run_until
 from tests.support.engine import RECIPES, Bench, Reference, Site, on_site
 
 FIRST, SECOND, THIRD, *_ = RECIPES
@@ -279,14 +280,7 @@ def test_keeper_goes_on_when_shadows_can_t_be_read(keeping_site: Site, monkeypat
 
     keeper = ShadowKeeper(Failing(keeping_site.registry.database), keeping_site.client, keeping_site.services.metrics)
 
-    async def scenario() -> None:
-        task = asyncio.create_task(keeper.run())
-        while len(looks) < 4:
-            assert not task.done()
-            await asyncio.sleep(0.001)
-        task.cancel()
-
-    asyncio.run(scenario())
+    asyncio.run(run_until(lambda: len(looks) >= 4, keeper.run()))
     assert [0, 1, 2, 3] == looks[:4]
 
 
