@@ -30,6 +30,7 @@ Tool = dict[str, Any]
 _ROLES = ("system", "user", "assistant", "tool")
 _MESSAGE_KEYS = ("role", "content", "weight", "name", "tool_calls", "tool_call_id")
 _MAX_ROLES_SHOWN = 10
+_MAX_PROBLEMS = 1000  # of one row: a line of megabytes may hold a million messages, each with several of its own
 _MAX_TOOLS = 128
 _MAX_ID_CHARS = 128
 _NAME = re.compile(r"[^\s<|\\/>]{1,64}")
@@ -129,7 +130,13 @@ def _read_messages(value: Any, where: str, problems: list[RowProblem]) -> tuple[
         return ()
     if not value:
         problems.append(RowProblem(where, "expected at least one message, found none"))
-    return tuple(_read_message(message, f"{where}[{index}]", problems) for index, message in enumerate(value))
+    messages: list[Message] = []
+    for index, message in enumerate(value):
+        if len(problems) >= _MAX_PROBLEMS:
+            problems.append(RowProblem(where, f"no message behind the first {index} was looked at"))
+            break
+        messages.append(_read_message(message, f"{where}[{index}]", problems))
+    return tuple(messages)
 
 
 def _read_message(message: Any, where: str, problems: list[RowProblem]) -> Message:
@@ -256,7 +263,8 @@ def _check_order(messages: Sequence[Message], where: str, endings: Sequence[str]
     """A system message at most, first; then user and assistant in turn; behind calls each tool's answer, once."""
     turns = list(messages[1:] if messages[0]["role"] == "system" else messages)
     if any(message["role"] == "system" for message in turns):
-        yield RowProblem(where, "a system message may only stand first")
+        leave_out = "leave out what such a speaker says later (--roles NAME=none does)"
+        yield RowProblem(where, f"a system message may only stand first; {leave_out}")
         return
     expected, waiting = "user", set[str]()  # whose turn it is, and the calls that no tool message has answered
     for index, message in enumerate(turns, start=len(messages) - len(turns)):

@@ -56,12 +56,13 @@ def check_room(place: Path, needed_bytes: int, what: str) -> None:
     """Look whether a place has room for what is about to be written there.
 
     Raises:
-        StorageFullError: it has not; says how much there is and how much it takes.
+        StorageFullError: it has not; says how much there is and how much it takes, and in a note where.
     """
     if (free := free_bytes(place)) < needed_bytes:
-        raise StorageFullError(
-            f"the disk of {place} is full: {_megabytes(free)} free, {what} takes about {_megabytes(needed_bytes)}"
-        )
+        found = f"{_megabytes(free)} free, {what} takes about {_megabytes(needed_bytes)}"
+        problem = StorageFullError(f"the disk is full: {found}")
+        problem.add_note(f"it is the disk of {place}")
+        raise problem
 
 
 def free_bytes(place: Path) -> int:

@@ -30,6 +30,8 @@ _SIGNATURES = (
     (b"\xff\xfe", "text in UTF-16", "--encoding utf-16"),
     (b"\xfe\xff", "text in UTF-16", "--encoding utf-16"),
 )
+# What most files need besides; the command says it of each, with the very options.
+_ASKED_FOR = ", and --map, --roles or --encoding where it asks for them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ def check_rows_file(path: Path, filename: str = "FILE") -> CheckedFile:
 def _tell(problems: Sequence[PlacedProblem], num_rows: int, filename: str, *, is_cut: bool) -> list[str]:
     sentences = group_problems(problems, "")
     if len(problems) == num_rows and all(problem.text.startswith(EXPECTED_ROW) for problem in problems):
-        sentences[-1] += f"; other columns become rows with: {_command(filename)}, and --map where it asks for it"
+        sentences[-1] += f"; other columns become rows with: {_command(filename)}{_ASKED_FOR}"
     if is_cut:
         sentences.insert(0, f"{len(problems)} problems; no line behind line {problems[-1].place.number} was looked at")
     return sentences
@@ -103,7 +105,8 @@ def _recognise_other(path: Path) -> tuple[str, str] | None:
 
 
 def _first_lines(head: bytes) -> tuple[bytes, bytes]:
-    lines = [line.strip() for line in head.split(b"\n") if line.strip()]
+    """The first two lines that hold something other than a comment, as scripts and YAML have them."""
+    lines = [line.strip() for line in head.split(b"\n") if line.strip() and not line.lstrip().startswith(b"#")]
     first, second, *_ = [*lines, b"", b""]
     return first, second
 
@@ -111,8 +114,11 @@ def _first_lines(head: bytes) -> tuple[bytes, bytes]:
 def _refusal(title: str, how: str, filename: str) -> str:
     expected = "expected JSON lines, a row a line"
     if how == "sheet":
-        return f"the file looks like {title}; {expected}. Save it as CSV UTF-8, then: {_command('FILE.csv')}"
-    return f"the file looks like {title}; {expected}, as written by: {_command(filename)}{how and f' {how}'}"
+        return (
+            f"the file looks like {title}; {expected}. Save it as CSV UTF-8, then: {_command('FILE.csv')}{_ASKED_FOR}"
+        )
+    command = f"{_command(filename)}{how and f' {how}'}"
+    return f"the file looks like {title}; {expected}, as written by: {command}{_ASKED_FOR}"
 
 
 def _command(filename: str) -> str:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from adapters.gate_report import FORGETTING_CURE
 
-__all__ = ["Alarm", "AlarmKind", "EvaluationPoint", "StepPoint", "find_alarms"]
+__all__ = ["Alarm", "AlarmKind", "EvaluationPoint", "StepPoint", "find_alarms", "find_remark"]
 
 AlarmKind = Literal["not_a_number", "diverging", "gradient", "no_learning", "overfitting", "forgetting"]
 
@@ -22,6 +22,7 @@ _NO_LEARNING_STEPS = 40
 _USUAL_STEPS = 50
 _GRADIENT_FACTOR = 10
 _OVERFITTING_RISE = 1.02
+_STILL_FALLING = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,33 @@ def find_alarms(
         lambda: _check_forgetting(evaluations, max_forgetting),
     )
     return [alarm for check in checks if (alarm := check()) is not None]
+
+
+def find_remark(
+    before: float, evaluations: Sequence[EvaluationPoint], best: EvaluationPoint, *, has_to_fall: bool = True
+) -> str | None:
+    """What the validation losses of a whole run say of it in a sentence, if anything.
+
+    Training made it worse: the published state's loss is above the one before the first step, as they are shown. Or it
+    was still falling: the last state is the best, by more than 2 % of the loss of the evaluation before it, which for
+    the first one is that before the first step.
+
+    Args:
+        before: The loss before the first step.
+        evaluations: Those of the run, in order.
+        best: The one whose state is published.
+        has_to_fall: Whether more epochs are worth advice: not where answers are sampled, whose losses scatter.
+    """
+    if round(best.loss, 3) > round(before, 3):
+        losses = f"the validation loss was {before:.3f} before it and is {best.loss:.3f} at its best, step {best.step}"
+        return f"training made it worse: {losses}; lower learning_rate"
+    previous = evaluations[-2].loss if len(evaluations) > 1 else before
+    fall = previous - best.loss
+    if not has_to_fall or best.step != evaluations[-1].step or fall <= _STILL_FALLING * abs(previous):
+        return None
+    since = "the evaluation before" if len(evaluations) > 1 else "before training"
+    falling = f"the validation loss was still falling at the last step, to {best.loss:.3f}: by {fall:.3f} since {since}"
+    return f"{falling}; more epochs would probably pay"
 
 
 def _check_number(steps: Sequence[StepPoint], evaluations: Sequence[EvaluationPoint]) -> Alarm | None:

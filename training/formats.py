@@ -17,7 +17,7 @@ from adapters.chat_messages import RowProblem
 from adapters.chat_rows import EXPECTED_ROW, Row, RowKind, parse_document, row_document
 from adapters.errors import ConflictError, DataError
 from adapters.row_places import PlacedProblem, RowPlace, data_error, group_problems
-from training.readers import RawRow, read_table
+from training.readers import RawRow, is_told_by_line, read_table
 from training.recognise import Shape, choose_shape, spread
 from training.speakers import name_unknown_roles, rename_speakers, tidy_messages
 from training.turns import TurnJoiner
@@ -77,6 +77,7 @@ class ReadOptions:
         encoding: That of a text file that is not UTF-8.
         roles: Which role each name of a speaker stands for (`training/speakers.py: parse_roles`).
         join_turns: Whether turns that are out of order are mended (`training/turns.py`).
+        has_lines: False counts the rows instead of naming their lines: of JSON lines that were made of something else.
     """
 
     mapping: Mapping[str, str] | None = None
@@ -85,6 +86,7 @@ class ReadOptions:
     encoding: str | None = None
     roles: Mapping[str, str] | None = None
     join_turns: bool = False
+    has_lines: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +162,8 @@ def read_rows(source: Path | str, options: ReadOptions | None = None, *, name: s
         is_sheet = table.layout.startswith(("CSV", "TSV"))
         expected = "expected a header, and a record a row below it" if is_sheet else f"{EXPECTED_ROW} on each line"
         raise DataError([f"{table.name}: holds no rows; {expected}"])
-    raws, done = _tidy(table.rows, {*_MESSAGE_COLUMNS, (options.mapping or {}).get("messages", "")})
+    given = table.rows if options.has_lines else _counted(table.rows)
+    raws, done = _tidy(given, {*_MESSAGE_COLUMNS, (options.mapping or {}).get("messages", "")})
     if options.roles:
         raws = [replace(raw, document=rename_speakers(raw.document, options.roles)) for raw in raws]
     if any("." in column for column in (options.mapping or {}).values()):  # a value in an object of the row
@@ -206,9 +209,18 @@ def write_dataset(rows: Iterable[NumberedRow], path: Path, *, overwrite: bool = 
     return write_documents([row_document(numbered.row) for numbered in rows], path, overwrite=overwrite)
 
 
-def as_lines(rows: Iterable[NumberedRow]) -> bytes:
-    """Rows as the JSON lines that `write_dataset` writes."""
-    return b"".join(_as_line(row_document(numbered.row)) for numbered in rows)
+def as_lines(rows: Iterable[NumberedRow], name: str) -> bytes:
+    """Rows as JSON lines, each on the line that it has in the file of this name, with blank ones between.
+
+    What is said of them later holds of that file. Where it has no lines to name, there are no blank ones, and rows are
+    to be counted (`ReadOptions.has_lines`).
+    """
+    lines: list[bytes] = []
+    for numbered in rows:
+        if is_told_by_line(name):
+            lines += [b"\n"] * (numbered.place.number - len(lines) - 1)
+        lines.append(_as_line(row_document(numbered.row)))
+    return b"".join(lines)
 
 
 def write_documents(
@@ -254,6 +266,10 @@ def _place(temporary: Path, path: Path) -> None:
     except OSError:  # the file system knows no hard links: take the name first, which fails where it is taken
         path.open("xb").close()
         temporary.replace(path)
+
+
+def _counted(raws: Sequence[RawRow]) -> list[RawRow]:
+    return [replace(raw, place=RowPlace(number, "row")) for number, raw in enumerate(raws, start=1)]
 
 
 def _tidy(raws: Sequence[RawRow], columns: Collection[str]) -> tuple[list[RawRow], list[str]]:

@@ -25,7 +25,14 @@ from adapters.records import Actor, Job, NumberedVersion
 from adapters.registry import Registry
 from adapters.store import ArtifactStore
 from training.job_process import JobProcess, StoppedError, job_process
-from training.job_settings import describe_failure, hyperparameters_of, name_data, resolve_settings, tracker_environment
+from training.job_settings import (
+    describe_failure,
+    hyperparameters_of,
+    name_data,
+    read_options,
+    resolve_settings,
+    tracker_environment,
+)
 from training.losses import Evaluation
 from training.progress import NextMove, StepMetrics, TrainedCounts
 from training.publication import AdapterSaver, MoveRule
@@ -189,7 +196,8 @@ class JobRun:
                 raise StoppedError from error
 
     def _data_file(self, file_id: str, param: str) -> DataFile:
-        return DataFile(self._files.path(file_id), name_data(self._claim.job, self._files)[param], param)
+        name, options = name_data(self._claim.job, self._files)[param], read_options(self._files, file_id)
+        return DataFile(self._files.path(file_id), name, param, options)
 
     def _folder(self, job: Job) -> JobFolder:
         folder = checkpoints_folder(self._core.home, job.id)

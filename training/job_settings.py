@@ -23,9 +23,18 @@ from adapters.files import FileService
 from adapters.methods import WIRE_METHODS
 from adapters.records import Job, JobError
 from training.config import TrainSettings
+from training.formats import ReadOptions
 from training.memory import MEMORY_ADVICE, is_about_memory
+from training.readers import is_told_by_line
 
-__all__ = ["describe_failure", "hyperparameters_of", "name_data", "resolve_settings", "tracker_environment"]
+__all__ = [
+    "describe_failure",
+    "hyperparameters_of",
+    "name_data",
+    "read_options",
+    "resolve_settings",
+    "tracker_environment",
+]
 
 _HYPERPARAMETERS = {"n_epochs": "epochs"}  # the wire's name -> the setting's; all others are called the same
 _NO_SETTINGS = frozenset({"learning_rate_multiplier", "checkpoint_steps"})
@@ -82,6 +91,15 @@ def name_data(job: Job, files: FileService) -> dict[str, str]:
     names = {param: files.get(file_id).filename for param, file_id in given.items() if file_id is not None}
     is_clear = len(set(names.values())) == len(names)
     return names if is_clear else {param: f"{name} ({param})" for param, name in names.items()}
+
+
+def read_options(files: FileService, file_id: str) -> ReadOptions:
+    """How a job's file is read: JSON lines, whose rows are counted where the name is of a file without lines.
+
+    Raises:
+        NotFoundError: the file is gone.
+    """
+    return ReadOptions(has_lines=is_told_by_line(files.get(file_id).filename))
 
 
 def tracker_environment(job: Job) -> dict[str, str]:

@@ -82,6 +82,7 @@ class TrainedAdapter:
         prompts: What the gate has answered.
         asked: What users ask in the training rows, to be kept for the router.
         log: The run's.
+        remark: What its validation losses say of it, in a sentence (`training/alarms.py: find_remark`).
     """
 
     run: TrainingRun[Any]
@@ -93,6 +94,7 @@ class TrainedAdapter:
     prompts: Sequence[SamplePrompt]
     asked: Sequence[str]
     log: RunLog
+    remark: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from adapters.chat_rows import load_document
 from adapters.errors import DataError
 from adapters.row_places import RowPlace
 
-__all__ = ["RawRow", "RawTable", "read_table"]
+__all__ = ["RawRow", "RawTable", "is_told_by_line", "read_table"]
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _FORMATS = {
@@ -32,6 +32,7 @@ _FORMATS = {
     ".tsv": "TSV",
     ".parquet": "Parquet",
 }
+_LINED = ("JSON lines", "CSV", "TSV")
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _SHEETS = frozenset({".xlsx", ".xls", ".xlsm", ".ods", ".numbers"})
 _SNIFFED_RECORDS = 50
@@ -122,6 +123,11 @@ def read_table(
     if split is not None:
         raise DataError([f"{shown}: is one file and has no splits; leave split {split!r} out"])
     return _read_file(path, shown, encoding)
+
+
+def is_told_by_line(name: str) -> bool:
+    """Whether rows of a file of this name are found by their lines; those of others are counted."""
+    return _format_of(Path(name)) in _LINED
 
 
 def _is_hub_id(source: str) -> bool:
@@ -348,24 +354,25 @@ def _read_csv(text: str, shown: str, delimiter: str | None) -> tuple[str, list[R
     layout = f"{'TSV' if delimiter == chr(9) else 'CSV'} with {_DELIMITERS.get(delimiter, repr(delimiter))}"
     if not records:
         return layout, []
-    (line, first), *others = _cut_empty_end(records)
-    header = _check_header(first, f"{shown}:{line}")
-    return layout, [_make_record(header, record, RowPlace(place)) for place, record in others]
+    (line, first), *others = records
+    header = _check_header(first[: _find_width(records)], f"{shown}:{line}")
+    return layout, [_make_record(header, record, len(first), RowPlace(place)) for place, record in others]
 
 
-def _cut_empty_end(records: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
-    """The records without last columns that have neither a name nor any value, as spreadsheets write emptied ones."""
+def _find_width(records: list[tuple[int, list[str]]]) -> int:
+    """The columns but for the last ones that have neither a name nor any value, as spreadsheets write emptied ones."""
     header = records[0][1]
     width = max((place + 1 for _, record in records for place, cell in enumerate(record) if cell.strip()), default=0)
     named = max((place + 1 for place, name in enumerate(header) if name.strip()), default=0)
-    end = max(named, width)
-    return [(line, record[:end] if len(record) == len(header) else record) for line, record in records]
+    return max(named, width)
 
 
-def _make_record(header: list[str], record: list[str], place: RowPlace) -> RawRow:
-    if len(record) == len(header):
-        return RawRow(place, dict(zip(header, record, strict=True)))
-    problem = f"expected {len(header)} fields as in the header, found {len(record)}; put text with delimiters in quotes"
+def _make_record(header: list[str], record: list[str], num_fields: int, place: RowPlace) -> RawRow:
+    """A record as its row; `num_fields` is what the header has on its line, with emptied columns behind `header`."""
+    if len(header) <= len(record) <= num_fields:
+        return RawRow(place, dict(zip(header, record, strict=False)))
+    cure = "put text with delimiters in quotes" if len(record) > num_fields else "an empty field needs its delimiter"
+    problem = f"expected {num_fields} fields as in the header, found {len(record)}; {cure}"
     return RawRow(place, None, problem)
 
 

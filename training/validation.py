@@ -13,10 +13,10 @@ import structlog
 from adapters.base_files import pull_base
 from adapters.base_model import load_tokenizer
 from adapters.errors import DataError, RankTooHighError
-from training.formats import Dataset, read_dataset
+from training.formats import Dataset, read_rows
 from training.held_out import choose_validation
 from training.job_process import JobProcess, StoppedError, job_process
-from training.job_settings import describe_failure, name_data, resolve_settings
+from training.job_settings import describe_failure, name_data, read_options, resolve_settings
 from training.preflight import run_preflight
 
 __all__ = ["ValidationRun", "main"]
@@ -68,8 +68,9 @@ class ValidationRun:
     def _read(self, file_id: str, param: str) -> Dataset:
         self._check_standing()
         try:
-            name = name_data(self._claim.job, self._process.files)[param]
-            return read_dataset(self._process.files.path(file_id), name=name)
+            files = self._process.files
+            name, options = name_data(self._claim.job, files)[param], read_options(files, file_id)
+            return read_rows(files.path(file_id), options, name=name).as_dataset()
         except DataError as error:
             error.param = param
             raise

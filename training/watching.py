@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from adapters.errors import TrainingDivergedError
-from training.alarms import AlarmKind, EvaluationPoint, StepPoint, find_alarms
+from training.alarms import AlarmKind, EvaluationPoint, StepPoint, find_alarms, find_remark
 from training.losses import Evaluation
 from training.progress import StepMetrics
 from training.run_log import RunLog
@@ -154,6 +154,13 @@ class Watch:
             for name, parameter in _trainable(self._model):
                 parameter.copy_(self.best.weights[name])
         return self.best.step
+
+    def remark(self, before: Evaluation | None) -> str | None:
+        """What is to be said at the run's end of its validation losses; `before` is that before the first step."""
+        if before is None or self.best is None:
+            return None
+        best = EvaluationPoint(self.best.step, self.best.evaluation.loss)
+        return find_remark(before.loss, self._evaluations, best, has_to_fall=self._plan.has_alarms)
 
     def save(self, folder: Path) -> None:
         """Write what must not be lost beside a checkpoint; nothing while nothing was validated."""

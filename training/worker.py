@@ -107,7 +107,10 @@ class JobFolder:
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """What a run made. Losses are nats a token that carries loss; without a validation file they are None."""
+    """What a run made. Losses are nats a token that carries loss; without a validation file they are None.
+
+    `remark` is what the validation losses say of the run in a sentence, if anything.
+    """
 
     published: NumberedVersion
     is_live: bool
@@ -119,6 +122,7 @@ class TrainingResult:
     validation_loss_after: float | None
     validation_accuracy_after: float | None
     best_step: int | None
+    remark: str | None
     gate: GateReport
     folder: Path
 
@@ -238,6 +242,8 @@ def train_and_publish(
     trained, train_seconds = _train(prepared, data, listener=listener, folder=folder, job=job)
     if not trained.counts.is_complete:
         return None
+    if job is not None and trained.remark:  # a run without a job has it in its result
+        listener.on_warning(trained.remark)
     done = judge_and_publish(trained, alias, open_versions=open_versions, publish=publish, listener=listener)
     return _make_result(trained, done, len(data.train), train_seconds)
 
@@ -273,7 +279,10 @@ def _train(
     seconds = time.monotonic() - started
     if counts.is_complete:
         watch.restore_best()
-    return TrainedAdapter(run, save, measure, before, watch.best, counts, data.judged, data.asked, log), seconds
+    adapter = TrainedAdapter(
+        run, save, measure, before, watch.best, counts, data.judged, data.asked, log, watch.remark(before)
+    )
+    return adapter, seconds
 
 
 def _make_result(trained: TrainedAdapter, done: Published, num_rows: int, train_seconds: float) -> TrainingResult:
@@ -290,6 +299,7 @@ def _make_result(trained: TrainedAdapter, done: Published, num_rows: int, train_
         validation_loss_after=after.loss if after else None,
         validation_accuracy_after=after.accuracy if after else None,
         best_step=trained.best.step if trained.best else None,
+        remark=trained.remark,
         gate=done.gate,
         folder=trained.log.folder,
     )

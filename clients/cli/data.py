@@ -88,7 +88,7 @@ def convert(
     check_writable(out, overwrite=force)  # told before minutes are spent on reading
     found = read_rows(source, read_options(mapping, split, subset, encoding, roles, join_turns=join_turns))
     if not drop_bad or not found.rows:
-        data = found.as_dataset()
+        data = _all_good(found)
         _say(summarise(data))
     else:
         _say(summarise(found.good_rows()))
@@ -98,6 +98,20 @@ def convert(
         data = _drop_duplicates(data)
     num_rows = write_dataset(data.rows, out, overwrite=force)
     console.print(f"{num_rows} {data.kind} rows written to {out}", markup=False)
+
+
+def _all_good(found: ReadRows) -> Dataset:
+    """The rows of a source that has no bad ones; of another the error says how to do without them.
+
+    Raises:
+        DataError: rows are bad.
+    """
+    try:
+        return found.as_dataset()
+    except DataError as error:
+        if found.rows:
+            error.add_note(f"mend these rows; --drop-bad leaves them out ({found.num_bad}) and keeps {len(found.rows)}")
+        raise
 
 
 def _drop_unfit(found: ReadRows, core: CoreSettings, flags: Mapping[str, Any]) -> Dataset:

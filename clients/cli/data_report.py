@@ -45,7 +45,8 @@ def print_method(method: Method) -> None:
 def print_advice(names: Sequence[str], options: Sequence[str]) -> None:
     """How to be rid of rows that can't be used: a command a source, with the options that were given for it."""
     console.print(
-        "Mend the rows, give a higher --max-length where they are too long, or leave them out:", soft_wrap=True
+        "Mend the rows as the errors say, give a higher --max-length where they are too long, or leave them out:",
+        soft_wrap=True,
     )
     for name in dict.fromkeys(names):
         command = ["hotswap", "data", "convert", name, "OUT.jsonl", "--drop-bad", *options]

@@ -147,7 +147,10 @@ def _read_pair(pair: str) -> tuple[str, Any]:
 
 
 def _upload(files: FileService, source: Path, options: ReadOptions, command: str) -> str:
-    """Store a source and return the file's id: a file of rows as it is, any other as the rows that it is read as."""
+    """Store a source and return the file's id: a file of rows as it is, any other as the rows that it is read as.
+
+    It keeps its name, so that messages of the job are about the file that its owner has.
+    """
     from adapters.errors import InvalidInputError
     from training.formats import as_lines
 
@@ -158,7 +161,8 @@ def _upload(files: FileService, source: Path, options: ReadOptions, command: str
         except OSError as error:
             raise InvalidInputError(f"{source}: can't be read: {error.strerror}", param="data") from None
     dataset = read_source(source, options, command)
-    return files.upload(BytesIO(as_lines(dataset.rows)), f"{source.name.partition('.')[0] or 'data'}.jsonl").id
+    name = source.name or "data"
+    return files.upload(BytesIO(as_lines(dataset.rows, name)), name).id
 
 
 def _is_rows_file(path: Path) -> bool:

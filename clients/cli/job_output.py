@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from clients.cli.output import console, format_loss, format_seconds, print_table
+from clients.cli.output import console, format_loss, format_seconds, print_live, print_table
 
 if TYPE_CHECKING:
     from adapters.jobs import JobService
     from adapters.records import Job
+    from adapters.registry import Registry
 
-__all__ = ["describe_progress", "print_job", "print_progress"]
+__all__ = ["describe_progress", "print_job", "print_made", "print_progress"]
 
 _MAX_SHOWN = 10
 _MAX_STEPS_SHOWN = 5
@@ -67,6 +68,25 @@ def print_progress(jobs: JobService, job_id: str) -> None:
         console.print("checkpoints that can be called: " + ", ".join(kept), markup=False)
     for warning in reversed(jobs.events(job_id, limit=_MAX_SHOWN, level="warn")[0]):
         console.print(f"warning: {warning.message}", style="yellow", markup=False)
+
+
+def print_made(registry: Registry, alias: str, label: str) -> None:
+    """Whether a job's alias points to the version that it made, and how to chat with that or to promote it."""
+    from adapters.errors import NotFoundError
+
+    try:
+        made = registry.find(label)
+    except NotFoundError:
+        console.print(f"{label} was removed since", markup=False)
+        return
+    live = registry.alias(alias).current.label if registry.has_alias(alias) else None
+    if live == label:
+        print_live(made)
+        return
+    standing = f"{alias} stands for {live}" if live else f"no version of {alias} has been promoted"
+    chat = f' or hotswap chat {label} "..."' if made.version.kind == "chat" else ""
+    told = f"{label} is published; {standing}. Try: hotswap adapters promote {label}{chat}"
+    console.print(told, markup=False, soft_wrap=True)
 
 
 def _describe_running(jobs: JobService, job: Job, step: str | None) -> str | None:

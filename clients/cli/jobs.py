@@ -11,7 +11,7 @@ import typer
 
 from adapters.methods import WIRE_METHODS
 from clients.cli.job_orders import create_job
-from clients.cli.job_output import describe_progress, print_job, print_progress
+from clients.cli.job_output import describe_progress, print_job, print_made, print_progress
 from clients.cli.options import HomeOption, JsonOption, load_core, open_registry
 from clients.cli.output import console, format_moment, print_gate, print_json, print_table
 from clients.cli.plots import print_metrics
@@ -33,16 +33,20 @@ app.command("create")(create_job)
 
 @app.command("list")
 def list_jobs(limit: _LimitOption = 20, home: HomeOption = None, json: JsonOption = False) -> None:
-    """The newest jobs; of those that wait, their place in the queue."""
+    """The newest jobs; of those that wait, their place in the queue behind the status."""
     jobs, _ = _open(home).list(limit=limit)
     if json:
         print_json(jobs)
         return
     rows = [
-        (job.id, job.status, job.queue_position, job.fine_tuned_model or job.alias, format_moment(job.created_at))
+        (job.id, _describe_status(job), job.fine_tuned_model or job.alias, format_moment(job.created_at))
         for job in jobs
     ]
-    print_table(["job", "status", "place", "adapter", "created"], rows, whole=["job", "adapter", "created"])
+    print_table(columns := ["job", "status", "adapter", "created"], rows, whole=columns)
+
+
+def _describe_status(job: Job) -> str:
+    return f"{job.status} ({job.queue_position})" if job.queue_position is not None else job.status
 
 
 @app.command("show")
@@ -65,6 +69,8 @@ def show(
         print_metrics(jobs.metrics(job_id), WIRE_METHODS[job.method["type"]])
     if gate is not None:
         print_gate(gate)
+    if job.fine_tuned_model is not None:
+        print_made(open_registry(home), job.alias, job.fine_tuned_model)
 
 
 @app.command("events")

@@ -15,6 +15,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from adapters.gate_report import GateReport
+    from adapters.records import NumberedVersion
 
 __all__ = [
     "console",
@@ -27,8 +28,11 @@ __all__ = [
     "make_table",
     "print_gate",
     "print_json",
+    "print_live",
     "print_table",
 ]
+
+_CELL_EDGES = 3  # a space on either side, and the line in front
 
 console = Console(highlight=False)
 error_console = Console(stderr=True, highlight=False)
@@ -67,7 +71,11 @@ def print_table(
     whole: Collection[str] = (),
 ) -> None:
     """Print a table for people, wider than the terminal if `whole` columns need it: ids are there to be copied."""
-    console.print(make_table(columns, rows, title=title, whole=whole), crop=False)
+    table = make_table(columns, rows, title=title, whole=whole)
+    least = sum((column.min_width or 0) + _CELL_EDGES for column in table.columns) + 1
+    if least > console.width:  # rich would take as much from every column, and leave nothing of a narrow one
+        table.width = least
+    console.print(table, crop=False)
 
 
 def format_moment(moment: datetime) -> str:
@@ -99,6 +107,16 @@ def format_confidence(confidence: float) -> str:
 def format_loss(loss: float | None) -> str | None:
     """A loss in nats a token to three digits."""
     return None if loss is None else f"{loss:.3f}"
+
+
+def print_live(live: NumberedVersion) -> None:
+    """Say that an alias points to this version, and how to try it."""
+    if live.version.kind == "reward":  # it judges answers and gives none
+        told = f"{live.alias} stands for {live.label} now. Try: hotswap train --reward {live.alias} --method rloo ..."
+    else:
+        told = f'{live.alias} answers with {live.label} now. Try: hotswap chat {live.alias} "..."'
+        told += " (with hotswap serve running)"
+    console.print(told, markup=False, soft_wrap=True)
 
 
 def print_gate(report: GateReport) -> None:

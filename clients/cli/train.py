@@ -34,7 +34,16 @@ from clients.cli.options import (
     load_core,
     read_options,
 )
-from clients.cli.output import console, error_console, format_loss, format_seconds, make_table, print_gate, print_json
+from clients.cli.output import (
+    console,
+    error_console,
+    format_loss,
+    format_seconds,
+    make_table,
+    print_gate,
+    print_json,
+    print_live,
+)
 from clients.cli.plots import print_curves
 from clients.cli.settings_flags import with_settings
 from training.config import TrainSettings
@@ -263,11 +272,13 @@ def _print_result(result: TrainingResult, method: Method) -> None:
     console.print(make_table(["", result.published.label], rows))
     print_curves(result.folder, method)
     print_gate(result.gate)
-    alias, label = result.published.alias, result.published.label
+    if result.remark:
+        console.print(f"{result.remark[0].upper()}{result.remark[1:]}.", markup=False, soft_wrap=True)
     console.print(f"metrics, sampled answers and curves are in {result.folder}", soft_wrap=True)
     if result.is_live:
-        console.print(f'{alias} answers with {label} now. Try: hotswap chat {alias} "..." (with hotswap serve running)')
+        print_live(result.published)
     else:
+        alias, label = result.published.alias, result.published.label
         console.print(f"{label} is published and answers by that name; {alias} was not moved to it.", soft_wrap=True)
         _print_ways_out(result)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from adapters.chat_rows import EXPECTED_ROW
+from adapters.chat_messages import RowProblem
+from adapters.chat_rows import EXPECTED_ROW, parse_document
 from adapters.errors import DataError
 from adapters.rows_file import CheckedFile, check_rows_file
 from tests.support.conversations import easy_rows, make_messages, write_rows
@@ -90,10 +91,12 @@ def test_check_rows_file_refuses_a_row_when_it_is_of_another_kind_than_the_first
         check_rows_file(path)
 
 
+ASKED_FOR = ", and --map, --roles or --encoding where it asks for them"
 OTHERS: dict[str, tuple[bytes, str, str]] = {
     "csv": (b"question,answer\n1,2\n", "a table (CSV)", ""),
     "csv-of-excel": ("\ufefffrage;antwort\nGr\u00fc\u00dfe?;ja\n".encode(), "a table (CSV)", ""),
     "csv-in-quotes": (b'"question","answer"\n"1","2"\n', "a table (CSV)", ""),
+    "csv-with-comments": (b"# from the shop\n\n# in May\nfrage;antwort\n1;2\n", "a table (CSV)", ""),
     "csv-in-cp1252": ("frage;antwort\nGr\u00fc\u00dfe?;ja\n".encode("cp1252"), "a table (CSV)", ""),
     "tsv": (b"question\tanswer\n1\t2\n", "a table with tabs (TSV)", ""),
     "json-list": (json.dumps([{"text": "a"}]).encode(), "one JSON list", ""),
@@ -118,8 +121,33 @@ def test_check_rows_file_says_what_a_file_looks_like_when_it_is_of_another_kind(
     (problem,) = caught.value.problems
     assert problem.startswith(f"the file looks like {title}")
     assert "expected JSON lines, a row a line" in problem
-    assert problem.endswith(f"hotswap data convert {shlex.quote('my data.bin')} OUT.jsonl{options}")
+    assert problem.endswith(f"hotswap data convert {shlex.quote('my data.bin')} OUT.jsonl{options}{ASKED_FOR}")
     assert "file" == caught.value.param
+
+
+def test_check_rows_file_names_no_table_when_only_comments_have_commas(tmp_path: Path) -> None:
+    """A script or YAML begins with them: the first line is told that is no JSON."""
+    path = tmp_path / "rows"
+    path.write_text("# made by hand, in May\n# for the shop, not for us\nalias: legal\ndata: rows.jsonl\n")
+
+    with pytest.raises(DataError) as caught:
+        check_rows_file(path, "run.yaml")
+
+    assert caught.value.problems[0].startswith("lines 1, 2, 3, 4: not JSON: ")
+
+
+def test_check_rows_file_looks_no_further_when_one_row_has_a_thousand_problems(tmp_path: Path) -> None:
+    """A line of megabytes may hold a million messages, and must not keep the server busy for seconds."""
+    path = tmp_path / "rows"
+    path.write_text('{"messages": [' + ",".join(["{}"] * 3000) + "]}\n")
+
+    with pytest.raises(DataError) as caught:
+        check_rows_file(path)
+
+    assert str(caught.value).endswith("and 981 more")
+    row, problems = parse_document({"messages": [{}] * 3000})
+    assert (None, 1001) == (row, len(problems))
+    assert RowProblem("messages", "no message behind the first 500 was looked at") == problems[-1]
 
 
 def test_check_rows_file_says_to_save_a_sheet_when_it_is_one(tmp_path: Path) -> None:
@@ -127,7 +155,9 @@ def test_check_rows_file_says_to_save_a_sheet_when_it_is_one(tmp_path: Path) -> 
     path = tmp_path / "rows"
     path.write_bytes(b"PK\x03\x04")
 
-    with pytest.raises(DataError, match=r"Save it as CSV UTF-8, then: hotswap data convert FILE\.csv OUT\.jsonl$"):
+    with pytest.raises(
+        DataError, match=r"Save it as CSV UTF-8, then: hotswap data convert FILE\.csv OUT\.jsonl, and --map"
+    ):
         check_rows_file(path, "tickets.xlsx")
 
 
@@ -140,7 +170,7 @@ def test_check_rows_file_names_the_command_when_no_line_has_the_columns_of_a_row
         check_rows_file(path, "prefs.jsonl")
 
     found = f"{EXPECTED_ROW}, found the keys good_answer, question_text"
-    command = "hotswap data convert prefs.jsonl OUT.jsonl, and --map where it asks for it"
+    command = "hotswap data convert prefs.jsonl OUT.jsonl" + ASKED_FOR
     assert [f"lines 1, 2, 3, 4, 5 and 195 more: {found}; other columns become rows with: {command}"] == (
         caught.value.problems
     )

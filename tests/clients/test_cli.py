@@ -325,7 +325,7 @@ def test_ids_are_whole_when_the_terminal_is_narrow(shell: Shell, tmp_path: Path)
     experiment = shell.json("experiments", "create", "legal", "--arms", "A@v1=30", "B@legal@v2=70")["id"]
     digest = shell.json("adapters", "show", "legal")["version"]["version"]["digest"]
     for command, expected in {
-        ("jobs", "list"): [job, "legal"],
+        ("jobs", "list"): [job, "legal", "validating_files"],
         ("jobs", "show", job): [job],
         ("keys", "list"): [key],
         ("adapters", "list"): ["legal@v2", experiment],
@@ -482,6 +482,28 @@ def test_job_is_drawn_when_it_has_been_measured(shell: Shell) -> None:
     assert "training loss," not in shell.text("jobs", "show", job.id)
 
 
+def test_job_says_what_its_version_is_when_it_has_made_one(shell: Shell, tmp_path: Path) -> None:
+    """The alias answers with it, or with another by now, or it is gone; each with what to do."""
+    job_id = _add_job(shell, tmp_path)
+    jobs = JobService(open_database(f"sqlite:///{shell.environment['HOTSWAP_HOME']}/hotswap.db"))
+    pass_all(jobs)
+    claim = jobs.claim(lease_s=60)
+    assert claim is not None
+    with jobs.database.write() as session:
+        result = jobs.get(job_id).training_file
+        jobs.succeed(session, claim, fine_tuned_model="legal@v2", result_file=result, trained_tokens=1)
+
+    live = shell.text("jobs", "show", job_id).splitlines()[-1]
+    shell.text("adapters", "promote", "legal@v1")
+    other = shell.text("jobs", "show", job_id).splitlines()[-1]
+    shell.text("adapters", "remove", "legal@v2", "--yes")
+
+    assert 'legal answers with legal@v2 now. Try: hotswap chat legal "..." (with hotswap serve running)' == live
+    ways = 'Try: hotswap adapters promote legal@v2 or hotswap chat legal@v2 "..."'
+    assert f"legal@v2 is published; legal stands for legal@v1. {ways}" == other
+    assert "legal@v2 was removed since" == shell.text("jobs", "show", job_id).splitlines()[-1]
+
+
 def test_unpromoted_alias_is_shown_when_nothing_of_it_is_live(shell: Shell, tmp_path: Path) -> None:
     """`list` says what to do, `show` knows the version by its name, and promoting makes it an alias as any other."""
     folder = save_random_adapter(tmp_path / "other", Path(shell.environment["HOTSWAP_BASE"]), seed=9)
@@ -494,6 +516,18 @@ def test_unpromoted_alias_is_shown_when_nothing_of_it_is_live(shell: Shell, tmp_
         shell.text("adapters", "show", "medical")
     shell.text("adapters", "promote", "medical@v1")
     assert shell.json("adapters", "show", "medical")["live"] == 1
+
+
+def test_train_ends_with_what_its_losses_say_when_they_still_fell(shell: Shell, tmp_path: Path) -> None:
+    """As a sentence between the gate and the folder; a reader of `passed` might take the run for done."""
+    data = write_rows(tmp_path / "rows.jsonl", easy_rows(4))
+    few = ["--max-steps", "4", "--rank", "2", "--learning-rate", "1e-2", "--warmup-steps", "0"]
+    quick = ["--gate-samples", "0", "--sample-prompts", "0"]
+    printed = shell.text("train", "legal", "--data", str(data), "--validation", str(data), *few, *quick).splitlines()
+    (said,) = (number for number, line in enumerate(printed) if "was still falling at the last step, to " in line)
+    assert printed[said].startswith("The validation loss was still falling")
+    assert printed[said].endswith("; more epochs would probably pay.")
+    assert printed[said + 1].startswith("metrics, sampled answers and curves are in ")
 
 
 def test_gate_is_printed_when_a_version_was_trained(shell: Shell, tmp_path: Path) -> None:

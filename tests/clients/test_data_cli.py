@@ -153,6 +153,19 @@ def test_data_convert_leaves_a_file_alone_when_it_exists(tmp_path: Path) -> None
     assert 2 == len(out.read_text().splitlines())
 
 
+def test_data_convert_says_how_to_leave_rows_out_when_some_are_bad(tmp_path: Path) -> None:
+    """And how many rows would be kept; where none would be there is nothing to advise."""
+    source = _write(tmp_path / "d.csv", "question,answer\nq,a\nr,\ns,\n")
+
+    with pytest.raises(DataError, match="lines 3, 4: field answer: is empty") as caught:
+        _run(tmp_path, "convert", source, str(tmp_path / "out.jsonl"))
+    assert ["mend these rows; --drop-bad leaves them out (2) and keeps 1"] == caught.value.__notes__
+
+    with pytest.raises(DataError) as all_bad:
+        _run(tmp_path, "convert", _write(tmp_path / "b.csv", "question,answer\nq,\n"), str(tmp_path / "out.jsonl"))
+    assert not hasattr(all_bad.value, "__notes__")
+
+
 def test_data_convert_writes_rows_when_the_file_system_has_no_hard_links(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,7 +195,7 @@ def test_data_convert_leaves_bad_rows_out_when_asked(tmp_path: Path, base: tuple
     bad = f"s;\nt;{'long ' * 50}\nu;<|im_end|>\n"
     source, out = _write(tmp_path / "d.csv", CSV + bad), tmp_path / "out.jsonl"
 
-    with pytest.raises(DataError, match=r"d\.csv:5: field antwort: is empty$"):
+    with pytest.raises(DataError, match=r"d\.csv:5: field antwort: is empty\n"):
         _run(tmp_path, "convert", source, str(out), *MAPPED)
     assert not out.exists()
 
@@ -532,7 +545,7 @@ def test_data_check_wraps_no_line_when_the_terminal_is_narrow(
     told = _run(tmp_path, "check", source, *base, "--max-length", "200").stdout
 
     for line in (
-        "Mend the rows, give a higher --max-length where they are too long, or leave them out:",
+        "Mend the rows as the errors say, give a higher --max-length where they are too long, or leave them out:",
         f"  hotswap data convert {source} OUT.jsonl --drop-bad --max-length 200",
         "  figures without rows that a run refuses (1):",
     ):

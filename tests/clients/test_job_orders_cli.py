@@ -38,7 +38,7 @@ def _stored(files: FileService, file_id: str) -> tuple[str, bytes]:
 
 
 def test_jobs_create_makes_rows_when_the_data_is_a_table(tmp_path: Path, files: FileService) -> None:
-    """With the options of train, for both files; what was recognised is said."""
+    """With the options of train, for both files; what was recognised is said. A row keeps the line that it had."""
     table, conversation = tmp_path / "t.csv", tmp_path / "v.json"
     table.write_text("frage;antwort\nq;a\n")
     turns = [{"from": "kunde", "value": "q"}, {"from": "kunde", "value": "r"}, {"from": "bot", "value": "a"}]
@@ -49,11 +49,11 @@ def test_jobs_create_makes_rows_when_the_data_is_a_table(tmp_path: Path, files: 
     second = _create(files, "--data", str(conversation), "--validation", str(conversation), *options)
 
     rows = (json.dumps({"messages": make_messages("q", "a")}) + "\n").encode()
-    assert ("t.jsonl", rows) == _stored(files, json.loads(first.stdout)["training_file"])
+    assert ("t.csv", b"\n" + rows) == _stored(files, json.loads(first.stdout)["training_file"])
     assert f"{table}: 1 rows; CSV with semicolons: mapped to chat (user = frage, assistant = antwort)" in first.stderr
     job = json.loads(second.stdout)
     rows = (json.dumps({"messages": make_messages("q\n\nr", "a")}) + "\n").encode()
-    assert [("v.jsonl", rows)] * 2 == [_stored(files, job[part]) for part in ("training_file", "validation_file")]
+    assert [("v.json", rows)] * 2 == [_stored(files, job[part]) for part in ("training_file", "validation_file")]
 
 
 def test_jobs_create_stores_the_very_bytes_when_the_data_is_rows(tmp_path: Path, files: FileService) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from training.alarms import EvaluationPoint, StepPoint, find_alarms
+from training.alarms import EvaluationPoint, StepPoint, find_alarms, find_remark
 
 
 def _steps(losses: Sequence[float], norms: Sequence[float] = ()) -> list[StepPoint]:
@@ -88,3 +88,25 @@ def test_alarm_warns_when_the_model_forgets() -> None:
     assert find_alarms(steps, points, max_forgetting=0.31) == []
     assert find_alarms(steps, points[:1], max_forgetting=0.3) == []
     assert find_alarms(steps, _evaluations(2.0, 1.5), max_forgetting=0.0) == []
+
+
+def test_remark_says_that_training_made_it_worse_when_no_state_is_as_good_as_the_first() -> None:
+    """In the three digits that are shown; the loss of the state that is published counts, not the last one."""
+    points = _evaluations(0.663, 0.7)
+    told = "the validation loss was 0.225 before it and is 0.663 at its best, step 10"
+    assert f"training made it worse: {told}; lower learning_rate" == find_remark(0.225, points, points[0])
+    assert find_remark(0.6627, points[:1], points[0]) == find_remark(0.7, points, points[0]) is None
+
+
+def test_remark_says_that_the_loss_still_fell_when_the_last_state_is_the_best() -> None:
+    """By more than a fiftieth of the loss of the evaluation before, or of the loss before training."""
+    fell = "the validation loss was still falling at the last step, to {}; more epochs would probably pay"
+    points = _evaluations(2.0, 1.0)
+    assert fell.format("1.000: by 1.000 since the evaluation before") == find_remark(5.0, points, points[1])
+    assert fell.format("2.000: by 3.000 since before training") == find_remark(5.0, points[:1], points[0])
+    assert find_remark(5.0, points, points[1], has_to_fall=False) is None
+    slow, risen = _evaluations(2.0, 1.97), _evaluations(1.0, 2.0)
+    assert find_remark(5.0, slow, slow[1]) is None
+    assert find_remark(5.0, risen, risen[0]) is None
+    below_zero = _evaluations(-1.0, -1.5)
+    assert find_remark(0.0, below_zero, below_zero[1]) is not None

@@ -77,11 +77,11 @@ BAD_LINES = {
             {"role": "system", "content": "be brief"},
             {"role": "assistant", "content": "ho"},
         ),
-        "field messages: a system message may only stand first",
+        r"field messages: a system message may only stand first; leave out what .* later \(--roles NAME=none does\)",
     ),
     "two-systems": (
         _with({"role": "system", "content": "be"}, {"role": "system", "content": "brief"}, *make_messages("hi", "ho")),
-        "field messages: a system message may only stand first",
+        r"field messages: a system message may only stand first; leave out what .* later \(--roles NAME=none does\)",
     ),
     "system-alone": (
         _with({"role": "system", "content": "be brief"}, {"role": "assistant", "content": "ho"}),

@@ -46,6 +46,7 @@ from training.job import (
 from training.job_settings import describe_failure, name_data, resolve_settings, tracker_environment
 from training.plots import CURVES_FILE
 from training.progress import StepMetrics
+from training.validation import ValidationRun
 
 
 @pytest.fixture
@@ -112,6 +113,10 @@ def test_run_publishes_and_reports_when_all_goes_well(place: JobPlace) -> None:
     messages = place.messages(job.id)
     assert messages[-2:] == ["New fine-tuned model created: legal@v1", "The job has successfully completed"]
     assert sum(message.startswith("Step ") for message in messages) == 8
+    (remark,) = (
+        event.message for event in place.jobs.events(job.id, limit=100, level="warn")[0] if "last" in event.message
+    )
+    assert remark.startswith("the validation loss was still falling at the last step, to ")
     assert done.result_file is not None
     lines = place.files.path(done.result_file).read_text().splitlines()
     assert lines[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
@@ -258,6 +263,26 @@ def test_job_fails_with_the_line_when_a_row_is_too_long(place: JobPlace) -> None
     assert (other.code, other.param) == ("invalid_validation_file", "validation_file")
 
 
+@pytest.mark.parametrize(("name", "place_of_row"), [("rows.tsv", "rows.tsv:3"), ("rows.json", "rows.json: row 2")])
+def test_job_names_the_place_in_its_owners_file_when_the_rows_were_made_of_one(
+    place: JobPlace, name: str, place_of_row: str
+) -> None:
+    """By the line that it has there, with blank ones between the rows; where a file has none to name, the row."""
+    rows = [make_messages("short", "yes"), make_messages("x" * 100, "yes")]
+    lines = [(json.dumps({"messages": row}) + "\n").encode() for row in rows]
+    file_id = place.files.upload(io.BytesIO(b"\n".join(lines)), name).id
+    place.jobs.create(JobOrder("tiny", file_id, supervised(), 0, alias="legal"))
+    claim = place.jobs.claim_validation(lease_s=60)
+    assert claim is not None
+    ValidationRun(place.process(claim)).run()
+    place.jobs.create(JobOrder("tiny", file_id, supervised(), 0, alias="legal"))
+    pass_all(place.jobs)
+    validated, trained = place.jobs.get(claim.job.id).error, _run(place).error
+    assert validated is not None
+    assert trained is not None
+    assert [True, True] == [error.message.startswith(f"{place_of_row}: ") for error in (validated, trained)]
+
+
 def test_name_data_gives_the_names_of_the_owner_when_files_have_some(place: JobPlace) -> None:
     """Two files of one name are told apart by their fields."""
     rows = json.dumps({"messages": make_messages("q", "a")}).encode()
@@ -335,7 +360,7 @@ def test_failure_is_told_in_words_when_a_library_runs_out_of_memory_or_disk() ->
     behind.__cause__ = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert describe_failure(behind).code == "disk_full"
     told = describe_failure(
-        StorageFullError("the disk of /secret/home is full: 1.0 MB free, the base model takes 380 MB")
+        StorageFullError("the disk is full: 1.0 MB free, the base model takes 380 MB, not in /secret/home")
     )
     assert ("disk_full", False) == (told.code, "/secret" in told.message)
     assert describe_failure(RuntimeError("[enforce fail] PytorchStreamWriter failed writing file")).code == "disk_full"

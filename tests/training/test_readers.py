@@ -262,6 +262,9 @@ def test_empty_last_columns_are_left_out_when_a_spreadsheet_wrote_them(tmp_path:
     assert [{"question": "q", "answer": "a"}, {"question": "r", "answer": "b"}] == [
         row.document for row in read_table(path).rows
     ]
+    path.write_text("question;answer;;\nq;a\nr;b;\ns\nt;c;;;\n")  # Excel leaves some of the last delimiters out
+    problems = ["", "", *(f"expected 4 fields as in the header, found {count}" for count in (1, 5))]
+    assert problems == [row.problem.partition(";")[0] for row in read_table(path).rows]
     path.write_text("question;answer;;\nq;a;;\nr;b;x;\n")
     with pytest.raises(DataError, match=r"column 3 has no name.*name it, or delete the column"):
         read_table(path)

@@ -86,6 +86,21 @@ def test_best_state_is_restored_when_later_ones_are_worse(tmp_path: Path) -> Non
     assert (watch.best.step, watch.best.evaluation.loss) == (20, 1.0)
 
 
+def test_remark_is_of_the_whole_run_when_it_went_on_in_another_process(tmp_path: Path) -> None:
+    """By what the log knows of evaluations; without rows nothing is said, nor of losses that need not fall."""
+    before = Evaluation(np.array([3.0]), np.ones(1))
+    _watch(Losses(2.0), tmp_path).evaluate(_metrics(10))
+    for has_alarms, expected in ((True, "by 1.000 since the evaluation before"), (False, None)):
+        losses = Losses(1.0)
+        plan = WatchPlan(measure=losses.measure, has_alarms=has_alarms)
+        watch = Watch(losses.model, plan, log=RunLog(tmp_path, resume_step=10), listener=Listener())
+        assert watch.remark(before) is None
+        watch.evaluate(_metrics(20))
+        assert (expected or "") in (watch.remark(before) or "")
+        assert (expected is None) == (watch.remark(before) is None)
+        assert watch.remark(None) is None
+
+
 def test_last_state_is_left_when_nothing_was_validated(tmp_path: Path) -> None:
     """Without rows there is no best; nothing is written beside a checkpoint either."""
     model = torch.nn.Linear(1, 1)

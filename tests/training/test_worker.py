@@ -190,6 +190,16 @@ def test_run_training_lowers_the_validation_loss_when_rows_are_easy(run: Run) ->
     assert 0 < run.result.validation_loss_after < 0.7 * run.result.validation_loss_before
 
 
+def test_run_training_says_that_more_epochs_would_pay_when_the_loss_still_fell(run: Run) -> None:
+    """In the result, for its end; jobs have an event instead."""
+    evaluations = run.place.recorder.evaluations
+    fell = f"to {evaluations[-1][1]:.3f}: by {evaluations[-2][1] - evaluations[-1][1]:.3f} since the evaluation before"
+    assert f"the validation loss was still falling at the last step, {fell}; more epochs would probably pay" == (
+        run.result.remark
+    )
+    assert run.result.remark not in run.place.recorder.warnings
+
+
 def test_run_training_tells_the_warnings_of_the_preflight_when_somebody_listens(run: Run) -> None:
     """What the data's owner should know is told in the words of the preflight, before the model is loaded."""
     path = run.place.validation_path
