@@ -16,7 +16,7 @@ __all__ = ["Division", "choose_validation", "divide", "hold_out"]
 # The same for all runs, whatever their seed: a version is compared with one that has not seen the held-out rows either.
 _SALT = b"hotswap validation share 1\n"
 _HASH_BYTES = 8
-_NO_VALIDATION = "no validation rows: the gate can't compare; validation_share 0.1 holds a tenth of the rows out"
+_NO_VALIDATION = "no validation rows: the gate can't compare; validation_share 0.15 holds 15 % of the rows out"
 
 
 @dataclass(frozen=True, slots=True)

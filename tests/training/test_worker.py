@@ -391,7 +391,7 @@ def test_run_training_records_no_validation_when_there_is_no_file(place: Workpla
     }
     assert manifest.data is not None
     assert (manifest.data.validation_sha256, manifest.data.num_validation_rows) == (None, 0)
-    warned = "no validation rows: the gate can't compare; validation_share 0.1 holds a tenth of the rows out"
+    warned = "no validation rows: the gate can't compare; validation_share 0.15 holds 15 % of the rows out"
     assert warned in place.recorder.warnings
 
 
