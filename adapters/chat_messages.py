@@ -133,7 +133,7 @@ def _read_messages(value: Any, where: str, problems: list[RowProblem]) -> tuple[
     messages: list[Message] = []
     for index, message in enumerate(value):
         if len(problems) >= _MAX_PROBLEMS:
-            problems.append(RowProblem(where, f"no message behind the first {index} was looked at"))
+            problems.append(RowProblem(where, f"{len(value) - index} of {len(value)} messages were not looked at"))
             break
         messages.append(_read_message(message, f"{where}[{index}]", problems))
     return tuple(messages)
@@ -263,7 +263,7 @@ def _check_order(messages: Sequence[Message], where: str, endings: Sequence[str]
     """A system message at most, first; then user and assistant in turn; behind calls each tool's answer, once."""
     turns = list(messages[1:] if messages[0]["role"] == "system" else messages)
     if any(message["role"] == "system" for message in turns):
-        leave_out = "leave out what such a speaker says later (--roles NAME=none does)"
+        leave_out = "leave out what such a speaker says later (--roles NAME=none: all that it says)"
         yield RowProblem(where, f"a system message may only stand first; {leave_out}")
         return
     expected, waiting = "user", set[str]()  # whose turn it is, and the calls that no tool message has answered

@@ -275,15 +275,15 @@ class ExperimentService:
             return load_arms(session, find_experiment_row(session, experiment_id).id, stage)
 
     def note_on_stage(self, experiment: Experiment) -> str:
-        """What a stage that is not the first means for the verdict, with the number of users that it leaves out."""
+        """What a stage that is not the first means for the verdict, with the number of users of those before it."""
         earlier = (ExposureRow.experiment_id == experiment.id, ExposureRow.stage < experiment.stage)
         with self.database.read() as session:
             num_users = session.scalar(
                 select(func.count(ExposureRow.unit.distinct())).where(*earlier, ExposureRow.forced.is_(False))
             )
         return (
-            f"The verdict counts stage {experiment.stage} alone, from its first user on: users of earlier stages, "
-            f"{num_users:,} so far, take no part in it. undo gives back the weights, not those users."
+            f"The verdict reads stage {experiment.stage} alone: what users did in earlier stages ({num_users:,} users) "
+            "takes no part in it; who asks again counts anew. undo gives the weights back, not that."
         )
 
     def list(

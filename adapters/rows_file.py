@@ -31,7 +31,7 @@ _SIGNATURES = (
     (b"\xfe\xff", "text in UTF-16", "--encoding utf-16"),
 )
 # What most files need besides; the command says it of each, with the very options.
-_ASKED_FOR = ", and --map, --roles or --encoding where it asks for them"
+_ASKED_FOR = "; it asks for --map, --roles or --encoding where they are needed"
 
 
 @dataclass(frozen=True, slots=True)

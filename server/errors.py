@@ -105,7 +105,7 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, core.HotswapError)
     answer, body = describe_error(error)
     count_error(request, answer.code)
-    headers = _headers_of(request)
+    headers = _binding_headers(request)
     if answer.should_retry is not None:
         headers["x-should-retry"] = str(answer.should_retry).lower()
     if isinstance(error, core.OverloadedError):
@@ -120,7 +120,7 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(body, status_code=answer.status, headers=headers)
 
 
-def _headers_of(request: Request) -> dict[str, str]:
+def _binding_headers(request: Request) -> dict[str, str]:
     """Those that say what was to answer, as on good answers, if the route has bound the request to anything."""
     binding: Binding | None = getattr(request.state, "binding", None)
     return {} if binding is None else headers_of(binding)
@@ -184,6 +184,6 @@ async def _answer_unknown(request: Request, error: Exception) -> JSONResponse:
     _log.error("request_crashed", path=request.url.path, exc_info=error)
     count_error(request, "internal_error")
     # This handler runs outside of all middleware, so the id is put on here.
-    headers = {"x-request-id": f"req_{request_id_of(request.scope)}"}
+    headers = {"x-request-id": f"req_{request_id_of(request.scope)}"} | _binding_headers(request)
     body = error_body(_HIDDEN_MESSAGE, kind="server_error", code="internal_error")
     return JSONResponse(body, status_code=500, headers=headers)

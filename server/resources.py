@@ -371,7 +371,7 @@ class ExperimentObject(BaseModel):
     stopped_at: int | None
     config_hash: str = Field(description="SHA-256 of what decides who gets what and how it is read.")
     notes: list[str] = Field(
-        description="What may be a slip in the plan; as the answer to `weights` and `undo` also whom a stage that is "
+        description="What may be a slip in the plan; as the answer to `weights` and `undo` also what a stage that is "
         "not the first leaves out of the verdict."
     )
 

@@ -22,7 +22,8 @@ _NO_LEARNING_STEPS = 40
 _USUAL_STEPS = 50
 _GRADIENT_FACTOR = 10
 _OVERFITTING_RISE = 1.02
-_STILL_FALLING = 0.02
+_STILL_FALLING = 0.02  # of the loss before
+_LEAST_FALL = 0.01  # nats a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,31 +71,30 @@ def find_alarms(
     return [alarm for check in checks if (alarm := check()) is not None]
 
 
-def find_remark(
-    before: float, evaluations: Sequence[EvaluationPoint], best: EvaluationPoint, *, has_to_fall: bool = True
-) -> str | None:
+def find_remark(before: float, evaluations: Sequence[EvaluationPoint], best: EvaluationPoint) -> str | None:
     """What the validation losses of a whole run say of it in a sentence, if anything.
 
-    Training made it worse: the published state's loss is above the one before the first step, as they are shown. Or it
-    was still falling: the last state is the best, by more than 2 % of the loss of the evaluation before it, which for
-    the first one is that before the first step.
+    Training made it worse: no state has a loss as low as the one before the first step, as they are shown. Or it was
+    still falling: the last state is published, and its loss is lower than that of the evaluation before it, for the
+    first one that before the first step, by more than 2 %, and 0.01 nats a token.
 
     Args:
         before: The loss before the first step.
         evaluations: Those of the run, in order.
         best: The one whose state is published.
-        has_to_fall: Whether more epochs are worth advice: not where answers are sampled, whose losses scatter.
     """
-    if round(best.loss, 3) > round(before, 3):
-        losses = f"the validation loss was {before:.3f} before it and is {best.loss:.3f} at its best, step {best.step}"
-        return f"training made it worse: {losses}; lower learning_rate"
+    if round(min(point.loss for point in evaluations), 3) > round(before, 3):
+        losses = (
+            f"the validation loss was {before:.3f} before it and is {best.loss:.3f} in the state of step {best.step}"
+        )
+        return f"training made it worse: {losses}, which is published; lower learning_rate"
     previous = evaluations[-2].loss if len(evaluations) > 1 else before
     fall = previous - best.loss
-    if not has_to_fall or best.step != evaluations[-1].step or fall <= _STILL_FALLING * abs(previous):
+    if best.step != evaluations[-1].step or not fall > max(_STILL_FALLING * abs(previous), _LEAST_FALL):
         return None
     since = "the evaluation before" if len(evaluations) > 1 else "before training"
     falling = f"the validation loss was still falling at the last step, to {best.loss:.3f}: by {fall:.3f} since {since}"
-    return f"{falling}; more epochs would probably pay"
+    return f"{falling}; training longer would probably pay"
 
 
 def _check_number(steps: Sequence[StepPoint], evaluations: Sequence[EvaluationPoint]) -> Alarm | None:

@@ -17,7 +17,7 @@ from adapters.chat_messages import RowProblem
 from adapters.chat_rows import EXPECTED_ROW, Row, RowKind, parse_document, row_document
 from adapters.errors import ConflictError, DataError
 from adapters.row_places import PlacedProblem, RowPlace, data_error, group_problems
-from training.readers import RawRow, is_told_by_line, read_table
+from training.readers import RawRow, read_table
 from training.recognise import Shape, choose_shape, spread
 from training.speakers import name_unknown_roles, rename_speakers, tidy_messages
 from training.turns import TurnJoiner
@@ -77,7 +77,7 @@ class ReadOptions:
         encoding: That of a text file that is not UTF-8.
         roles: Which role each name of a speaker stands for (`training/speakers.py: parse_roles`).
         join_turns: Whether turns that are out of order are mended (`training/turns.py`).
-        has_lines: False counts the rows instead of naming their lines: of JSON lines that were made of something else.
+        has_lines: False speaks of rows instead of lines: of JSON lines that were made of something else.
     """
 
     mapping: Mapping[str, str] | None = None
@@ -162,7 +162,7 @@ def read_rows(source: Path | str, options: ReadOptions | None = None, *, name: s
         is_sheet = table.layout.startswith(("CSV", "TSV"))
         expected = "expected a header, and a record a row below it" if is_sheet else f"{EXPECTED_ROW} on each line"
         raise DataError([f"{table.name}: holds no rows; {expected}"])
-    given = table.rows if options.has_lines else _counted(table.rows)
+    given = table.rows if options.has_lines else _as_rows(table.rows)
     raws, done = _tidy(given, {*_MESSAGE_COLUMNS, (options.mapping or {}).get("messages", "")})
     if options.roles:
         raws = [replace(raw, document=rename_speakers(raw.document, options.roles)) for raw in raws]
@@ -209,15 +209,15 @@ def write_dataset(rows: Iterable[NumberedRow], path: Path, *, overwrite: bool = 
     return write_documents([row_document(numbered.row) for numbered in rows], path, overwrite=overwrite)
 
 
-def as_lines(rows: Iterable[NumberedRow], name: str) -> bytes:
-    """Rows as JSON lines, each on the line that it has in the file of this name, with blank ones between.
+def as_lines(rows: Iterable[NumberedRow]) -> bytes:
+    """Rows as JSON lines, each on the line that it has in its source, with blank ones between.
 
-    What is said of them later holds of that file. Where it has no lines to name, there are no blank ones, and rows are
-    to be counted (`ReadOptions.has_lines`).
+    What is said of them later holds of that source. Rows of one that has no lines follow each other, and are called
+    rows later (`ReadOptions.has_lines`).
     """
     lines: list[bytes] = []
     for numbered in rows:
-        if is_told_by_line(name):
+        if numbered.place.unit == "line":
             lines += [b"\n"] * (numbered.place.number - len(lines) - 1)
         lines.append(_as_line(row_document(numbered.row)))
     return b"".join(lines)
@@ -268,8 +268,8 @@ def _place(temporary: Path, path: Path) -> None:
         temporary.replace(path)
 
 
-def _counted(raws: Sequence[RawRow]) -> list[RawRow]:
-    return [replace(raw, place=RowPlace(number, "row")) for number, raw in enumerate(raws, start=1)]
+def _as_rows(raws: Sequence[RawRow]) -> list[RawRow]:
+    return [replace(raw, place=replace(raw.place, unit="row")) for raw in raws]
 
 
 def _tidy(raws: Sequence[RawRow], columns: Collection[str]) -> tuple[list[RawRow], list[str]]:

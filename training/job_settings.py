@@ -94,7 +94,7 @@ def name_data(job: Job, files: FileService) -> dict[str, str]:
 
 
 def read_options(files: FileService, file_id: str) -> ReadOptions:
-    """How a job's file is read: JSON lines, whose rows are counted where the name is of a file without lines.
+    """How a job's file is read: JSON lines, which are called rows where the name is of a file without lines.
 
     Raises:
         NotFoundError: the file is gone.

@@ -156,11 +156,14 @@ class Watch:
         return self.best.step
 
     def remark(self, before: Evaluation | None) -> str | None:
-        """What is to be said at the run's end of its validation losses; `before` is that before the first step."""
-        if before is None or self.best is None:
+        """What is to be said at the run's end of its validation losses; `before` is that before the first step.
+
+        Nothing where answers are sampled, whose losses scatter.
+        """
+        if before is None or self.best is None or not self._plan.has_alarms:
             return None
         best = EvaluationPoint(self.best.step, self.best.evaluation.loss)
-        return find_remark(before.loss, self._evaluations, best, has_to_fall=self._plan.has_alarms)
+        return find_remark(before.loss, self._evaluations, best)
 
     def save(self, folder: Path) -> None:
         """Write what must not be lost beside a checkpoint; nothing while nothing was validated."""

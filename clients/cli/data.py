@@ -110,7 +110,9 @@ def _all_good(found: ReadRows) -> Dataset:
         return found.as_dataset()
     except DataError as error:
         if found.rows:
-            error.add_note(f"mend these rows; --drop-bad leaves them out ({found.num_bad}) and keeps {len(found.rows)}")
+            error.add_note(
+                f"mend these rows; --drop-bad leaves them out ({found.num_bad}), {len(found.rows)} can be read"
+            )
         raise
 
 

@@ -95,7 +95,7 @@ def _print_report(report: ExperimentReport) -> None:
         ""
         if experiment.stage == 1
         else f", stage {experiment.stage} (weights were changed; only this stage counts, "
-        f"users of stages before it don't)"
+        f"what users did before it doesn't)"
     )
     console.print(f"{experiment.id} on {experiment.alias}, {experiment.state}{since}{stage}\n", soft_wrap=True)
     _print_verdict(report)
@@ -242,7 +242,6 @@ def _print_split(report: ExperimentReport) -> None:
 
 
 def _print_gaps(report: ExperimentReport) -> None:
-    from adapters.records import BUILT_IN_METRICS
     from adapters.verdict_words import format_interval
 
     for treatment in report.treatments:
@@ -254,8 +253,7 @@ def _print_gaps(report: ExperimentReport) -> None:
             what = "There is feedback on" if gap is treatment.feedback else f"{gap.metric} is known of"
             if not any(mean for _, mean in sides):
                 whose = " and ".join(name for name, _ in sides)
-                why = "" if gap.metric in BUILT_IN_METRICS else ": nobody has reported it"
-                console.print(f"{what} no answer in {whose}{why}.", soft_wrap=True)
+                console.print(f"{what} no answer in {whose} in this stage.", soft_wrap=True)
                 continue
             known = ", ".join(f"{mean * 100:.3g} % in {name}" for name, mean in sides)
             console.print(f"{what} so many of a user's answers: {known}; {judged}.", soft_wrap=True)

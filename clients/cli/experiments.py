@@ -99,7 +99,7 @@ def change_weights(
 ) -> None:
     """Change the weights of a running experiment: hotswap experiments weights support A=90 B=10.
 
-    A new stage begins: the verdict counts anew, without the users so far, whom undo does not bring back.
+    A new stage begins: the verdict counts anew, without what users did so far, which undo does not bring back.
     """
     from adapters.experiment_config import parse_weight
 
@@ -114,7 +114,7 @@ def change_weights(
 def undo(name: _NameArgument, home: HomeOption = None, json: JsonOption = False) -> None:
     """Take the latest change of weights, promotion, rollback, acceptance or stop back that isn't yet.
 
-    After a change of weights or a stop a new stage begins: the verdict counts anew, without the users so far.
+    After a change of weights or a stop a new stage begins: the verdict counts anew, without what users did so far.
     """
     from adapters.experiment_acts import undo as undo_act
 

@@ -149,10 +149,12 @@ def _read_pair(pair: str) -> tuple[str, Any]:
 def _upload(files: FileService, source: Path, options: ReadOptions, command: str) -> str:
     """Store a source and return the file's id: a file of rows as it is, any other as the rows that it is read as.
 
-    It keeps its name, so that messages of the job are about the file that its owner has.
+    It keeps its name, so that messages of the job are about the file that its owner has; a name that would not tell
+    whether rows are found by their lines gets another ending.
     """
     from adapters.errors import InvalidInputError
     from training.formats import as_lines
+    from training.readers import is_told_by_line
 
     if not reading_flags(options) and _is_rows_file(source):
         try:
@@ -161,8 +163,10 @@ def _upload(files: FileService, source: Path, options: ReadOptions, command: str
         except OSError as error:
             raise InvalidInputError(f"{source}: can't be read: {error.strerror}", param="data") from None
     dataset = read_source(source, options, command)
-    name = source.name or "data"
-    return files.upload(BytesIO(as_lines(dataset.rows, name)), name).id
+    name, has_lines = source.resolve().name or "data", dataset.rows[0].place.unit == "line"
+    if is_told_by_line(name) != has_lines:
+        name += ".jsonl" if has_lines else ".json"
+    return files.upload(BytesIO(as_lines(dataset.rows)), name).id
 
 
 def _is_rows_file(path: Path) -> bool:

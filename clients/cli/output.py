@@ -110,7 +110,7 @@ def format_loss(loss: float | None) -> str | None:
 
 
 def print_live(live: NumberedVersion) -> None:
-    """Say that an alias points to this version, and how to try it."""
+    """Say that an alias stands for this version, and how to try it; an experiment may answer with others."""
     if live.version.kind == "reward":  # it judges answers and gives none
         told = f"{live.alias} stands for {live.label} now. Try: hotswap train --reward {live.alias} --method rloo ..."
     else:

@@ -178,7 +178,7 @@ def _print_report(report: ShadowReport) -> None:
         ("tokens, live", f"{report.live_tokens:.1f}", ""),
         ("tokens, shadow", f"{report.shadow_tokens:.1f}", ""),
         ("tokens, shadow minus live", *_difference(report.token_difference, "+.2f")),
-        ("cut at the limit, shadow minus live", *_difference(report.cut_difference, "+.1%")),
+        ("cut at the limit in points, shadow minus live", *_difference(report.cut_difference, "+.1f", per=100)),
     ]
     print_table(["over the answered requests", "mean", "95 % interval"], rows)
     console.print(
@@ -201,11 +201,11 @@ def _print_judged(name: str, found: PairedComparison) -> None:
     )
 
 
-def _difference(estimate: MeanEstimate | None, form: str) -> tuple[str, str]:
-    return ("-", "") if estimate is None else (f"{estimate.mean:{form}}", _bounds(estimate, form))
+def _difference(estimate: MeanEstimate | None, form: str, *, per: int = 1) -> tuple[str, str]:
+    return ("-", "") if estimate is None else (f"{estimate.mean * per:{form}}", _bounds(estimate, form, per=per))
 
 
-def _bounds(estimate: MeanEstimate, form: str) -> str:
+def _bounds(estimate: MeanEstimate, form: str, *, per: int = 1) -> str:
     """The ends of its interval in the form of the mean."""
     found = estimate.interval
-    return estimate.method if found is None else f"{found.low:{form}} to {found.high:{form}}"
+    return estimate.method if found is None else f"{found.low * per:{form}} to {found.high * per:{form}}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
+from adapters.errors import DatabaseBusyError
 from adapters.experiment_acts import undo
 from adapters.experiment_config import GuardrailConfig, MetricConfig, notes_on
 from adapters.records import Arm, Decision, Experiment, ExperimentState, Feedback
@@ -129,7 +131,7 @@ async def start_experiment(experiment: ExperimentPath, services: CurrentServices
 async def change_weights(
     experiment: ExperimentPath, body: WeightsRequest, services: CurrentServices
 ) -> ExperimentObject:
-    """Give the arms of a running experiment other weights: a new stage begins, and users so far count no more."""
+    """Give the arms of a running experiment other weights: a new stage begins, without what users did so far."""
     arms = [(arm.name, arm.version, arm.weight) for arm in body.arms]
     changed = await asyncio.to_thread(services.experiments.change_weights, experiment, arms, traffic=body.traffic)
     return await _staged(changed, services)
@@ -185,7 +187,7 @@ async def accept_split(experiment: ExperimentPath, body: AcceptRequest, services
 async def undo_decision(experiment: ExperimentPath, services: CurrentServices) -> ExperimentObject:
     """Take the latest change of weights, promotion, rollback, acceptance or stop back that isn't yet.
 
-    After a change of weights or a stop a new stage begins, and users so far count no more.
+    After a change of weights or a stop a new stage begins, without what users did so far.
     """
     return await _staged(await asyncio.to_thread(undo, services.registry, experiment), services)
 
@@ -217,10 +219,11 @@ def _experiment(experiment: Experiment) -> ExperimentObject:
 
 
 async def _staged(experiment: Experiment, services: Services) -> ExperimentObject:
-    """An experiment whose stage may have changed: of one that is not the first it says whom that leaves out."""
+    """An experiment whose stage may have changed: of one that is not the first it says what that leaves out."""
     answer = _experiment(experiment)
     if experiment.stage > 1:
-        answer.notes.append(await asyncio.to_thread(services.experiments.note_on_stage, experiment))
+        with suppress(DatabaseBusyError):  # the act is done: an error would be taken for its failure, and it repeated
+            answer.notes.append(await asyncio.to_thread(services.experiments.note_on_stage, experiment))
     return answer
 
 

@@ -91,7 +91,7 @@ def test_check_rows_file_refuses_a_row_when_it_is_of_another_kind_than_the_first
         check_rows_file(path)
 
 
-ASKED_FOR = ", and --map, --roles or --encoding where it asks for them"
+ASKED_FOR = "; it asks for --map, --roles or --encoding where they are needed"
 OTHERS: dict[str, tuple[bytes, str, str]] = {
     "csv": (b"question,answer\n1,2\n", "a table (CSV)", ""),
     "csv-of-excel": ("\ufefffrage;antwort\nGr\u00fc\u00dfe?;ja\n".encode(), "a table (CSV)", ""),
@@ -147,7 +147,7 @@ def test_check_rows_file_looks_no_further_when_one_row_has_a_thousand_problems(t
     assert str(caught.value).endswith("and 981 more")
     row, problems = parse_document({"messages": [{}] * 3000})
     assert (None, 1001) == (row, len(problems))
-    assert RowProblem("messages", "no message behind the first 500 was looked at") == problems[-1]
+    assert RowProblem("messages", "2500 of 3000 messages were not looked at") == problems[-1]
 
 
 def test_check_rows_file_says_to_save_a_sheet_when_it_is_one(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_check_rows_file_says_to_save_a_sheet_when_it_is_one(tmp_path: Path) -> 
     path.write_bytes(b"PK\x03\x04")
 
     with pytest.raises(
-        DataError, match=r"Save it as CSV UTF-8, then: hotswap data convert FILE\.csv OUT\.jsonl, and --map"
+        DataError, match=r"Save it as CSV UTF-8, then: hotswap data convert FILE\.csv OUT\.jsonl; it asks for --map"
     ):
         check_rows_file(path, "tickets.xlsx")
 

@@ -159,7 +159,7 @@ def test_data_convert_says_how_to_leave_rows_out_when_some_are_bad(tmp_path: Pat
 
     with pytest.raises(DataError, match="lines 3, 4: field answer: is empty") as caught:
         _run(tmp_path, "convert", source, str(tmp_path / "out.jsonl"))
-    assert ["mend these rows; --drop-bad leaves them out (2) and keeps 1"] == caught.value.__notes__
+    assert ["mend these rows; --drop-bad leaves them out (2), 1 can be read"] == caught.value.__notes__
 
     with pytest.raises(DataError) as all_bad:
         _run(tmp_path, "convert", _write(tmp_path / "b.csv", "question,answer\nq,\n"), str(tmp_path / "out.jsonl"))

@@ -142,7 +142,7 @@ def test_show_says_that_nobody_reported_when_nobody_did(home: Home) -> None:
     for arm in ("A", "B"):
         add_users(home.registry, experiment, arm, [None] * 100)
     shown = home.text("show", "legal")
-    assert "solved is known of no answer in A and B: nobody has reported it." in shown
+    assert "solved is known of no answer in A and B in this stage." in shown
     assert "no difference is shown" not in shown
 
 
@@ -272,11 +272,11 @@ def test_guardrail_is_accepted_when_its_metric_does_not_vary(home: Home) -> None
 
 
 def test_new_stage_is_told_when_weights_change_and_are_undone(home: Home) -> None:
-    """That users so far count no more, at both acts and in the report; and how many of the planned ones have come."""
+    """What users did so far counts no more, say both acts and the report; and how many planned ones have come."""
     experiment = home.start(planned_units=500)
     _win(home, experiment)
     assert "600 of 500 planned users have come; later ones count as well" in home.text("show", "legal")
-    told = "users of earlier stages, 600 so far, take no part in it"
+    told = "what users did in earlier stages (600 users) takes no part in it; who asks again counts anew"
     assert told in home.text("weights", "legal", "A=20", "B=80")
     shown = home.text("show", "legal")
     assert "nobody has come in stage 2 yet" in shown
@@ -284,7 +284,7 @@ def test_new_stage_is_told_when_weights_change_and_are_undone(home: Home) -> Non
     undone = home.text("undo", "legal")
     assert "this is stage 3" in undone
     assert told in undone
-    assert "without the users so far" in home.text("weights", "--help")
+    assert "without what users did so far" in home.text("weights", "--help")
 
 
 @pytest.mark.parametrize(

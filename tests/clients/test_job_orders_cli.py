@@ -53,7 +53,19 @@ def test_jobs_create_makes_rows_when_the_data_is_a_table(tmp_path: Path, files: 
     assert f"{table}: 1 rows; CSV with semicolons: mapped to chat (user = frage, assistant = antwort)" in first.stderr
     job = json.loads(second.stdout)
     rows = (json.dumps({"messages": make_messages("q\n\nr", "a")}) + "\n").encode()
-    assert [("v.json", rows)] * 2 == [_stored(files, job[part]) for part in ("training_file", "validation_file")]
+    assert [("v.json.jsonl", rows)] * 2 == [_stored(files, job[part]) for part in ("training_file", "validation_file")]
+
+
+def test_jobs_create_stores_rows_under_a_name_that_tells_how_they_are_found(tmp_path: Path, files: FileService) -> None:
+    """A list is no lines, whatever its file is called, and lines are lines."""
+    rows = [json.dumps({"question": "q", "answer": answer}) for answer in "ab"]
+    listed, lines = tmp_path / "listed.jsonl", tmp_path / "lines.json"
+    listed.write_text(f"[{', '.join(rows)}]")
+    lines.write_text("\n\n".join(rows))
+    made = [_create(files, "--data", str(path), "--suffix", "legal") for path in (listed, lines)]
+    names, stored = zip(*(_stored(files, json.loads(each.stdout)["training_file"]) for each in made), strict=True)
+    assert ("listed.jsonl.json", "lines.json.jsonl") == names
+    assert [2, 3] == [len(content.splitlines()) for content in stored]
 
 
 def test_jobs_create_stores_the_very_bytes_when_the_data_is_rows(tmp_path: Path, files: FileService) -> None:

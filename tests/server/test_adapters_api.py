@@ -19,13 +19,12 @@ from adapters.pins import PinService
 from adapters.registry import Registry
 from adapters.store import ArtifactStore
 from server.limits import BodyLimitMiddleware
+from tests.support.adapters_api import API, HELLO, call
 from tests.support.bad_adapters import ZOO
 from tests.support.engine import RECIPES, Bench, Site, on_site
 from tests.support.tiny import save_random_adapter
 
 FIRST, SECOND, THIRD, *_ = RECIPES
-API = "/v1/adapters"
-_HELLO = {"role": "user", "content": "hello there"}
 # A body can't hold links, pipes, folders or further files, its file names are ours, and the cap comes before the size.
 _UPLOADABLE = [
     case
@@ -35,13 +34,6 @@ _UPLOADABLE = [
         for word in ("link", "pipe", "folder", "program", "missing", "absent", "huge file")
     )
 ]
-
-
-def _call(site: Site, method: str, path: str, **options: Any) -> httpx.Response:
-    async def scenario(http: httpx.AsyncClient) -> httpx.Response:
-        return await http.request(method, f"{API}{path}", **options)
-
-    return on_site(site, scenario)
 
 
 def _error(response: httpx.Response) -> dict[str, Any]:
@@ -60,7 +52,7 @@ def _parts(folder: Path) -> dict[str, Any]:
 
 
 def _import(site: Site, folder: Path, **fields: str) -> httpx.Response:
-    return _call(site, "POST", "", data={"alias": "legal", **fields}, files=_parts(folder))
+    return call(site, "POST", "", data={"alias": "legal", **fields}, files=_parts(folder))
 
 
 def _uploads_left(home: Path) -> list[str]:
@@ -81,13 +73,13 @@ def test_list_gives_every_alias_once_when_paged(site: Site) -> None:
     """Pages by `after` and `limit` join to the whole list, in the order of the names."""
     for alias in ("support", "legal", "medical"):
         site.publish(alias, FIRST)
-    first = _call(site, "GET", "", params={"limit": 2}).json()
-    second = _call(site, "GET", "", params={"limit": 2, "after": first["last_id"]}).json()
+    first = call(site, "GET", "", params={"limit": 2}).json()
+    second = call(site, "GET", "", params={"limit": 2, "after": first["last_id"]}).json()
     assert [True, False] == [first["has_more"], second["has_more"]]
     assert ["legal", "medical", "support"] == [item["id"] for item in first["data"] + second["data"]]
     assert ("legal", "medical") == (first["first_id"], first["last_id"])
     empty: dict[str, Any] = {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
-    assert empty == _call(site, "GET", "", params={"after": "support"}).json()
+    assert empty == call(site, "GET", "", params={"after": "support"}).json()
 
 
 @pytest.mark.parametrize(
@@ -105,7 +97,7 @@ def test_list_gives_every_alias_once_when_paged(site: Site) -> None:
 def test_read_is_400_naming_the_parameter_when_it_is_out_of_bounds(path: str, param: str, site: Site) -> None:
     """Numbers are bounded, names keep to the grammar."""
     site.publish("legal", FIRST)
-    response = _call(site, "GET", path)
+    response = call(site, "GET", path)
     assert (400, param) == (response.status_code, _error(response)["param"])
 
 
@@ -128,7 +120,7 @@ def test_read_is_400_naming_the_parameter_when_it_is_out_of_bounds(path: str, pa
 def test_call_is_404_when_there_is_no_such_alias_or_version(method: str, path: str, site: Site) -> None:
     """Nothing is made up."""
     site.publish("legal", FIRST)
-    response = _call(site, method, path)
+    response = call(site, method, path)
     assert (404, "not_found") == (response.status_code, _error(response)["code"])
 
 
@@ -138,7 +130,7 @@ def test_show_tells_versions_manifest_and_residency_when_one_is_in_a_slot(site: 
     version = site.publish("legal", SECOND).version
 
     async def scenario(http: httpx.AsyncClient) -> dict[str, Any]:
-        await http.post("/v1/chat/completions", json={"model": "legal", "messages": [_HELLO], "max_tokens": 1})
+        await http.post("/v1/chat/completions", json={"model": "legal", "messages": [HELLO], "max_tokens": 1})
         body: dict[str, Any] = (await http.get(f"{API}/legal")).json()
         return body
 
@@ -172,13 +164,13 @@ def test_versions_and_history_join_when_paged(site: Site) -> None:
     site.registry.rollback("legal")
     versions, after = [], 0
     while True:
-        page = _call(site, "GET", f"/legal/versions?limit=2&after={after}").json()
+        page = call(site, "GET", f"/legal/versions?limit=2&after={after}").json()
         versions += [item["id"] for item in page["data"]]
         if not page["has_more"]:
             break
         after = int(page["last_id"])
-    first = _call(site, "GET", "/legal/history?limit=3").json()
-    last = _call(site, "GET", f"/legal/history?limit=3&after={first['last_id']}").json()
+    first = call(site, "GET", "/legal/history?limit=3").json()
+    last = call(site, "GET", f"/legal/history?limit=3&after={first['last_id']}").json()
     moves = [(item["id"], item["action"], item["to_version"]) for item in first["data"] + last["data"]]
     assert ["legal@v1", "legal@v2", "legal@v3"] == versions
     assert [
@@ -196,7 +188,7 @@ def test_import_publishes_and_answers_when_the_adapter_is_good(site: Site, tmp_p
     response = _import(site, folder)
     body = response.json()
     assert (201, "legal@v1", True, 4) == (response.status_code, body["id"], body["is_live"], body["rank"])
-    chat = {"model": "legal@v1", "messages": [_HELLO], "max_tokens": 1}
+    chat = {"model": "legal@v1", "messages": [HELLO], "max_tokens": 1}
 
     async def ask(http: httpx.AsyncClient) -> httpx.Response:
         return await http.post("/v1/chat/completions", json=chat)
@@ -216,7 +208,7 @@ def test_import_leaves_the_alias_when_told_not_to_promote(site: Site, tmp_path: 
 def test_export_gives_the_same_version_when_imported_again(site: Site, tmp_path: Path) -> None:
     """Files and manifest survive the way out and in: the digest is the same."""
     version = site.publish("legal", SECOND).version
-    response = _call(site, "GET", "/legal/versions/v1/export")
+    response = call(site, "GET", "/legal/versions/v1/export")
     assert (str(len(response.content)), 'attachment; filename="legal-v1.tar"', f'"{version.digest}"') == (
         response.headers["content-length"], response.headers["content-disposition"], response.headers["etag"],
     )  # fmt: skip
@@ -231,7 +223,7 @@ def test_export_hides_the_reason_when_the_store_is_damaged(site: Site) -> None:
     """500 before the first byte, without a path."""
     digest = site.publish("legal", FIRST).version.digest
     (site.registry.store.folder(digest) / ADAPTER_WEIGHTS_FILE).write_bytes(b"x")
-    response = _call(site, "GET", "/legal/versions/v1/export")
+    response = call(site, "GET", "/legal/versions/v1/export")
     assert (500, "integrity_error") == (response.status_code, _error(response)["code"])
     assert str(site.registry.store.root) not in response.text
 
@@ -296,7 +288,7 @@ def test_import_is_400_saying_what_is_wrong_when_the_body_has_another_form(
 ) -> None:
     """Nothing is published and nothing stays in the temporary folder."""
     headers = {"content-type": "multipart/form-data; boundary=B"}
-    response = _call(site, "POST", "", content=body, headers=headers)
+    response = call(site, "POST", "", content=body, headers=headers)
     error = _error(response)
     assert (400, param) == (response.status_code, error["param"])
     assert words in error["message"]
@@ -308,7 +300,7 @@ def test_import_is_400_saying_what_is_wrong_when_the_body_has_another_form(
 )
 def test_import_is_400_when_the_content_type_gives_no_boundary(kind: str, site: Site) -> None:
     """JSON, or a form without a usable boundary."""
-    response = _call(site, "POST", "", content=b"{}", headers={"content-type": kind})
+    response = call(site, "POST", "", content=b"{}", headers={"content-type": kind})
     assert (400, "invalid_value") == (response.status_code, _error(response)["code"])
 
 
@@ -326,10 +318,10 @@ def test_import_is_cut_while_it_streams_when_it_is_over_the_cap(site: Site) -> N
             yield b"x" * 10_000
 
     headers = {"content-type": "multipart/form-data; boundary=B"}
-    response = _call(site, "POST", "", content=endless(), headers=headers)
+    response = call(site, "POST", "", content=endless(), headers=headers)
     assert (413, 5) == (response.status_code, num_sent)
     assert "50000 bytes" in _error(response)["message"]
-    assert 413 == _call(site, "POST", "/legal/promote", content=b"x" * 11).status_code
+    assert 413 == call(site, "POST", "/legal/promote", content=b"x" * 11).status_code
 
 
 def test_import_is_429_when_two_others_are_under_way(site: Site, tmp_path: Path) -> None:
@@ -363,8 +355,8 @@ def test_import_is_429_when_two_others_are_under_way(site: Site, tmp_path: Path)
 def test_export_is_the_same_version_when_it_is_sent_back_as_an_archive(site: Site) -> None:
     """What the API exports, it takes."""
     version = site.publish("legal", FIRST)
-    exported = _call(site, "GET", "/legal/versions/v1/export").content
-    answer = _call(site, "POST", "", data={"alias": "copy"}, files={"archive": ("legal-v1.tar", exported)})
+    exported = call(site, "GET", "/legal/versions/v1/export").content
+    answer = call(site, "POST", "", data={"alias": "copy"}, files={"archive": ("legal-v1.tar", exported)})
     assert (201, "copy@v1", version.version.digest) == (
         answer.status_code, answer.json()["id"], answer.json()["digest"],
     )  # fmt: skip
@@ -377,12 +369,12 @@ def test_version_is_found_when_it_is_named_with_its_alias(site: Site) -> None:
     """In paths and in bodies, as in `model`; another alias's version is no version of this one."""
     for adapter in (FIRST, SECOND):
         site.publish("legal", adapter)
-    assert "legal@v1" == _call(site, "GET", "/legal/versions/legal@v1").json()["id"]
-    assert "legal@v1" == _call(site, "POST", "/legal/promote", json={"version": "legal@v1"}).json()["version"]
-    assert ["legal@v2"] == _call(site, "POST", "/legal/pin", json={"version": "legal@v2"}).json()["pinned"]
+    assert "legal@v1" == call(site, "GET", "/legal/versions/legal@v1").json()["id"]
+    assert "legal@v1" == call(site, "POST", "/legal/promote", json={"version": "legal@v1"}).json()["version"]
+    assert ["legal@v2"] == call(site, "POST", "/legal/pin", json={"version": "legal@v2"}).json()["pinned"]
     for answer in (
-        _call(site, "GET", "/legal/versions/support@v1"),
-        _call(site, "POST", "/legal/promote", json={"version": "support@v1"}),
+        call(site, "GET", "/legal/versions/support@v1"),
+        call(site, "POST", "/legal/promote", json={"version": "support@v1"}),
     ):
         assert 404 == answer.status_code
         assert "'support@v1' is no version of 'legal'" == _error(answer)["message"]
@@ -399,12 +391,12 @@ def test_promote_is_503_when_others_hold_the_database(
         site.publish("legal", adapter)
     with database.write() as session:
         session.connection()  # nobody else writes from here on
-        response = _call(site, "POST", "/legal/promote", json={"version": "v1"})
+        response = call(site, "POST", "/legal/promote", json={"version": "v1"})
     assert (503, "database_busy", "true") == (
         response.status_code, _error(response)["code"], response.headers["x-should-retry"],
     )  # fmt: skip
     assert int(response.headers["retry-after"]) > 0
-    assert 200 == _call(site, "POST", "/legal/promote", json={"version": "v1"}).status_code
+    assert 200 == call(site, "POST", "/legal/promote", json={"version": "v1"}).status_code
     site.engine.close()
     database.close()
 
@@ -413,9 +405,9 @@ def test_promote_and_rollback_move_the_alias_when_called(site: Site) -> None:
     """By number, by digest, and back."""
     first = site.publish("legal", FIRST)
     site.publish("legal", SECOND)
-    by_digest = _call(site, "POST", "/legal/promote", json={"version": first.version.digest[:10]})
-    back = _call(site, "POST", "/legal/rollback")
-    again = _call(site, "POST", "/legal/promote", json={"version": "v1"})
+    by_digest = call(site, "POST", "/legal/promote", json={"version": first.version.digest[:10]})
+    back = call(site, "POST", "/legal/rollback")
+    again = call(site, "POST", "/legal/promote", json={"version": "v1"})
     assert ["legal@v1", "legal@v2", "legal@v1"] == [answer.json()["version"] for answer in (by_digest, back, again)]
     assert "legal@v1" == site.registry.alias("legal").current.label
 
@@ -427,7 +419,7 @@ def test_promote_and_rollback_move_the_alias_when_called(site: Site) -> None:
 def test_promote_is_400_when_the_body_is_wrong(body: dict[str, Any], param: str, site: Site) -> None:
     """The version is required and has one of two forms."""
     site.publish("legal", FIRST)
-    response = _call(site, "POST", "/legal/promote", json=body)
+    response = call(site, "POST", "/legal/promote", json=body)
     assert (400, param) == (response.status_code, _error(response)["param"])
 
 
@@ -435,9 +427,9 @@ def test_delete_removes_a_version_when_nothing_points_to_it(site: Site) -> None:
     """The version that answers is refused, the other one goes, then the alias with what is left."""
     site.publish("legal", FIRST)
     site.publish("legal", SECOND)
-    refused = _call(site, "DELETE", "/legal/versions/v2")
-    gone = _call(site, "DELETE", "/legal/versions/v1")
-    alias = _call(site, "DELETE", "/legal")
+    refused = call(site, "DELETE", "/legal/versions/v2")
+    gone = call(site, "DELETE", "/legal/versions/v1")
+    alias = call(site, "DELETE", "/legal")
     assert (409, "conflict") == (refused.status_code, _error(refused)["code"])
     assert {"id": "legal@v1", "object": "adapter.deleted", "deleted": True, "versions": ["legal@v1"]} == gone.json()
     assert (["legal@v2"], []) == (alias.json()["versions"], site.registry.aliases())
@@ -460,7 +452,7 @@ def test_change_is_409_when_an_experiment_uses_the_alias(
     site.publish("legal", FIRST)
     site.publish("legal", SECOND)
     experiment = site.experiments.create("legal", [("A", "v1", 50), ("B", "v2", 50)])
-    response = _call(site, method, path, json=body)
+    response = call(site, method, path, json=body)
     assert 409 == response.status_code
     assert experiment.id in _error(response)["message"]
     assert 2 == len(site.registry.versions("legal"))
@@ -475,7 +467,7 @@ def test_other_aliases_are_absent_when_the_key_is_limited(site: Site, tmp_path: 
         site.publish(alias, next(iter(RECIPES)))
     key, secret = site.keys.create("web", scopes=["adapters"], aliases=["legal"])
     headers = {"authorization": f"Bearer {secret}"}
-    listed = _call(site, "GET", "", headers=headers).json()
+    listed = call(site, "GET", "", headers=headers).json()
     assert ["legal"] == [alias["id"] for alias in listed["data"]]
     for method, path, body in (
         ("GET", "/support", None),
@@ -488,13 +480,13 @@ def test_other_aliases_are_absent_when_the_key_is_limited(site: Site, tmp_path: 
         ("DELETE", "/support/versions/v1", None),
         ("GET", "/support/versions/v1/export", None),
     ):
-        assert 404 == _call(site, method, path, json=body, headers=headers).status_code, path
+        assert 404 == call(site, method, path, json=body, headers=headers).status_code, path
     folder = save_random_adapter(tmp_path / "new", site.base.folder, seed=3)
-    imported = _call(site, "POST", "", files=_parts(folder), data={"alias": "support"}, headers=headers)
+    imported = call(site, "POST", "", files=_parts(folder), data={"alias": "support"}, headers=headers)
     assert 403 == imported.status_code
     assert ["support@v1"] == [version.label for version in site.registry.versions("support")]
     assert frozenset() == PinService(site.registry.database).names()
-    assert 200 == _call(site, "POST", "/legal/pin", json={}, headers=headers).status_code
+    assert 200 == call(site, "POST", "/legal/pin", json={}, headers=headers).status_code
     (entry,) = [entry for entry in AuditLog(site.registry.database).list(limit=9) if entry.action == "pin"]
     assert (key.id, "legal") == (entry.actor, entry.subject)
 
@@ -509,8 +501,8 @@ def test_pinned_alias_of_the_settings_is_absent_when_the_key_is_limited(
         site.publish(alias, next(iter(RECIPES)))
     _, secret = site.keys.create("web", scopes=["adapters"], aliases=["legal"])
     headers = {"authorization": f"Bearer {secret}"}
-    assert 404 == _call(site, "POST", "/support/unpin", json={}, headers=headers).status_code
-    assert 409 == _call(site, "POST", "/support/unpin", json={}, headers=_admin(site)).status_code
+    assert 404 == call(site, "POST", "/support/unpin", json={}, headers=headers).status_code
+    assert 409 == call(site, "POST", "/support/unpin", json={}, headers=_admin(site)).status_code
 
 
 def _admin(site: Site) -> dict[str, str]:

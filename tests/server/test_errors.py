@@ -7,10 +7,11 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters import errors as core
+from adapters.records import Binding
 from server.errors import ANSWERS, describe_error, install_error_handlers
 from server.observe import RequestIdMiddleware
 
@@ -195,3 +196,17 @@ def test_unknown_exception_has_a_request_id_when_a_route_crashes() -> None:
     """The message tells to look for the id in the log, so the answer has to carry it."""
     response = _call(_app(RuntimeError("crash")), "GET", "/raise")
     assert response.headers["x-request-id"].startswith("req_")
+
+
+def test_unknown_exception_says_what_was_to_answer_when_the_request_was_bound() -> None:
+    """A crash of an arm's version has the headers that its answers have."""
+    app = _app()
+
+    @app.get("/bound")
+    async def crash(request: Request) -> None:
+        request.state.binding = Binding("legal", "experiment", "d" * 64, 2, "exp-1", "B")
+        raise RuntimeError("crash")
+
+    headers = _call(app, "GET", "/bound").headers
+    assert ("legal@v2", "B") == (headers["x-hotswap-version"], headers["x-hotswap-arm"])
+    assert "x-hotswap-version" not in _call(_app(RuntimeError("crash")), "GET", "/raise").headers

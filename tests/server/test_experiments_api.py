@@ -13,8 +13,10 @@ import httpx
 import pytest
 from sqlalchemy import select
 
+from adapters.errors import DatabaseBusyError
+from adapters.experiments import ExperimentService
 from adapters.manifest import BaseReference
-from adapters.records import KeyLimits
+from adapters.records import Experiment, KeyLimits
 from adapters.tables import ExposureRow, FeedbackRow, utc_now
 from server import chat as chat_module
 from server.prompts import chat_prompt
@@ -274,8 +276,22 @@ def test_notes_say_what_may_be_a_slip_when_an_experiment_is_made_or_changed(site
     ):
         first, note = answer.json()["notes"]
         assert slip == first
-        assert f"The verdict counts stage {stage} alone" in note
-        assert "users of earlier stages, 2 so far, take no part in it" in note
+        assert f"The verdict reads stage {stage} alone" in note
+        assert "what users did in earlier stages (2 users) takes no part in it" in note
+
+
+def test_change_is_answered_when_nobody_can_be_counted(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The act is done: an error would have its client undo one more."""
+    _publish(site, "legal")
+    made = _start(site).json()
+
+    def refuse(_service: ExperimentService, _experiment: Experiment) -> str:
+        raise DatabaseBusyError("others hold the database")
+
+    monkeypatch.setattr(ExperimentService, "note_on_stage", refuse)
+    shares = {"arms": [{"name": "A", "weight": 90}, {"name": "B", "weight": 10}]}
+    answer = _call(site, "POST", f"{API}/{made['id']}/weights", json=shares)
+    assert (200, made["notes"], 2) == (answer.status_code, answer.json()["notes"], answer.json()["stage"])
 
 
 def test_arm_is_nobodys_to_choose_when_the_key_lacks_the_scope(site: Site) -> None:

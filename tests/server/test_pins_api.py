@@ -12,18 +12,10 @@ import pytest
 
 from adapters.registry import Registry
 from server.messages import PinCommand, UnloadCommand
+from tests.support.adapters_api import API, HELLO, call
 from tests.support.engine import RECIPES, Bench, Site, on_site, wait_for_loads
 
 FIRST, SECOND, *_ = RECIPES
-API = "/v1/adapters"
-_HELLO = {"role": "user", "content": "hello there"}
-
-
-def _call(site: Site, method: str, path: str, **options: Any) -> httpx.Response:
-    async def scenario(http: httpx.AsyncClient) -> httpx.Response:
-        return await http.request(method, f"{API}{path}", **options)
-
-    return on_site(site, scenario)
 
 
 def _places(site: Site) -> dict[str, bool]:
@@ -40,18 +32,18 @@ def _settle(site: Site) -> None:
 def test_pin_brings_a_version_into_a_slot_and_keeps_it_when_the_alias_moves(site: Site) -> None:
     """The pin of an alias follows it; that of a version stays; both are listed."""
     one, two = site.publish("legal", FIRST).version, site.publish("legal", SECOND, promote=False).version
-    pinned = _call(site, "POST", "/legal/pin").json()
+    pinned = call(site, "POST", "/legal/pin").json()
     _settle(site)
     assert ({"id": "legal", "object": "adapter.pins", "pinned": ["legal"]}, {one.digest: True}) == (
         pinned, _places(site),
     )  # fmt: skip
-    _call(site, "POST", "/legal/promote", json={"version": "v2"})
-    assert ["legal", "legal@v1"] == _call(site, "POST", "/legal/pin", json={"version": "v1"}).json()["pinned"]
+    call(site, "POST", "/legal/promote", json={"version": "v2"})
+    assert ["legal", "legal@v1"] == call(site, "POST", "/legal/pin", json={"version": "v1"}).json()["pinned"]
     _settle(site)
     assert {one.digest: True, two.digest: True} == _places(site)
-    assert ["legal@v1"] == _call(site, "POST", "/legal/unpin", json={}).json()["pinned"]
+    assert ["legal@v1"] == call(site, "POST", "/legal/unpin", json={}).json()["pinned"]
     assert {one.digest: True, two.digest: False} == _places(site)
-    assert ["legal@v1"] == _call(site, "GET", "").json()["data"][0]["pinned"]
+    assert ["legal@v1"] == call(site, "GET", "").json()["data"][0]["pinned"]
 
 
 def test_pins_are_told_again_when_another_worker_speaks(site: Site, bench: Bench) -> None:
@@ -76,9 +68,9 @@ def test_pin_is_409_when_no_slot_would_be_left(site: Site) -> None:
     """Of four slots one is for all others; what was refused is not kept."""
     for number, recipe in enumerate(RECIPES):
         site.publish(f"a{number}", recipe)
-    answers = [_call(site, "POST", f"/a{number}/pin") for number in range(4)]
+    answers = [call(site, "POST", f"/a{number}/pin") for number in range(4)]
     assert [200, 200, 200, 409] == [answer.status_code for answer in answers]
-    assert [["a2"], []] == [_call(site, "GET", f"/a{number}").json()["pinned"] for number in (2, 3)]
+    assert [["a2"], []] == [call(site, "GET", f"/a{number}").json()["pinned"] for number in (2, 3)]
 
 
 @pytest.mark.parametrize("act", ["pin", "unpin", "unload"])
@@ -86,19 +78,19 @@ def test_pin_is_409_when_no_slot_would_be_left(site: Site) -> None:
 def test_pin_is_400_when_the_body_is_wrong(act: str, body: Any, site: Site) -> None:
     """An unknown field is never taken for the whole alias."""
     site.publish("legal", FIRST)
-    assert 400 == _call(site, "POST", f"/legal/{act}", json=body).status_code
+    assert 400 == call(site, "POST", f"/legal/{act}", json=body).status_code
     assert [] == site.transport.commands
 
 
 def test_unload_frees_the_slot_when_the_version_is_idle(site: Site) -> None:
     """The version answers again when it is asked for."""
     digest = site.publish("legal", FIRST).version.digest
-    _call(site, "POST", "/legal/pin")
+    call(site, "POST", "/legal/pin")
     _settle(site)
-    refused = _call(site, "POST", "/legal/unload", json={"version": "v1"})
+    refused = call(site, "POST", "/legal/unload", json={"version": "v1"})
     assert (409, {digest: True}) == (refused.status_code, _places(site))
-    _call(site, "POST", "/legal/unpin")
-    done = _call(site, "POST", "/legal/unload")
+    call(site, "POST", "/legal/unpin")
+    done = call(site, "POST", "/legal/unload")
     assert (202, {"id": "legal@v1", "object": "adapter.unload", "digest": digest}) == (done.status_code, done.json())
     assert ({}, UnloadCommand(digest)) == (_places(site), site.transport.commands[-1])
 
@@ -119,7 +111,7 @@ def open_chat(site: Site) -> Callable[..., tuple[str, list[str]]]:
     """Chat with `legal`, unload it after the first step if asked to; returns the text, and where it was meanwhile."""
 
     def chat(*, unload: bool) -> tuple[str, list[str]]:
-        body = {"model": "legal", "messages": [_HELLO], "max_tokens": 10, "temperature": 0, "ignore_eos": True}
+        body = {"model": "legal", "messages": [HELLO], "max_tokens": 10, "temperature": 0, "ignore_eos": True}
 
         async def scenario(http: httpx.AsyncClient) -> tuple[str, list[str]]:
             answering = asyncio.create_task(http.post("/v1/chat/completions", json=body))
@@ -156,9 +148,9 @@ def test_unpin_is_409_when_the_settings_pin_the_alias(bench: Bench, registry: Re
     (tmp_path / "hotswap.toml").write_text('[serve]\npinned = ["legal"]\n')
     site = Site.build(bench, registry, tmp_path)
     site.publish("legal", FIRST)
-    refused = _call(site, "POST", "/legal/unpin")
-    unload = _call(site, "POST", "/legal/unload")
+    refused = call(site, "POST", "/legal/unpin")
+    unload = call(site, "POST", "/legal/unload")
     site.engine.close()
     assert (409, 409) == (refused.status_code, unload.status_code)
     assert "serve.pinned" in refused.json()["error"]["message"]
-    assert ["legal"] == _call(site, "GET", "/legal").json()["pinned"]
+    assert ["legal"] == call(site, "GET", "/legal").json()["pinned"]

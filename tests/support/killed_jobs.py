@@ -80,7 +80,7 @@ def _train(num_done: int, fatal_step: int | None) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
 
     jobs = JobService(database)
-    if sum(job.status == "succeeded" for job in jobs.list(limit=100)[0]) > num_done:
+    if sum(job.status == "succeeded" for job in jobs.list(limit=10_000)[0]) > num_done:
         return 0
     claim = jobs.claim(lease_s=0)  # a lease that has run out is a lost trainer's
     assert claim is not None

@@ -91,22 +91,29 @@ def test_alarm_warns_when_the_model_forgets() -> None:
 
 
 def test_remark_says_that_training_made_it_worse_when_no_state_is_as_good_as_the_first() -> None:
-    """In the three digits that are shown; the loss of the state that is published counts, not the last one."""
+    """In the three digits that are shown; what is told is the loss of the state that is published, not the last one."""
     points = _evaluations(0.663, 0.7)
-    told = "the validation loss was 0.225 before it and is 0.663 at its best, step 10"
+    told = "the validation loss was 0.225 before it and is 0.663 in the state of step 10, which is published"
     assert f"training made it worse: {told}; lower learning_rate" == find_remark(0.225, points, points[0])
     assert find_remark(0.6627, points[:1], points[0]) == find_remark(0.7, points, points[0]) is None
 
 
+def test_remark_is_silent_when_a_better_state_was_passed_over_for_what_it_forgot() -> None:
+    """Training did lower the loss: it is the forgetting that has an alarm of its own."""
+    points = _evaluations(0.8, 1.1)
+    assert find_remark(1.0, points, points[1]) is None
+
+
 def test_remark_says_that_the_loss_still_fell_when_the_last_state_is_the_best() -> None:
-    """By more than a fiftieth of the loss of the evaluation before, or of the loss before training."""
-    fell = "the validation loss was still falling at the last step, to {}; more epochs would probably pay"
+    """By more than a fiftieth of the loss of the evaluation before, or of the loss before training, and 0.01."""
+    fell = "the validation loss was still falling at the last step, to {}; training longer would probably pay"
     points = _evaluations(2.0, 1.0)
     assert fell.format("1.000: by 1.000 since the evaluation before") == find_remark(5.0, points, points[1])
     assert fell.format("2.000: by 3.000 since before training") == find_remark(5.0, points[:1], points[0])
-    assert find_remark(5.0, points, points[1], has_to_fall=False) is None
-    slow, risen = _evaluations(2.0, 1.97), _evaluations(1.0, 2.0)
+    slow, risen, learned = _evaluations(2.0, 1.97), _evaluations(1.0, 2.0), _evaluations(0.01, 0.001)
     assert find_remark(5.0, slow, slow[1]) is None
     assert find_remark(5.0, risen, risen[0]) is None
+    assert find_remark(5.0, learned, learned[1]) is None
+    assert find_remark(float("nan"), points[:1], points[0]) is None
     below_zero = _evaluations(-1.0, -1.5)
     assert find_remark(0.0, below_zero, below_zero[1]) is not None

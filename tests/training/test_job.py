@@ -263,14 +263,20 @@ def test_job_fails_with_the_line_when_a_row_is_too_long(place: JobPlace) -> None
     assert (other.code, other.param) == ("invalid_validation_file", "validation_file")
 
 
-@pytest.mark.parametrize(("name", "place_of_row"), [("rows.tsv", "rows.tsv:3"), ("rows.json", "rows.json: row 2")])
+@pytest.mark.parametrize(
+    ("name", "between", "place_of_row"),
+    [("rows.tsv", b"\n", "rows.tsv:3"), ("rows.json", b"", "rows.json: row 2"), ("upload", b"\n", "upload: row 3")],
+)
 def test_job_names_the_place_in_its_owners_file_when_the_rows_were_made_of_one(
-    place: JobPlace, name: str, place_of_row: str
+    place: JobPlace, name: str, between: bytes, place_of_row: str
 ) -> None:
-    """By the line that it has there, with blank ones between the rows; where a file has none to name, the row."""
+    """By the line that it has there, with blank ones between the rows; where a file has none to name, the row.
+
+    Of lines that a client uploaded under a name without an ending the number is that of the line, as at the upload.
+    """
     rows = [make_messages("short", "yes"), make_messages("x" * 100, "yes")]
     lines = [(json.dumps({"messages": row}) + "\n").encode() for row in rows]
-    file_id = place.files.upload(io.BytesIO(b"\n".join(lines)), name).id
+    file_id = place.files.upload(io.BytesIO(between.join(lines)), name).id
     place.jobs.create(JobOrder("tiny", file_id, supervised(), 0, alias="legal"))
     claim = place.jobs.claim_validation(lease_s=60)
     assert claim is not None

@@ -89,3 +89,9 @@ def test_braille_is_one_row_of_dots_when_the_loss_is_flat() -> None:
     """In the middle, not at an end."""
     lines = draw_braille([(1.0, 2.0), (2.0, 2.0)], width=8, height=3)
     assert [bool(line.strip("\u2800")) for line in lines] == [False, True, False]
+
+
+def test_no_file_is_written_when_nothing_was_measured(tmp_path: Path) -> None:
+    """A run that failed before its first step leaves no empty picture."""
+    write_curves(RunLog(tmp_path), "sft")
+    assert not (tmp_path / CURVES_FILE).exists()

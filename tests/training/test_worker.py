@@ -194,7 +194,7 @@ def test_run_training_says_that_more_epochs_would_pay_when_the_loss_still_fell(r
     """In the result, for its end; jobs have an event instead."""
     evaluations = run.place.recorder.evaluations
     fell = f"to {evaluations[-1][1]:.3f}: by {evaluations[-2][1] - evaluations[-1][1]:.3f} since the evaluation before"
-    assert f"the validation loss was still falling at the last step, {fell}; more epochs would probably pay" == (
+    assert f"the validation loss was still falling at the last step, {fell}; training longer would probably pay" == (
         run.result.remark
     )
     assert run.result.remark not in run.place.recorder.warnings
