@@ -526,7 +526,7 @@ def test_train_ends_with_what_its_losses_say_when_they_still_fell(shell: Shell, 
     printed = shell.text("train", "legal", "--data", str(data), "--validation", str(data), *few, *quick).splitlines()
     (said,) = (number for number, line in enumerate(printed) if "was still falling at the last step, to " in line)
     assert printed[said].startswith("The validation loss was still falling")
-    assert printed[said].endswith("; more epochs would probably pay.")
+    assert printed[said].endswith("; training longer would probably pay.")
     assert printed[said + 1].startswith("metrics, sampled answers and curves are in ")
 
 
