@@ -33,6 +33,8 @@ _NUM_ADAPTERS = 8
 _LEAVING, _GARBAGE = 1 / 3, 1 / 10  # shares of the requests
 _TIMEOUT_S = 120.0
 _POLL_S = 0.5
+# What a pool of connections to SQLite may still add that the short round did not fill: five, with three files each.
+_POOLED_FILES = 15
 _CHAT = "/v1/chat/completions"
 _HELLO = [{"role": "user", "content": "Tell me about ships."}]
 # Bodies that no server should take, with what each gets wrong.
@@ -109,8 +111,8 @@ class Report:
 
 
 def is_level(report: Report) -> bool:
-    """Whether nothing is left of the requests: none in flight, none in the engine, and no more files than before."""
-    return _is_idle(report.after) and report.after.num_files <= report.before.num_files
+    """Whether nothing is left of the requests: none in flight, none in the engine, and no files that grow with them."""
+    return _is_as_before(report.after, report.before)
 
 
 async def run_abuse(url: str, pids: Sequence[int], models: Sequence[str], abuse: Abuse) -> Report:
@@ -119,7 +121,7 @@ async def run_abuse(url: str, pids: Sequence[int], models: Sequence[str], abuse:
     before = await _rest(url, pids, abuse.rest_s, _is_idle)
     tally = Tally()
     await _let_loose(url, models, abuse, seconds=abuse.seconds, tally=tally)
-    after = await _rest(url, pids, abuse.rest_s, lambda level: _is_idle(level) and level.num_files <= before.num_files)
+    after = await _rest(url, pids, abuse.rest_s, lambda level: _is_as_before(level, before))
     return Report(abuse, tally, before, after)
 
 
@@ -131,6 +133,10 @@ async def _rest(url: str, pids: Sequence[int], rest_s: float, is_done: Callable[
         if is_done(level) or time.monotonic() > until:
             return level
         await asyncio.sleep(_POLL_S)
+
+
+def _is_as_before(level: Level, before: Level) -> bool:
+    return _is_idle(level) and level.num_files <= before.num_files + _POOLED_FILES
 
 
 def _is_idle(level: Level) -> bool:

@@ -16,10 +16,10 @@ def _report(after: Level = LEVEL, tally: Tally | None = None) -> Report:
     return Report(Abuse(), tally or Tally(), LEVEL, after)
 
 
-@pytest.mark.parametrize("change", [{"in_flight": 1}, {"running": 1}, {"waiting": 1}, {"num_files": 21}])
+@pytest.mark.parametrize("change", [{"in_flight": 1}, {"running": 1}, {"waiting": 1}, {"num_files": 36}])
 def test_server_is_not_level_when_something_is_left(change: dict[str, int]) -> None:
-    """A request or a file too many is enough."""
-    assert is_level(_report())
+    """A request is enough, and files beyond those of a pool that was not full before: 15."""
+    assert is_level(_report(dataclasses.replace(LEVEL, num_files=35)))
     assert not is_level(_report(dataclasses.replace(LEVEL, **change)))
 
 
