@@ -77,11 +77,11 @@ BAD_LINES = {
             {"role": "system", "content": "be brief"},
             {"role": "assistant", "content": "ho"},
         ),
-        r"field messages: a system message may only stand first; leave out what .* later \(--roles NAME=none does\)",
+        r"field messages: a system message may only stand first; leave out .*--roles NAME=none: all that it says\)",
     ),
     "two-systems": (
         _with({"role": "system", "content": "be"}, {"role": "system", "content": "brief"}, *make_messages("hi", "ho")),
-        r"field messages: a system message may only stand first; leave out what .* later \(--roles NAME=none does\)",
+        r"field messages: a system message may only stand first; leave out .*--roles NAME=none: all that it says\)",
     ),
     "system-alone": (
         _with({"role": "system", "content": "be brief"}, {"role": "assistant", "content": "ho"}),
