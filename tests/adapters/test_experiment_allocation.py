@@ -24,6 +24,14 @@ def _decisions(registry: Registry, experiment: Experiment) -> list[Decision]:
     return list(ExperimentService(registry.database).decisions(experiment.id))
 
 
+def _start_a_day_ago(registry: Registry, start: Start) -> Experiment:
+    """Weights that may follow the outcomes, which have a winner."""
+    experiment = start(allocation="thompson", planned_units=2000)
+    win(registry, experiment, 80)
+    _let_a_day_pass(registry)
+    return experiment
+
+
 def _let_a_day_pass(registry: Registry) -> None:
     """Make every decision so old that weights may follow the outcomes again."""
     with registry.database.write() as session:
@@ -55,9 +63,7 @@ def test_weights_follow_on_the_same_day_when_an_acceptance_was_taken_back(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:
     """It begins no stage, and so no day."""
-    experiment = start(allocation="thompson", planned_units=2000)
-    win(registry, experiment, 80)
-    _let_a_day_pass(registry)
+    experiment = _start_a_day_ago(registry, start)
     evaluation.accept_feedback(experiment.id, "known")
     undo(registry, experiment.id)
     evaluation.evaluate_all()
@@ -68,9 +74,7 @@ def test_person_s_weights_stay_when_they_come_while_others_are_computed(
     registry: Registry, start: Start, evaluation: ExperimentEvaluation
 ) -> None:
     """Weights by the numbers of a stage that is over are not set."""
-    experiment = start(allocation="thompson", planned_units=2000)
-    win(registry, experiment, 80)
-    _let_a_day_pass(registry)
+    experiment = _start_a_day_ago(registry, start)
     service = ExperimentService(registry.database)
     readings: list[int] = []
 
